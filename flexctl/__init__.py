@@ -1,0 +1,1 @@
+"""flexctl: the life of an expert in FlexOlmo-style language models."""

@@ -1,0 +1,47 @@
+"""What can go wrong, as one tree. Each class carries the exit code that the command line ends with.
+
+FlexctlError            1  the command failed
+  UsageError            2  a flag, a setting or an argument is wrong
+  BundleError           3  a bundle is invalid, incompatible or fails verification
+  Interrupted         130  the user stopped it
+
+A message says what happened, with the value and the file; the hint says what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BundleError", "FlexctlError", "Interrupted", "UsageError"]
+
+
+class FlexctlError(Exception):
+    """A failure that a person can act on.
+
+    Args:
+        message: What happened and what was expected, naming file, field and value.
+        hint: What to do about it, a command where there is one.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(FlexctlError):
+    """The command line, the environment or flexctl.toml asks for something that is not there."""
+
+    exit_code = 2
+
+
+class BundleError(FlexctlError):
+    """A bundle is invalid, does not fit the others, or fails verification."""
+
+    exit_code = 3
+
+
+class Interrupted(FlexctlError):
+    """The user stopped the command; what was written before is still whole."""
+
+    exit_code = 130
