@@ -1,0 +1,150 @@
+"""The workspace: a directory with ``flexctl.toml``, which says where anchor, experts and merged model are.
+
+```toml
+[workspace]
+anchor = "anchor"
+experts = "experts"
+merged = "merged"
+
+[train_expert]        # optional: defaults of any command, named as its flags
+max_tokens = 2_000_000
+```
+
+Relative paths in the file count from its own directory. FLEXCTL_ANCHOR, FLEXCTL_EXPERTS and FLEXCTL_MERGED
+override the three places; they count from where the user stands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexctl.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "find", "write"]
+
+FILE_NAME = "flexctl.toml"
+
+COMMANDS = (
+    "init_anchor",
+    "train_expert",
+    "embed_router",
+    "merge",
+    "remove",
+    "replace",
+    "evaluate",
+    "generate",
+    "inspect",
+    "verify",
+    "list",
+    "demo",
+)
+"""Every command, in the order of an expert's life; each may have a table of defaults in flexctl.toml."""
+
+_PLACES = {"anchor": "anchor", "experts": "experts", "merged": "merged"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workspace:
+    """Where things are, unless a flag says otherwise.
+
+    Attributes:
+        root: Directory of flexctl.toml, or the current directory where there is none. All paths are absolute.
+        anchor: Directory of the anchor.
+        experts: Directory that holds the experts' files.
+        merged: Directory of the merged model.
+        defaults: Table name -> the table's keys and values, as they stand in the file.
+    """
+
+    root: Path
+    anchor: Path
+    experts: Path
+    merged: Path
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        """The workspace's flexctl.toml, whether or not it exists."""
+        return self.root / FILE_NAME
+
+
+def find(start: Path | None = None) -> Workspace:
+    """Return the workspace of the nearest flexctl.toml at or above ``start``, or the current directory.
+
+    Without such a file the places have their usual names beneath ``start``.
+
+    Raises:
+        UsageError: The file cannot be read, is not TOML, or has an unknown table or key.
+    """
+    start = Path.cwd() if start is None else Path(start).absolute()
+    root = next((folder for folder in (start, *start.parents) if (folder / FILE_NAME).is_file()), None)
+    tables = {} if root is None else _read(root / FILE_NAME)
+    root = root or start
+    places = {**_PLACES, **tables.pop("workspace", {})}
+    return Workspace(
+        root=root, defaults=tables, **{name: _place(root, name, places[name]) for name in _PLACES}
+    )
+
+
+def write(
+    root: Path, *, anchor: str = "anchor", experts: str = "experts", merged: str = "merged"
+) -> Workspace:
+    """Write ``root``/flexctl.toml unless it exists already; return the workspace that it describes.
+
+    Args:
+        root: Directory that becomes the workspace; made when missing.
+        anchor: Place of the anchor, relative to ``root`` or absolute.
+        experts: Place of the experts' files, likewise.
+        merged: Place of the merged model, likewise.
+
+    Raises:
+        UsageError: The file exists and is not a valid flexctl.toml.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    places = {"anchor": anchor, "experts": experts, "merged": merged}
+    # A JSON string with plain characters is a TOML basic string.
+    lines = [f"{name} = {json.dumps(place, ensure_ascii=False)}\n" for name, place in places.items()]
+    try:
+        with (root / FILE_NAME).open("x", encoding="utf-8") as file:
+            file.write("[workspace]\n" + "".join(lines))
+    except FileExistsError:
+        pass  # the user's own file stays as it is
+    return find(root)
+
+
+def _place(root: Path, name: str, value: str) -> Path:
+    override = os.environ.get(f"FLEXCTL_{name.upper()}")
+    if override:
+        return Path(override).expanduser().absolute()
+    return root / Path(value).expanduser()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file}: not valid TOML: {error}") from error
+    known = ("workspace", *COMMANDS)
+    for table, content in tables.items():
+        if table not in known:
+            raise UsageError(f"{file}: unknown table [{table}]; known are {', '.join(known)}")
+        if not isinstance(content, dict):
+            raise UsageError(f"{file}: {table} must be a table, written [{table}]")
+    for key, value in tables.get("workspace", {}).items():
+        if key not in _PLACES:
+            raise UsageError(f"{file}: unknown key {key!r} in [workspace]; known are {', '.join(_PLACES)}")
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"{file}: [workspace] {key} is {value!r}; expected a path in quotes")
+    return tables
