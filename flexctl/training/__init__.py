@@ -1,0 +1,1 @@
+"""Reading text, the one training loop, its checkpoints."""

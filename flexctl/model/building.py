@@ -1,0 +1,192 @@
+"""Models that run, built from the weights of a bundle.
+
+Every family runs through its *dense* Transformers class with each layer's ``mlp`` replaced by a routed block,
+so training, evaluation and generation share one forward whatever the family.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flexctl.errors import UsageError
+from flexctl.families import PROJECTIONS, family_of
+from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
+from flexctl.model.tensors import DTYPES, RawBytes, to_torch
+
+__all__ = [
+    "WeightSource",
+    "add_expert",
+    "build_model",
+    "expert_tensors",
+    "load_dense",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "route",
+    "set_threads",
+]
+
+
+class WeightSource(Protocol):
+    """What a model is built from; bundles provide it without knowing torch."""
+
+    @property
+    def dense_config(self) -> Mapping[str, Any]:
+        """The dense class's config.json."""
+
+    @property
+    def shared(self) -> Mapping[str, RawBytes]:
+        """Tensors outside the feed-forward networks, by their dense checkpoint names."""
+
+    @property
+    def experts(self) -> Mapping[str, Mapping[str, RawBytes]]:
+        """Feed-forward tensors by expert and by expert tensor name, ``public`` first."""
+
+    @property
+    def router(self) -> Sequence[RawBytes]:
+        """Router rows of each layer, (num_experts, hidden_size), F32."""
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts kept for each token."""
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` takes CUDA when there is one.
+
+    Raises:
+        UsageError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device: {name!r} is no device", hint="use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: cuda was asked for and torch sees none", hint="use --device cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that a model runs in: ``auto`` is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        UsageError: The name is none of auto, float32, bfloat16.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in known:
+        raise UsageError(f"--dtype: {name!r} is not known", hint="use auto, float32 or bfloat16")
+    return known[name]
+
+
+def set_threads(threads: int | None) -> None:
+    """Use ``threads`` CPU threads in torch; None leaves torch's own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen causal language model in evaluation mode with a routed block in every layer.
+
+    Args:
+        weights: What it consists of.
+        device: Where it runs.
+        dtype: Of all tensors but the router's, which stay float32.
+
+    Returns:
+        An instance of the family's dense Transformers class.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**dict(weights.dense_config))
+    config._attn_implementation = "sdpa"
+    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    experts = list(weights.experts.values())
+    state = {name: to_torch(raw).to(dtype) for name, raw in weights.shared.items()}
+    state |= {f"model.{name}": to_torch(raw).to(dtype) for name, raw in experts[0].items()}
+    model = route(model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype))
+    for index, block in enumerate(routed_layers(model)):
+        public = block.experts[0]
+        block.experts.extend(_dense_block(public, tensors, index, dtype) for tensors in experts[1:])
+        block.router = Router(to_torch(weights.router[index]))
+        block.top_k = weights.num_experts_per_tok
+    return model.to(device)
+
+
+def route(model: Any) -> nn.Module:
+    """Return a dense Transformers model, frozen, with each layer's feed-forward network as the public expert."""
+    family = family_of(model.config.model_type)
+    for index, layer in enumerate(model.model.layers):
+        router = Router(torch.zeros(1, model.config.hidden_size))
+        layer.mlp = RoutedFeedForward([layer.mlp], router, 1, family.renormalises)
+        layer.mlp.layer = index
+    routed: nn.Module = model.requires_grad_(False).eval()
+    return routed
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def load_dense(path: Path, dtype: torch.dtype) -> Any:
+    """Return the dense Transformers model of a checkpoint directory, from safetensors alone."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+
+
+def _dense_block(
+    like: nn.Module, tensors: Mapping[str, RawBytes], layer: int, dtype: torch.dtype
+) -> nn.Module:
+    with torch.device("meta"):
+        block = type(like)(like.config)  # type: ignore[call-arg]
+    state = {
+        f"{name}.weight": to_torch(tensors[f"layers.{layer}.mlp.{name}.weight"]).to(dtype)
+        for name in PROJECTIONS
+    }
+    block.load_state_dict(state, assign=True)
+    return block
+
+
+def add_expert(model: nn.Module, rows: Tensor) -> list[nn.Module]:
+    """Give every layer one more expert, a trainable float32 copy of the public one, active on every token.
+
+    Args:
+        model: As from ``build_model``.
+        rows: Router rows of the new expert, (num_hidden_layers, hidden_size), float32.
+
+    Returns:
+        The new feed-forward modules, a layer each.
+    """
+    added = []
+    for block, row in zip(routed_layers(model), rows, strict=True):
+        expert = copy.deepcopy(block.experts[0]).float().requires_grad_(True)
+        block.experts.append(expert)
+        device = block.router.public.device
+        block.router = Router(torch.cat([block.router.rows, row[None].to(device)]))
+        block.top_k = len(block.experts)
+        added.append(expert)
+    return added
+
+
+def expert_tensors(experts: Sequence[nn.Module], dtype_name: str) -> dict[str, Tensor]:
+    """Return an expert's tensors by their names in its file, rounded once to ``dtype_name`` ("BF16")."""
+    return {
+        f"layers.{layer}.mlp.{name}.weight": getattr(expert, name).weight.detach().to(DTYPES[dtype_name])
+        for layer, expert in enumerate(experts)
+        for name in PROJECTIONS
+    }

@@ -1,0 +1,59 @@
+"""Configs of Transformers: the dense one checked, the mixture's resolved from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flexctl.errors import BundleError
+from flexctl.families import family_of
+
+__all__ = ["resolve_moe_config"]
+
+_PRIVATE = ("architectures", "model_type", "transformers_version", "_name_or_path")
+_GENERIC_KEPT = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
+
+
+def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the finished config of the mixture-of-experts class for a dense anchor.
+
+    The dense config goes through its own Transformers class first, so that absent keys take the dense class's
+    defaults rather than the mixture's, which differ (method.md section 6). Expert counts are those of the anchor
+    alone: merge sets them.
+
+    Raises:
+        BundleError: The family is not supported, or a field has a value that the mixture class cannot hold.
+    """
+    import transformers
+
+    family = family_of(str(dense_config.get("model_type")))
+    _refuse_unsupported(dense_config, family.required)
+    dense = transformers.AutoConfig.for_model(**dict(dense_config))
+    resolved = {key: value for key, value in dense.to_dict().items() if key not in _PRIVATE}
+    resolved["head_dim"] = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+    resolved["sliding_window"] = getattr(dense, "sliding_window", None)
+    resolved |= {name: getattr(dense, source) for name, source in family.copied.items()}
+    resolved |= dict(family.fixed)
+    resolved[family.count_field] = 1
+    resolved["num_experts_per_tok"] = 1
+    resolved["model_type"] = family.moe_type
+    resolved["dtype"] = str(dense.dtype).removeprefix("torch.") if dense.dtype is not None else "float32"
+    moe = transformers.AutoConfig.for_model(**resolved)
+    generic = set(transformers.PretrainedConfig().to_dict()) - set(_GENERIC_KEPT)
+    finished = {key: value for key, value in moe.to_dict().items() if key not in generic}
+    finished |= {"model_type": family.moe_type, "architectures": [family.moe_architecture]}
+    finished[family.count_field] = finished.pop("num_local_experts", 1)
+    return dict(sorted(finished.items()))
+
+
+def _refuse_unsupported(config: Mapping[str, Any], required: Mapping[str, Any]) -> None:
+    for name, value in required.items():
+        if config.get(name, value) != value:
+            raise BundleError(f"config.json: {name} is {config[name]!r}; the mixture class needs {value!r}")
+    if config.get("quantization_config") is not None:
+        raise BundleError("config.json: quantization_config is set; anchors are F32, BF16 or F16", hint="dequantise it")
+    layer_types = set(config.get("layer_types") or ["full_attention"])
+    if len(layer_types) > 1:
+        raise BundleError(f"config.json: layer_types mixes {sorted(layer_types)}, which the mixture class cannot do")
+    if config.get("hidden_act", "silu") != "silu":
+        raise BundleError(f"config.json: hidden_act is {config['hidden_act']!r}; the mixture class needs 'silu'")

@@ -1,0 +1,126 @@
+"""Router rows: from a direction to a row that is calibrated against public text.
+
+Shapes: L num_hidden_layers, H hidden_size. All in float64 until the row is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexctl.model.space import RouterSpace
+
+__all__ = ["ROUTER_KINDS", "Domain", "Rows", "bias_of", "clamp_bias", "direction", "finish_rows"]
+
+ROUTER_KINDS = ("discriminant", "hidden", "encoder")
+MAX_NOISE = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """One owner's router inputs, as far as rows need to know them.
+
+    Attributes:
+        mean: m_i, (L, H), float64.
+        uncertainty: Expected (estimate - m_i)' S^-1 (estimate - m_i) from the finite sample, (L,), float64.
+        documents: Independent documents behind the mean.
+    """
+
+    mean: Tensor
+    uncertainty: Tensor
+    documents: int
+
+
+    @classmethod
+    def from_documents(cls, means: Tensor, space: RouterSpace) -> Domain:
+        """Return what documents' mean router inputs (documents, L, H) say about their owner.
+
+        The mean's uncertainty is measured from how far the documents lie from each other, so it counts documents
+        rather than tokens, which are not independent.
+        """
+        wide = means.double()
+        mean = wide.mean(dim=0)
+        spread = torch.stack([(d * space.solve(d)).sum(dim=1) for d in wide - mean]).sum(dim=0)
+        return cls(mean=mean, uncertainty=spread / (len(means) * (len(means) - 1)), documents=len(means))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """An expert's router rows and how they came about.
+
+    Attributes:
+        rows: r, (L, H), float32.
+        bias: b = r . m, (L,), float64, at most 0.
+        scale: s, (L,), float64.
+        distance: Squared Mahalanobis distance of the owner's mean from public, sample noise taken off, (L,).
+        noise: |coefficient of u| * std(u . x), (L,), float64.
+    """
+
+    rows: Tensor
+    bias: Tensor
+    scale: Tensor
+    distance: Tensor
+    noise: Tensor
+
+
+def direction(kind: str, space: RouterSpace, mean: Tensor) -> Tensor:
+    """Return the direction d of the kinds that need router inputs alone, (L, H), float64.
+
+    ``discriminant``: S^-1 (m_i - m). ``hidden``: m_i - m. Source: method.md section 3.
+    """
+    shift = mean.double() - space.mean.double()
+    return space.solve(shift) if kind == "discriminant" else shift
+
+
+def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
+    """Return calibrated rows for any kind of direction.
+
+    ``s = (m_i - m).d / (d'S d)`` with the sample's noise subtracted, ``v = s d``, ``b = -(m_i - m).v / 2`` and
+    ``r = v - (v . m) u + b u``, so that r . m = b on public text exactly. A layer where the constant direction u is
+    so noisy that the row would get more than one nat of noise from it is scaled down.
+
+    Args:
+        space: The anchor's router space.
+        domain: The owner's mean router inputs.
+        directions: d, (L, H), float64.
+
+    Source: method.md sections 3 and 4; the sample correction is that of a squared Mahalanobis distance.
+    """
+    shift = domain.mean.double() - space.mean.double()
+    along = (shift * directions).sum(dim=1)
+    distance = (shift * space.solve(shift)).sum(dim=1)
+    trusted = ((distance - domain.uncertainty) / distance.clamp(min=1e-12)).clamp(min=0.0, max=1.0)
+    scale = trusted * along.clamp(min=0) / space.quadratic(directions).clamp(min=1e-12)
+    free = scale[:, None] * directions
+    bias = -(shift * free).sum(dim=1).clamp(min=0) / 2
+    constant = space.constant()
+    coefficient = bias - (free * space.mean.double()).sum(dim=1)
+    noise = coefficient.abs() * space.constant_spread()
+    keep = (MAX_NOISE / noise.clamp(min=MAX_NOISE))[:, None]
+    rows = keep * (free + coefficient[:, None] * constant)
+    return Rows(
+        rows=rows.float(),
+        bias=bias_of(rows, space),
+        scale=scale * keep[:, 0],
+        distance=distance * trusted,
+        noise=noise * keep[:, 0],
+    )
+
+
+def bias_of(rows: Tensor, space: RouterSpace) -> Tensor:
+    """Return b = r . m of rows (L, H), as (L,), float64: their mean logit on public text."""
+    return (rows.double().cpu() * space.mean.double()).sum(dim=1)
+
+
+def clamp_bias(rows: Tensor, mean: Tensor, constant: Tensor) -> None:
+    """Move rows (L, H), in place, along u until their mean logit on public text is at most 0.
+
+    Args:
+        rows: float32, changed in place.
+        mean: m, (L, H), float32.
+        constant: u with u . m = 1, (L, H), float32.
+    """
+    excess = (rows * mean).sum(dim=1).clamp(min=0)
+    rows.sub_(excess[:, None] * constant)

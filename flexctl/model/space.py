@@ -1,0 +1,199 @@
+"""The router space: what router inputs look like on public text, layer by layer.
+
+Shapes: L num_hidden_layers, H hidden_size, R rank, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flexctl.errors import BundleError, UsageError
+from flexctl.model.routed import observing, routed_layers
+from flexctl.model.tensors import RawBytes, to_torch
+
+__all__ = [
+    "InputStatistics",
+    "RouterSpace",
+    "constant_spread",
+    "fit_space",
+    "measure_documents",
+    "measure_inputs",
+]
+
+MAX_RANK = 256
+SHRINKAGE = 0.1
+"""Share of the mean variance added to every direction; method.md section 3 found 0.003 to 0.3 alike."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputStatistics:
+    """Sums over router inputs.
+
+    Attributes:
+        count: Tokens seen.
+        mean: (L, H), float64.
+        second: Mean outer product, (L, H, H), float64.
+    """
+
+    count: int
+    mean: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterSpace:
+    """Mean and shrunk covariance S = F'F + diag(D) of router inputs on public text.
+
+    Attributes:
+        mean: m, (L, H), float32.
+        factor: F, (L, R, H), float32, R = min(H, 256).
+        diagonal: D, (L, H), float32, positive.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    diagonal: Tensor
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, RawBytes]) -> RouterSpace:
+        """Return the space kept in an anchor's ``router-space.safetensors``."""
+        layers = sum(name.endswith(".mean") for name in tensors)
+        if layers == 0:
+            raise BundleError("router-space.safetensors: it holds no layer", hint="calibrate again with init-anchor")
+
+        def stack(part: str) -> Tensor:
+            return torch.stack([to_torch(tensors[f"layers.{i}.{part}"]) for i in range(layers)])
+
+        return cls(
+            mean=stack("mean"), factor=stack("covariance_factor"), diagonal=stack("covariance_diagonal")
+        )
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of ``router-space.safetensors`` by name."""
+        tensors = {}
+        for i in range(len(self.mean)):
+            tensors[f"layers.{i}.mean"] = self.mean[i]
+            tensors[f"layers.{i}.covariance_factor"] = self.factor[i]
+            tensors[f"layers.{i}.covariance_diagonal"] = self.diagonal[i]
+        return tensors
+
+    def covariance(self, layer: int) -> Tensor:
+        """Return S of one layer, (H, H), float64."""
+        factor = self.factor[layer].double()
+        return factor.T @ factor + torch.diag(self.diagonal[layer].double())
+
+    def solve(self, directions: Tensor) -> Tensor:
+        """Return S^-1 d for one direction a layer, (L, H) -> (L, H), float64."""
+        solved = [
+            torch.cholesky_solve(d.double()[:, None], torch.linalg.cholesky(self.covariance(i)))[:, 0]
+            for i, d in enumerate(directions)
+        ]
+        return torch.stack(solved)
+
+    def quadratic(self, directions: Tensor) -> Tensor:
+        """Return d'S d for one direction a layer, (L, H) -> (L,), float64."""
+        wide = directions.double()
+        through = (self.factor.double() @ wide[:, :, None]).square().sum(dim=(1, 2))
+        return through + (self.diagonal.double() * wide.square()).sum(dim=1)
+
+    def constant(self) -> Tensor:
+        """Return u = S^-1 m / (m . S^-1 m), (L, H), float64: u . m = 1 and u . x is near 1 for most x.
+
+        Source: method.md section 4.
+        """
+        solved = self.solve(self.mean)
+        return solved / (self.mean.double() * solved).sum(dim=1, keepdim=True)
+
+
+    def constant_spread(self) -> Tensor:
+        """Return the standard deviation of u . x that S implies, (L,), float64; shrinkage makes it an upper bound."""
+        return self.quadratic(self.constant()).sqrt()
+
+
+def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatistics:
+    """Return mean and second moment of every layer's router inputs.
+
+    The first position of each sequence is left out: it attends to nothing and often is an outlier.
+
+    Args:
+        model: As from ``model.building.build_model``.
+        batches: Token ids, (B, S), int64.
+    """
+    blocks = routed_layers(model)
+    hidden = blocks[0].router.public.shape[1]
+    device = blocks[0].router.public.device
+    mean = torch.zeros(len(blocks), hidden, dtype=torch.float64)
+    second = torch.zeros(len(blocks), hidden, hidden, dtype=torch.float64)
+    count = 0
+    shape: tuple[int, ...] = ()
+
+    def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
+        states = inputs.reshape(*shape, hidden)[:, 1:].reshape(-1, hidden).float()
+        mean[layer] += states.double().sum(dim=0).cpu()
+        second[layer] += (states.T @ states).double().cpu()
+
+    with torch.no_grad(), observing(model, observe):
+        for batch in batches:
+            shape = tuple(batch.shape)
+            model.base_model(batch.to(device), use_cache=False)  # type: ignore[operator]
+            count += shape[0] * (shape[1] - 1)
+    if count == 0:
+        raise BundleError("there is no public text to measure router inputs on", hint="give more text")
+    return InputStatistics(count=count, mean=mean / count, second=second / count)
+
+
+def fit_space(statistics: InputStatistics) -> RouterSpace:
+    """Return the shrunk, low-rank-plus-diagonal fit of public router inputs.
+
+    The covariance keeps its ``min(H, 256)`` largest eigenvectors; what they leave stays on the diagonal, and
+    ``SHRINKAGE`` times the mean variance is added to it.
+    """
+    factors, diagonals = [], []
+    for mean, second in zip(statistics.mean, statistics.second, strict=True):
+        covariance = second - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        rank = min(len(mean), MAX_RANK)
+        factor = (vectors * values.clamp(min=0).sqrt())[:, -rank:].T
+        left = (covariance.diagonal() - factor.square().sum(dim=0)).clamp(min=0)
+        factors.append(factor)
+        diagonals.append(left + SHRINKAGE * covariance.diagonal().mean() + 1e-12)
+    return RouterSpace(
+        mean=statistics.mean.float(), factor=torch.stack(factors).float(), diagonal=torch.stack(diagonals).float()
+    )
+
+
+def constant_spread(space: RouterSpace, statistics: InputStatistics) -> Tensor:
+    """Return the standard deviation of u . x on public text, (L,), float64; its mean is 1."""
+    constant = space.constant()
+    second = torch.einsum("lh,lhk,lk->l", constant, statistics.second, constant)
+    first = (constant * statistics.mean).sum(dim=1)
+    return (second - first.square()).clamp(min=0).sqrt()
+
+
+def measure_documents(model: nn.Module, documents: Iterable[Tensor]) -> Tensor:
+    """Return the mean router input of each document in each layer, (documents, L, H), float32.
+
+    Args:
+        model: As from ``model.building.build_model``.
+        documents: Token ids of one document each, (S,), int64, at least two; the first position is left out.
+    """
+    blocks = routed_layers(model)
+    device = blocks[0].router.public.device
+    means: list[Tensor] = []
+    current = torch.empty(0)
+
+    def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
+        current[layer] = inputs[1:].float().mean(dim=0).cpu()
+
+    with torch.no_grad(), observing(model, observe):
+        for tokens in documents:
+            current = torch.zeros(len(blocks), blocks[0].router.public.shape[1])
+            model.base_model(tokens[None].to(device), use_cache=False)  # type: ignore[operator]
+            means.append(current)
+    if len(means) < 2:
+        raise UsageError("router rows need at least two documents", hint="give more text, or split it into documents")
+    return torch.stack(means)

@@ -1,0 +1,44 @@
+"""Tensors to and from the bytes that bundles keep."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "RawBytes", "to_bytes", "to_torch"]
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+"""Names of the safetensors format -> torch dtypes, for all that flexctl stores."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class RawBytes(Protocol):
+    """A tensor as bytes, as the bundle code hands it over."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Any
+
+
+def to_torch(raw: RawBytes) -> Tensor:
+    """Return the tensor behind ``raw``, copied out of its buffer, on the CPU."""
+    flat = torch.from_numpy(np.array(raw.data, dtype=np.uint8, copy=True))
+    return flat.view(DTYPES[raw.dtype]).reshape(raw.shape)
+
+
+def to_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], np.ndarray[Any, Any]]:
+    """Return (safetensors dtype name, shape, little-endian bytes (n,) uint8) of ``tensor``."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return _NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy()

@@ -1,0 +1,137 @@
+"""Documents from files: the one reader of text that training, router rows and evaluation share."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from flexctl.errors import UsageError
+
+__all__ = ["count_documents", "held_out", "read_documents", "sample_documents", "text_files"]
+
+_JSONL = (".jsonl", ".ndjson")
+_PACKED = (".gz", ".zst")
+_BINARY = frozenset(
+    ".7z .a .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy .npz .o"
+    " .parquet .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl .woff"
+    " .woff2 .xz .zip".split()
+)
+
+
+def text_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files behind ``paths``, sorted by name within each folder; hidden and binary ones are left out.
+
+    Raises:
+        UsageError: A path does not exist, or there is no text file behind it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            found += _files_below(path)
+        else:
+            raise UsageError(f"--data: {path} does not exist", hint="give a folder of text, a text file or a .jsonl")
+    if not found:
+        raise UsageError(f"--data: no text file in {', '.join(map(str, paths))}")
+    return found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    inside = sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).parts)
+    return [path for path in inside if path.is_file() and _is_text_name(path.relative_to(folder))]
+
+
+def _is_text_name(relative: Path) -> bool:
+    hidden = any(part.startswith(".") for part in relative.parts)
+    return not hidden and relative.suffix.lower() not in _BINARY
+
+
+def read_documents(paths: Sequence[Path]) -> Iterator[str]:
+    """Yield each document's text: a line of a .jsonl file, or a whole file otherwise.
+
+    Empty documents are left out. Memory holds one document at a time.
+
+    Raises:
+        UsageError: A file cannot be read, is not UTF-8, or a line is no ``{"text": ...}``.
+    """
+    for path in text_files(paths):
+        try:
+            yield from _read_file(path)
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"{path}: not UTF-8 at byte {error.start}", hint="convert it, or leave it out of --data"
+            ) from error
+        except (OSError, EOFError) as error:
+            raise UsageError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    inner = Path(path.stem) if path.suffix.lower() in _PACKED else path
+    with _open(path) as stream:
+        if inner.suffix.lower() in _JSONL:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield from _kept(_text_of(path, number, line))
+        else:
+            yield from _kept(stream.read())
+
+
+def _kept(text: str) -> Iterator[str]:
+    if text.strip():
+        yield text
+
+
+def _open(path: Path) -> IO[str]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    if suffix == ".zst":
+        import zstandard
+
+        try:
+            return zstandard.open(path, "rt", encoding="utf-8", newline="")  # type: ignore[no-any-return]
+        except zstandard.ZstdError as error:
+            raise UsageError(f"{path}: not a zstandard file: {error}") from error
+    return io.open(path, encoding="utf-8", newline="")  # noqa: UP020
+
+
+def _text_of(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{path}, line {number}: not JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UsageError(f'{path}, line {number}: no "text" field with a string', hint='a line is {"text": "..."}')
+    return text
+
+
+def held_out(text: str, seed: int, share: float) -> bool:
+    """Tell whether a document belongs to the held-out part: a seeded hash of its text, so order does not matter."""
+    key = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+    return int.from_bytes(key[:8], "big") < share * 2**64
+
+
+def sample_documents(documents: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return at most ``count`` documents, chosen by a seeded hash of their text, in the order of that hash."""
+    import heapq
+
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}\1{text}".encode()).digest()
+
+    return heapq.nsmallest(count, documents, key=rank)
+
+
+def count_documents(documents: Iterable[str]) -> tuple[int, int]:
+    """Return how many documents and UTF-8 bytes there are."""
+    documents_seen = bytes_seen = 0
+    for text in documents:
+        documents_seen += 1
+        bytes_seen += len(text.encode())
+    return documents_seen, bytes_seen

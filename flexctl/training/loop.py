@@ -1,0 +1,173 @@
+"""The one training loop: whole models from scratch, annealing, and the pair of an expert."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from flexctl.errors import FlexctlError
+from flexctl.model.losses import training_loss
+from flexctl.runtime import Progress, Reporter
+from flexctl.training.checkpoints import Checkpoints, TrainingState
+from flexctl.training.tokens import Mixture
+
+__all__ = ["LoopSettings", "Outcome", "ParameterGroup", "learning_rate", "train"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopSettings:
+    """How to train.
+
+    Attributes:
+        steps: Optimiser steps.
+        lr: Peak learning rate.
+        warmup_steps: Steps over which it rises linearly; afterwards it falls along a cosine to zero.
+        micro_batch: Sequences that go through the model at once.
+        weight_decay: Of AdamW.
+        betas: Of AdamW; FlexOlmo's.
+        max_grad_norm: Gradients are scaled down to this norm.
+        z_loss: Weight of the squared log-partition of the logits; FlexOlmo's.
+        autocast: Dtype of the matrix products, or None for the weights' own.
+    """
+
+    steps: int
+    lr: float
+    warmup_steps: int
+    micro_batch: int
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    z_loss: float = 1e-5
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterGroup:
+    """Parameters that share a learning rate of ``lr_factor`` times the loop's."""
+
+    parameters: Sequence[nn.Parameter]
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        losses: Mean cross-entropy (with z-loss) of each step in nats a token.
+        tokens_per_s: Targets a second, public ones counted, of this run's own steps; None when it had none.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    tokens_per_s: float | None = None
+
+
+def learning_rate(step: int, settings: LoopSettings) -> float:
+    """Return the learning rate of ``step``: linear warm-up, then a cosine to zero."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(
+    model: nn.Module,
+    groups: Sequence[ParameterGroup],
+    data: Mixture,
+    settings: LoopSettings,
+    *,
+    reporter: Reporter,
+    penalty: Callable[[], Tensor] | None = None,
+    after_step: Callable[[], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Outcome:
+    """Train ``groups`` of ``model`` in place and return the losses.
+
+    Args:
+        model: As from ``model.building.build_model``; parameters outside the groups need no gradient.
+        groups: What to train.
+        data: Batches by step.
+        settings: How.
+        reporter: Gets loss, tokens a second and the time left.
+        penalty: Added to the loss of each step, once.
+        after_step: Called after each optimiser step (projections such as a clamped bias).
+        checkpoints: Where to go on from and what to leave behind; None keeps nothing.
+
+    Raises:
+        FlexctlError: The loss is not finite.
+    """
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    optimiser = torch.optim.AdamW(
+        [{"params": list(group.parameters), "lr_factor": group.lr_factor} for group in groups],
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    state = TrainingState(parameters=parameters, optimiser=optimiser)
+    losses = checkpoints.restore(state) if checkpoints is not None else []
+    started, first = time.monotonic(), len(losses)
+    per_step = data.batch_size * data.seq_len
+    with reporter.progress("training", settings.steps * per_step, "tokens") as bar:
+        bar.advance(first * per_step)
+        for step in range(first, settings.steps):
+            _set_rate(optimiser, learning_rate(step, settings))
+            losses.append(_step(model, parameters, data.batch(step), settings, optimiser, penalty))
+            _refuse_nonfinite(losses[-1], step)
+            if after_step is not None:
+                after_step()
+            _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
+            if checkpoints is not None:
+                checkpoints.save_when_due(step + 1, settings.steps, state, losses)
+    seconds = time.monotonic() - started
+    done = (settings.steps - first) * per_step
+    return Outcome(losses=losses, tokens_per_s=done / seconds if done > 0 else None)
+
+
+def _step(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    batch: Tensor,
+    settings: LoopSettings,
+    optimiser: torch.optim.Optimizer,
+    penalty: Callable[[], Tensor] | None,
+) -> float:
+    device = parameters[0].device
+    total = torch.zeros((), device=device)
+    count = batch.shape[0] * (batch.shape[1] - 1)
+    for rows in batch.to(device).split(settings.micro_batch):
+        with _autocast(device, settings.autocast):
+            loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss) / count
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if penalty is not None:
+        penalty().backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return float(total)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["lr_factor"]
+
+
+def _refuse_nonfinite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FlexctlError(f"the loss became {loss} at step {step + 1}", hint="try a smaller --lr")
+
+
+def _report(bar: Progress, losses: Sequence[float], tokens: int, tokens_per_s: float) -> None:
+    recent = losses[-20:]
+    bar.advance(tokens, loss=sum(recent) / len(recent), tokens_per_s=tokens_per_s)

@@ -1,0 +1,165 @@
+"""Documents as tokens: one framing for training, calibration and scoring, a cache on disk, batches from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexctl.errors import UsageError
+
+__all__ = ["Framed", "Mixture", "TokenFile", "frame_documents", "pack", "windows"]
+
+Tokens = np.ndarray[Any, np.dtype[np.int64]]
+_TOGETHER = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Framed:
+    """A document as t_0 .. t_n.
+
+    Attributes:
+        tokens: (n + 1,), int64: begin (or end-of-text) token, the text's tokens, end-of-text.
+        num_bytes: UTF-8 bytes of the text.
+    """
+
+    tokens: Tokens
+    num_bytes: int
+
+
+def frame_documents(tokenizer: Any, documents: Iterable[str]) -> Iterator[Framed]:
+    """Yield each document framed as design.md section 6 says.
+
+    Args:
+        tokenizer: A Transformers tokenizer.
+        documents: Texts.
+
+    Raises:
+        UsageError: The tokenizer has no end-of-text token.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UsageError("the tokenizer has no end-of-text token (eos_token)", hint="set it in the anchor's tokenizer")
+    begin = _begin_token(tokenizer, end)
+    stream = iter(documents)
+    while batch := list(islice(stream, _TOGETHER)):
+        for text, ids in zip(batch, tokenizer(batch, add_special_tokens=False)["input_ids"], strict=True):
+            yield Framed(tokens=np.array([begin, *ids, end], dtype=np.int64), num_bytes=len(text.encode()))
+
+
+def _begin_token(tokenizer: Any, end: int) -> int:
+    first = tokenizer("a")["input_ids"][:1]
+    begins_by_itself = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return int(tokenizer.bos_token_id) if begins_by_itself else int(end)
+
+
+def windows(tokens: Tokens, seq_len: int) -> Iterator[tuple[Tokens, Tokens]]:
+    """Yield (inputs, targets) of non-overlapping windows: every token but t_0 is a target exactly once."""
+    for start in range(0, len(tokens) - 1, seq_len):
+        yield tokens[start : start + seq_len][: len(tokens) - 1 - start], tokens[start + 1 : start + seq_len + 1]
+
+
+class TokenFile:
+    """Framed documents one after the other in a file, read through a memory map.
+
+    Neighbouring documents share the end-of-text token between them when documents also begin with it.
+
+    Args:
+        path: A file of little-endian int32 ids.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ids = np.memmap(path, dtype="<i4", mode="r") if path.stat().st_size else np.zeros(0, dtype="<i4")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def num_sequences(self, seq_len: int) -> int:
+        """Return how many sequences of ``seq_len`` targets there are."""
+        return max(0, (len(self) - 1) // seq_len)
+
+    def sequence(self, index: int, seq_len: int) -> Tokens:
+        """Return sequence ``index``, (seq_len + 1,), int64: its targets follow its inputs by one."""
+        start = index * seq_len
+        return np.asarray(self._ids[start : start + seq_len + 1], dtype=np.int64)
+
+
+def pack(path: Path, documents: Iterable[Framed]) -> TokenFile:
+    """Write framed documents to ``path`` one after the other and return them as a ``TokenFile``."""
+    last = None
+    with path.open("wb") as stream:
+        for document in documents:
+            shared = last is not None and document.tokens[0] == last
+            stream.write(document.tokens[int(shared) :].astype("<i4").tobytes())
+            last = document.tokens[-1]
+    return TokenFile(path)
+
+
+class Mixture:
+    """Batches of the owner's sequences with a share of public ones, each in a seeded order.
+
+    Step ``s`` depends on ``s`` alone, so a resumed run reads what an uninterrupted one would have read.
+
+    Args:
+        own: The owner's tokens.
+        public: Public tokens, or None for no public share.
+        seq_len: Targets a sequence.
+        batch_size: Sequences a step.
+        public_share: Share of them that is public, from 0 to below 1.
+        seed: Seed of both orders.
+
+    Raises:
+        UsageError: There is not enough text for one sequence.
+    """
+
+    def __init__(
+        self, own: TokenFile, public: TokenFile | None, *, seq_len: int, batch_size: int, public_share: float, seed: int
+    ) -> None:
+        self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
+        self.public_share = public_share if public is not None else 0.0
+        self._own, self._public = own, public
+        self._orders: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
+        for name, source in (("--data", own), ("the public sample", public if self.public_share else None)):
+            if source is not None and source.num_sequences(seq_len) == 0:
+                raise UsageError(
+                    f"{name}: {len(source)} tokens do not fill one sequence of {seq_len}",
+                    hint="give more text, or a smaller --seq-len",
+                )
+
+    def public_before(self, step: int) -> int:
+        """Return how many public sequences steps 0 .. step - 1 have together."""
+        return int(step * self.batch_size * self.public_share + 1e-9)
+
+    def own_tokens(self, steps: int) -> int:
+        """Return the owner's tokens in the first ``steps`` steps."""
+        return (steps * self.batch_size - self.public_before(steps)) * self.seq_len
+
+    def steps_for(self, own_tokens: int) -> int:
+        """Return the fewest steps that hold at least ``own_tokens`` of the owner's tokens, at least one."""
+        per_step = self.batch_size * (1 - self.public_share) * self.seq_len
+        return max(1, round(own_tokens / per_step))
+
+    def batch(self, step: int) -> Tensor:
+        """Return the sequences of one step, (batch_size, seq_len + 1), int64."""
+        public_from, public_to = self.public_before(step), self.public_before(step + 1)
+        own_from = step * self.batch_size - public_from
+        own_to = (step + 1) * self.batch_size - public_to
+        rows = [self._pick(0, self._own, i) for i in range(own_from, own_to)]
+        if self._public is not None:
+            rows += [self._pick(1, self._public, i) for i in range(public_from, public_to)]
+        return torch.from_numpy(np.stack(rows))
+
+    def _pick(self, stream: int, source: TokenFile, position: int) -> Tokens:
+        count = source.num_sequences(self.seq_len)
+        epoch, offset = divmod(position, count)
+        if self._orders.get(stream, (-1,))[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, stream, epoch]))
+            self._orders[stream] = (epoch, generator.permutation(count))
+        return source.sequence(int(self._orders[stream][1][offset]), self.seq_len)
