@@ -1,1 +1,109 @@
-"""flexctl: the life of an expert in FlexOlmo-style language models."""
+"""flexctl: the life of an expert in FlexOlmo-style language models.
+
+Every command of the command line is one function here, with one Config and one Result:
+
+    >>> import flexctl
+    >>> result = flexctl.merge(flexctl.MergeConfig(experts=(Path("law.st"),), output=Path("merged")))
+    >>> result.digest
+
+Everything is imported on first use, so that ``import flexctl`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexctl.engine.demo import DemoConfig, DemoResult, demo
+    from flexctl.engine.embed_router import EmbedRouterConfig, EmbedRouterResult, embed_router
+    from flexctl.engine.evaluate import EvaluateConfig, EvaluateResult, evaluate
+    from flexctl.engine.generate import GenerateConfig, GenerateResult, generate
+    from flexctl.engine.init_anchor import InitAnchorConfig, InitAnchorResult, init_anchor
+    from flexctl.engine.inspect import InspectConfig, InspectResult, inspect
+    from flexctl.engine.list import ListConfig, ListResult, list
+    from flexctl.engine.merge import MergeConfig, MergeResult, merge
+    from flexctl.engine.remove import RemoveConfig, RemoveResult, remove
+    from flexctl.engine.replace import ReplaceConfig, ReplaceResult, replace
+    from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
+    from flexctl.engine.verify import VerifyConfig, VerifyResult, verify
+    from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError
+    from flexctl.runtime import SILENT, Progress, Reporter
+    from flexctl.workspace import Workspace
+
+_NAMES = {
+    "errors": ("BundleError", "FlexctlError", "Interrupted", "UsageError"),
+    "runtime": ("SILENT", "Progress", "Reporter"),
+    "workspace": ("Workspace",),
+    "engine.demo": ("DemoConfig", "DemoResult", "demo"),
+    "engine.embed_router": ("EmbedRouterConfig", "EmbedRouterResult", "embed_router"),
+    "engine.evaluate": ("EvaluateConfig", "EvaluateResult", "evaluate"),
+    "engine.generate": ("GenerateConfig", "GenerateResult", "generate"),
+    "engine.init_anchor": ("InitAnchorConfig", "InitAnchorResult", "init_anchor"),
+    "engine.inspect": ("InspectConfig", "InspectResult", "inspect"),
+    "engine.list": ("ListConfig", "ListResult", "list"),
+    "engine.merge": ("MergeConfig", "MergeResult", "merge"),
+    "engine.remove": ("RemoveConfig", "RemoveResult", "remove"),
+    "engine.replace": ("ReplaceConfig", "ReplaceResult", "replace"),
+    "engine.train_expert": ("TrainExpertConfig", "TrainExpertResult", "train_expert"),
+    "engine.verify": ("VerifyConfig", "VerifyResult", "verify"),
+}
+_MODULE_OF = {name: f"flexctl.{module}" for module, names in _NAMES.items() for name in names}
+
+__all__ = [
+    "BundleError",
+    "DemoConfig",
+    "DemoResult",
+    "EmbedRouterConfig",
+    "EmbedRouterResult",
+    "EvaluateConfig",
+    "EvaluateResult",
+    "FlexctlError",
+    "GenerateConfig",
+    "GenerateResult",
+    "InitAnchorConfig",
+    "InitAnchorResult",
+    "InspectConfig",
+    "InspectResult",
+    "Interrupted",
+    "ListConfig",
+    "ListResult",
+    "MergeConfig",
+    "MergeResult",
+    "Progress",
+    "RemoveConfig",
+    "RemoveResult",
+    "ReplaceConfig",
+    "ReplaceResult",
+    "Reporter",
+    "SILENT",
+    "TrainExpertConfig",
+    "TrainExpertResult",
+    "UsageError",
+    "VerifyConfig",
+    "VerifyResult",
+    "Workspace",
+    "__version__",
+    "demo",
+    "embed_router",
+    "evaluate",
+    "generate",
+    "init_anchor",
+    "inspect",
+    "list",
+    "merge",
+    "remove",
+    "replace",
+    "train_expert",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("flexctl")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'flexctl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)

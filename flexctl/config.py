@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from flexctl import workspace
 from flexctl.errors import UsageError
 
-__all__ = ["flag_name", "resolve"]
+__all__ = ["config_name", "flag_name", "resolve"]
 
 Config = TypeVar("Config")
 
@@ -73,6 +73,11 @@ def resolve(config_class: type[Config], command: str, given: Mapping[str, Any]) 
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise _missing(command, name, flags[name])
     return config_class(**values)
+
+
+def config_name(command: str) -> str:
+    """Return the name of a command's Config: ``train_expert`` has ``TrainExpertConfig``."""
+    return "".join(word.capitalize() for word in command.split("_")) + "Config"
 
 
 def flag_name(command: str, field: str) -> str | None:

@@ -16,7 +16,6 @@ override the three places; they count from where the user stands.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "find", "write"]
+__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "find"]
 
 FILE_NAME = "flexctl.toml"
 
@@ -96,30 +95,17 @@ def find(start: Path | None = None) -> Workspace:
     )
 
 
-def write(
-    root: Path, *, anchor: str = "anchor", experts: str = "experts", merged: str = "merged"
-) -> Workspace:
-    """Write ``root``/flexctl.toml unless it exists already; return the workspace that it describes.
-
-    Args:
-        root: Directory that becomes the workspace; made when missing.
-        anchor: Place of the anchor, relative to ``root`` or absolute.
-        experts: Place of the experts' files, likewise.
-        merged: Place of the merged model, likewise.
+def ensure(root: Path) -> Workspace:
+    """Return the workspace around ``root``; where there is none, write ``root``/flexctl.toml first.
 
     Raises:
-        UsageError: The file exists and is not a valid flexctl.toml.
+        UsageError: There is a flexctl.toml, and it is not valid.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    places = {"anchor": anchor, "experts": experts, "merged": merged}
-    # A JSON string with plain characters is a TOML basic string.
-    lines = [f"{name} = {json.dumps(place, ensure_ascii=False)}\n" for name, place in places.items()]
-    try:
-        with (root / FILE_NAME).open("x", encoding="utf-8") as file:
-            file.write("[workspace]\n" + "".join(lines))
-    except FileExistsError:
-        pass  # the user's own file stays as it is
-    return find(root)
+    around = find(root)
+    if not around.file.is_file():
+        lines = [f'{name} = "{place}"\n' for name, place in _PLACES.items()]
+        around.file.write_text("[workspace]\n" + "".join(lines), encoding="utf-8")
+    return around
 
 
 def _place(root: Path, name: str, value: str) -> Path:

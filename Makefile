@@ -1,0 +1,60 @@
+# Every target does its own set-up: a virtual environment in .venv, made once.
+#   make demo    an expert's whole life on text that this machine has, in a few minutes
+#   make test    the tests          make test-slow   those that take minutes as well
+#   make check   formatter, linter, types
+#   make docs    docs/cli.md from the help pages
+#   make bench   measurements; they never fail on time
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+MIN_PYTHON := 3.10
+MAX_PYTHON := 3.13
+
+.PHONY: help venv demo test test-slow check docs bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(STAMP)
+
+# PYTHON=... chooses another one. A name that exists may still be a shim that does not run.
+$(STAMP): pyproject.toml constraints.txt
+	@python=""; \
+	for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10; do \
+		if "$$candidate" -c 'import sys, venv, ensurepip; v = sys.version_info[:2]; \
+		low, high = (tuple(map(int, x.split("."))) for x in ("$(MIN_PYTHON)", "$(MAX_PYTHON)")); \
+		sys.exit(not low <= v <= high)' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "no Python $(MIN_PYTHON) to $(MAX_PYTHON) with venv found; name one: make PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	fi; \
+	"$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/flexctl demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m 'not gpu and not network'
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m flexctl.cli.reference
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest tests/benchmarks -m ''
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
