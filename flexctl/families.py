@@ -52,8 +52,11 @@ class Family:
     copied: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
 
-    def expert_key(self, layer: int, index: int, projection: str) -> str:
-        """Return the merged checkpoint's key of one projection of expert ``index`` in ``layer``."""
+    def expert_key(self, layer: int | str, index: int | str, projection: str) -> str:
+        """Return the merged checkpoint's key of one projection of expert ``index`` in ``layer``.
+
+        Either may be text, for a key of fixed width.
+        """
         prefix = self.experts_prefix.format(i=layer, k=index)
         return f"{prefix}.{self.projections[projection]}.weight"
 

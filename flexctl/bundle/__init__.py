@@ -1,0 +1,32 @@
+"""The format: anchors, experts, router files and merged models on disk. Bytes and numpy; imports no torch."""
+
+from __future__ import annotations
+
+from flexctl.bundle.anchor import Anchor, open_anchor, read_dense_config, write_anchor
+from flexctl.bundle.expert import Expert, open_expert, pair_weights, write_expert
+from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
+from flexctl.bundle.names import PUBLIC, slug
+from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
+from flexctl.bundle.tensors import RawTensor
+from flexctl.bundle.weights import Weights
+
+__all__ = [
+    "PUBLIC",
+    "Anchor",
+    "DataInfo",
+    "Expert",
+    "PrivacyInfo",
+    "RawTensor",
+    "RouterFile",
+    "RouterInfo",
+    "Weights",
+    "open_anchor",
+    "open_expert",
+    "open_router_file",
+    "pair_weights",
+    "read_dense_config",
+    "slug",
+    "write_anchor",
+    "write_expert",
+    "write_router_file",
+]

@@ -1,0 +1,149 @@
+"""JSON, strictly: the canonical form that digests are taken of, and reading that believes nothing.
+
+Laws: ``parse_json(canonical_json(x)) == x``; ``decode(type(x), encode(x)) == x``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexctl.bundle.names import shown
+from flexctl.errors import BundleError
+
+__all__ = ["canonical_json", "decode", "encode", "indented_json", "parse_json", "read_bytes"]
+
+MAX_JSON_BYTES = 100_000_000
+_PLAIN = {str: "text", int: "a whole number", bool: "true or false"}
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return ``value`` as the one text that it has: UTF-8, keys sorted by code point, no spaces, no NaN.
+
+    Numbers are written as Python does: integers in full, floats as the shortest text that reads back the same.
+
+    Raises:
+        BundleError: A number is NaN or infinite, or a text is no valid Unicode.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.encode("utf-8")
+    except ValueError as error:
+        raise BundleError(f"a manifest cannot hold this: {error}") from error
+
+
+def indented_json(value: Any) -> bytes:
+    """Return ``value`` as stock software writes its JSON files, with sorted keys and a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Return the value that ``data`` holds.
+
+    Args:
+        data: UTF-8 text.
+        where: File, for the message.
+
+    Raises:
+        BundleError: It is not UTF-8, not JSON, nested too deeply, has a name twice in one object, or NaN.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise BundleError(f"{where}: {shown(name)} stands twice in one JSON object")
+            found[name] = value
+        return found
+
+    def refuse_constant(name: str) -> Any:
+        raise BundleError(f"{where}: holds {name}, which is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where}: is not valid JSON ({shown(str(error))})") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the whole of a small file of a bundle.
+
+    Raises:
+        BundleError: It is missing, cannot be read, or has more than 100 MB.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise BundleError(f"{path}: has more than {MAX_JSON_BYTES} bytes, too many for a file of this kind")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: is missing") from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def encode(value: Any) -> Any:
+    """Return dataclasses, mappings and tuples as the dictionaries and lists that JSON knows."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: encode(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(kind: Any, value: Any, where: str, field: str = "") -> Any:
+    """Return parsed JSON as a value of type ``kind``.
+
+    Args:
+        kind: A dataclass, str, int, float, bool, Any, tuple[X, ...], Mapping[str, X], or any of these | None.
+        value: As from ``parse_json``.
+        where: File, for the message.
+        field: Dotted place inside the file, for the message.
+
+    Raises:
+        BundleError: A field is missing or unknown, or its value has another type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        return None if value is None else decode(kinds[0], value, where, field)
+    if origin is tuple and isinstance(value, list):
+        return tuple(decode(arguments[0], item, where, f"{field}.{i}") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _decode_fields(kind, value, where, field)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {name: decode(arguments[1], item, where, _join(field, name)) for name, item in value.items()}
+    if kind in _PLAIN and type(value) is kind:
+        return value
+    if kind is float and type(value) in (int, float):
+        return value
+    raise BundleError(f"{where}: {field or 'the manifest'} is {shown(value)}; expected {_expected(kind, origin)}")
+
+
+def _decode_fields(kind: Any, value: dict[str, Any], where: str, field: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for name in hints:
+        if name not in value:
+            raise BundleError(f"{where}: {_join(field, name)} is missing")
+    for name in value:
+        if name not in hints:
+            raise BundleError(f"{where}: {_join(field, shown(name))} is no field that this version knows")
+    return kind(**{name: decode(hint, value[name], where, _join(field, name)) for name, hint in hints.items()})
+
+
+def _join(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name
+
+
+def _expected(kind: Any, origin: Any) -> str:
+    if kind is float:
+        return "a number"
+    return _PLAIN.get(kind, "a list" if origin is tuple else "an object")

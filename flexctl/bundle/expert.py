@@ -1,0 +1,245 @@
+"""Experts: one owner's feed-forward weights and router rows, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexctl.bundle.anchor import Anchor
+from flexctl.bundle.codec import indented_json
+from flexctl.bundle.hashing import check_tensors, hash_raw
+from flexctl.bundle.headers import read_header
+from flexctl.bundle.layout import ROUTER_TENSOR, expert_head, expert_layout
+from flexctl.bundle.lowrank import expand
+from flexctl.bundle.manifest import (
+    MANIFEST_KEY,
+    AnchorManifest,
+    AnchorRef,
+    Architecture,
+    DataInfo,
+    ExpertManifest,
+    MergedManifest,
+    PrivacyInfo,
+    RouterInfo,
+    digest_of,
+    read_manifest,
+    write_manifest,
+)
+from flexctl.bundle.names import PUBLIC, check_expert_name, shown
+from flexctl.bundle.store import new_file
+from flexctl.bundle.tensors import RawTensor, Span, check_agreement, is_finite
+from flexctl.bundle.weights import Weights
+from flexctl.errors import BundleError, UsageError
+from flexctl.families import family_of, feed_forward_names
+from flexctl.runtime import software_versions
+
+__all__ = ["Expert", "check_fits", "embedded_manifest", "open_expert", "pair_weights", "write_expert"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expert:
+    """An expert on disk, its header read and checked, its bytes not yet.
+
+    Attributes:
+        path: File.
+        manifest: What it says about itself.
+        manifest_text: The same as the text that stands in the file.
+        spans: Where every tensor lies, in the order of the format.
+    """
+
+    path: Path
+    manifest: ExpertManifest
+    manifest_text: str
+    spans: Mapping[str, Span]
+
+    @property
+    def digest(self) -> str:
+        """What binds its tensors."""
+        return self.manifest.digest
+
+    def tensor(self, name: str) -> RawTensor:
+        """Return a tensor by its name in the file, memory-mapped."""
+        return self.spans[name].read()
+
+    def router(self) -> RawTensor:
+        """Return its router rows, (num_hidden_layers, hidden_size), F32."""
+        return self.tensor(ROUTER_TENSOR)
+
+    def feed_forward(self, anchor: Anchor) -> dict[str, RawTensor]:
+        """Return its full feed-forward tensors by expert tensor name; a low-rank expert's are computed.
+
+        Args:
+            anchor: The one it was made for.
+        """
+        names = [name for _, _, name in feed_forward_names(self.manifest.architecture.num_hidden_layers)]
+        if self.manifest.rank is None:
+            return {name: self.tensor(name) for name in names}
+        public = anchor.feed_forward()
+        return {name: self._expanded(name, public[name]) for name in names}
+
+    def _expanded(self, name: str, base: Span) -> RawTensor:
+        blocks = list(expand(base, self.spans[f"{name}.lora_A"], self.spans[f"{name}.lora_B"]))
+        return RawTensor(base.dtype, base.shape, np.concatenate(blocks))
+
+
+def open_expert(path: Path) -> Expert:
+    """Return the expert in a file of any valid layout, after checking header and manifest against each other.
+
+    The tensors' bytes are verify's and merge's to hash.
+
+    Raises:
+        UsageError: There is no such file.
+        BundleError: It is no expert, or tensors are missing, extra, misshaped or of another dtype than they must be.
+    """
+    manifest, text, spans = embedded_manifest(path)
+    if not isinstance(manifest, ExpertManifest):
+        raise BundleError(f"{path}: kind is {manifest.kind!r}; expected 'expert'")
+    layout = expert_layout(manifest.architecture, manifest.rank)
+    check_agreement(spans, layout, str(path))
+    return Expert(path=path, manifest=manifest, manifest_text=text, spans={name: spans[name] for name in layout})
+
+
+def write_expert(
+    path: Path,
+    *,
+    anchor: Anchor,
+    name: str,
+    tensors: Mapping[str, RawTensor],
+    data: DataInfo,
+    training: Mapping[str, Any],
+    router: RouterInfo,
+    run: Mapping[str, Any],
+    overwrite: bool,
+    privacy: PrivacyInfo | None = None,
+    rank: int | None = None,
+    parents: Sequence[str] = (),
+) -> Expert:
+    """Write an expert's file, and what varies from run to run beside it.
+
+    Args:
+        path: File to write, ``NAME.st``; ``NAME.run.json`` goes beside it.
+        anchor: The one it was trained against.
+        name: The expert's name.
+        tensors: All of ``expert_layout``, in any order; dtype of the anchor's, ``router.weight`` F32.
+        data: What the owner says about the text.
+        training: Settings, seed, steps, tokens, losses, frozen_verified. No paths, host names or times.
+        router: How the rows came about.
+        run: What no digest covers: times, machine, speed.
+        overwrite: Whether an expert that exists may be replaced.
+        privacy: The guarantee, where there is one.
+        rank: Of a low-rank expert.
+        parents: Digests of the experts that this one was made from.
+
+    Returns:
+        The expert as opened again from disk, its bytes compared with the manifest.
+
+    Raises:
+        BundleError: A tensor is missing, extra, misshaped, of the wrong dtype, or not finite.
+    """
+    architecture = anchor.manifest.architecture
+    layout = expert_layout(architecture, rank)
+    check_agreement(tensors, layout, str(path))
+    for tensor_name, tensor in tensors.items():
+        if not is_finite(tensor.dtype, tensor.data):
+            raise BundleError(f"{path}: tensor {tensor_name}: holds NaN or infinity", hint="train with a lower --lr")
+    infos = {tensor_name: hash_raw(tensors[tensor_name]) for tensor_name in layout}
+    manifest = ExpertManifest(
+        name=check_expert_name(name, f"{path}: name"),
+        digest=digest_of(infos),
+        anchor=anchor.manifest.ref,
+        architecture=architecture,
+        data=data,
+        training=dict(training),
+        router=router,
+        privacy=privacy,
+        rank=rank,
+        parents=tuple(parents),
+        software=software_versions(),
+        tensors=infos,
+    )
+    text = write_manifest(manifest).decode("utf-8")
+    head = expert_head(family_of(anchor.manifest.model_type), architecture, rank, text)
+    with new_file(path, overwrite=overwrite) as temporary:
+        with temporary.open("xb") as file:
+            file.write(head)
+            for tensor_name in layout:
+                file.write(tensors[tensor_name].view())
+        for problem in check_tensors(temporary, open_expert(temporary).spans, infos):
+            raise BundleError(problem, hint="the disk did not keep what was written")
+    with new_file(path.with_suffix(".run.json"), overwrite=True) as temporary:
+        temporary.write_bytes(indented_json(run))
+    return open_expert(path)
+
+
+def pair_weights(anchor: Anchor, expert: Expert) -> Weights:
+    """Return the model of the public expert and one other, both active on every token.
+
+    Args:
+        anchor: The one that the expert was made for.
+        expert: The other.
+
+    Raises:
+        BundleError: The expert was made for another anchor.
+    """
+    check_fits(expert, anchor.manifest)
+    alone = anchor.weights()
+    rows = expert.router().data.reshape(len(alone.router), -1)
+    router = tuple(
+        RawTensor("F32", (2, zeros.shape[1]), np.concatenate([zeros.data, row]))
+        for zeros, row in zip(alone.router, rows, strict=True)
+    )
+    return Weights(
+        dense_config=alone.dense_config,
+        shared=alone.shared,
+        experts={PUBLIC: alone.experts[PUBLIC], expert.manifest.name: expert.feed_forward(anchor)},
+        router=router,
+        num_experts_per_tok=2,
+    )
+
+
+def check_fits(expert: Expert, base: AnchorManifest | MergedManifest) -> None:
+    """Refuse an expert that was made for another anchor.
+
+    Args:
+        expert: The expert.
+        base: Manifest of the anchor, or of a merged model that the expert is to join.
+
+    Raises:
+        BundleError: Its anchor's digest, which covers weights, config and tokenizer, or its sizes differ.
+    """
+    ref: AnchorRef = base.ref if isinstance(base, AnchorManifest) else base.anchor
+    if expert.manifest.anchor.digest != ref.digest:
+        raise BundleError(
+            f"{expert.path}: anchor.digest is {expert.manifest.anchor.digest} ({expert.manifest.anchor.name}); "
+            f"expected {ref.digest} ({ref.name})",
+            hint="an expert fits only the very anchor it was trained against: same weights, config, tokenizer",
+        )
+    mine: Architecture = expert.manifest.architecture
+    if mine != base.architecture:
+        raise BundleError(f"{expert.path}: architecture is {shown(mine)}; expected {shown(base.architecture)}")
+
+
+def embedded_manifest(path: Path) -> tuple[Any, str, Mapping[str, Span]]:
+    """Return (manifest, its text, where the tensors lie) of a file with one metadata key.
+
+    Raises:
+        UsageError: There is no such file.
+        BundleError: It has other metadata, or tensors other than those of the manifest.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file", hint="name the .st file of an expert")
+    header = read_header(path)
+    if set(header.metadata) != {MANIFEST_KEY}:
+        keys = shown(sorted(header.metadata))
+        raise BundleError(f"{path}: __metadata__ has the keys {keys}; expected {MANIFEST_KEY!r} alone")
+    text = header.metadata[MANIFEST_KEY]
+    try:
+        manifest = read_manifest(text.encode("utf-8"), str(path))
+    except UnicodeEncodeError as error:
+        raise BundleError(f"{path}: the manifest is not valid Unicode") from error
+    check_agreement(header.tensors, manifest.tensors, str(path))
+    return manifest, text, header.tensors

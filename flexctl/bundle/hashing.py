@@ -1,0 +1,110 @@
+"""SHA-256 of tensors and files in constant memory, with the check for NaN and infinity in the same pass.
+
+Files are read through one small buffer a thread: memory-mapped pages would count as the process's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from flexctl.bundle.manifest import TensorInfo
+from flexctl.bundle.tensors import RawTensor, Span, is_finite
+from flexctl.errors import BundleError
+
+__all__ = ["Advance", "check_tensors", "hash_file", "hash_raw", "hash_spans", "silent"]
+
+BUFFER_BYTES = 1 << 20
+Advance = Callable[[int], None]
+
+
+def silent(count: int) -> None:
+    """Take note of ``count`` bytes done, and tell nobody."""
+    del count
+
+
+def hash_file(path: Path, stop: int | None = None) -> str:
+    """Return the bare hex SHA-256 of a file, or of its first ``stop`` bytes.
+
+    Raises:
+        BundleError: It is missing or cannot be read.
+    """
+    hasher = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(BUFFER_BYTES if stop is None else min(BUFFER_BYTES, stop - file.tell())):
+                hasher.update(block)
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: is missing") from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+    return hasher.hexdigest()
+
+
+def hash_raw(tensor: RawTensor) -> TensorInfo:
+    """Return dtype, shape and SHA-256 of a tensor in memory."""
+    return TensorInfo(tensor.dtype, tensor.shape, hashlib.sha256(tensor.view()).hexdigest())
+
+
+def hash_spans(
+    path: Path, spans: Mapping[str, Span], advance: Advance = silent
+) -> Iterator[tuple[str, TensorInfo, bool]]:
+    """Yield (name, what its bytes are, whether all are finite) for tensors of one file.
+
+    Args:
+        path: The file that all spans lie in.
+        spans: By name; read in the order given.
+        advance: Told the bytes done, tensor by tensor; must bear several threads.
+
+    Raises:
+        BundleError: The file ends early, or cannot be read.
+    """
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            for name, span in spans.items():
+                hasher = hashlib.sha256()
+                finite = True
+                for block in _blocks(file, span, buffer):
+                    hasher.update(block)
+                    finite = finite and is_finite(span.dtype, block)
+                yield name, TensorInfo(span.dtype, span.shape, hasher.hexdigest()), finite
+                advance(span.stop - span.start)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def check_tensors(
+    path: Path, spans: Mapping[str, Span], expected: Mapping[str, TensorInfo], advance: Advance = silent
+) -> Iterable[str]:
+    """Yield one sentence for each tensor of a file whose bytes are not those that a manifest promises.
+
+    Args:
+        path: The file.
+        spans: Where its tensors lie, by name.
+        expected: What they must be, by the same names.
+        advance: As for ``hash_spans``.
+    """
+    for name, found, finite in hash_spans(path, spans, advance):
+        if found != expected[name]:
+            yield f"{path}: tensor {name}: its bytes are not those of the manifest (sha256 {found.sha256[:16]}...)"
+        elif not finite:
+            yield f"{path}: tensor {name}: holds NaN or infinity"
+
+
+def _blocks(file: BinaryIO, span: Span, buffer: memoryview) -> Iterator[memoryview]:
+    """Yield a tensor's bytes, a whole number of elements at a time."""
+    file.seek(span.start)
+    left = span.stop - span.start
+    while left:
+        wanted = min(left, len(buffer))
+        filled = 0
+        while filled < wanted:
+            count = file.readinto(buffer[filled:wanted])  # type: ignore[attr-defined]
+            if not count:
+                raise BundleError(f"{span.path}: is truncated: it ends before byte {span.stop}")
+            filled += count
+        yield buffer[:wanted]
+        left -= wanted

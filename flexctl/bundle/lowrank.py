@@ -1,0 +1,53 @@
+"""Low-rank experts: the full matrix behind the difference to the public expert that an owner ships."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from flexctl.bundle.tensors import Bytes, Span, from_float32, to_float32
+from flexctl.errors import BundleError
+
+__all__ = ["expand"]
+
+BLOCK_BYTES = 1 << 22
+
+
+def expand(base: Span, a: Span, b: Span) -> Iterator[Bytes]:
+    """Yield the matrix W + sum over r of B[:, r] A[r, :], a block of rows at a time.
+
+    The sum is taken in float32, one rank after the other, each product rounded before it is added, and rounded
+    once to the dtype of W: nearest, ties to even. So every reader gets the same bytes (law 3 of docs/format.md).
+
+    Args:
+        base: W, the public expert's matrix, (out, in).
+        a: A, (rank, in).
+        b: B, (out, rank).
+
+    Yields:
+        Little-endian bytes in row-major order, as many rows as make about 4 MiB of float32. What overflows the
+        dtype is infinite, as the caller must check.
+    """
+    rows, columns = base.shape
+    rank = a.shape[0]
+    factor = to_float32(a.dtype, _read_rows(a, 0, rank)).reshape(rank, columns)
+    step = max(1, BLOCK_BYTES // (4 * columns))
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        block = to_float32(base.dtype, _read_rows(base, first, last)).reshape(-1, columns)
+        weights = to_float32(b.dtype, _read_rows(b, first, last)).reshape(-1, rank)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for r in range(rank):
+                block += weights[:, r, None] * factor[r]
+        yield from_float32(base.dtype, block)
+
+
+def _read_rows(span: Span, first: int, last: int) -> bytes:
+    length = (span.stop - span.start) // span.shape[0]
+    with span.path.open("rb", buffering=0) as file:
+        file.seek(span.start + first * length)
+        data = file.read((last - first) * length)
+    if len(data) != (last - first) * length:
+        raise BundleError(f"{span.path}: is truncated: it ends before byte {span.stop}")
+    return data

@@ -1,0 +1,191 @@
+"""Makers of tiny random anchors and experts on disk, in well under a second and without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexctl.bundle import (
+    Anchor,
+    DataInfo,
+    Expert,
+    RawTensor,
+    RouterInfo,
+    open_anchor,
+    write_anchor,
+    write_expert,
+)
+from flexctl.bundle.anchor import write_tensors
+from flexctl.bundle.layout import ROUTER_TENSOR, expert_layout
+from flexctl.bundle.tensors import from_float32
+from flexctl.families import family_of
+
+_NORMS = {
+    "olmo2": {"self_attn.q_norm": "hidden", "self_attn.k_norm": "hidden", "post_feedforward_layernorm": "hidden"},
+    "llama": {"input_layernorm": "hidden"},
+    "mistral": {"input_layernorm": "hidden"},
+    "qwen3": {"self_attn.q_norm": "head", "self_attn.k_norm": "head", "input_layernorm": "hidden"},
+}
+
+
+def random_tensor(rng: np.random.Generator, dtype: str, shape: tuple[int, ...], scale: float = 0.5) -> RawTensor:
+    """Return normal numbers rounded to ``dtype``."""
+    return RawTensor(dtype, shape, from_float32(dtype, rng.normal(0, scale, shape).astype(np.float32)))
+
+
+def make_checkpoint(
+    path: Path,
+    *,
+    model_type: str = "olmo2",
+    dtype: str = "F32",
+    layers: int = 2,
+    hidden: int = 8,
+    inner: int = 12,
+    vocab: int = 32,
+    shards: int = 1,
+    tied: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write a stock dense checkpoint with random weights, in one file or in several with an index."""
+    path.mkdir(parents=True)
+    config = {
+        "model_type": model_type,
+        "architectures": [{"olmo2": "Olmo2", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}[model_type]],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 2,
+        "vocab_size": vocab,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": tied,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config["architectures"] = [config["architectures"][0] + "ForCausalLM"]
+    rng = np.random.default_rng(seed)
+    shapes = _dense_shapes(model_type, layers, hidden, inner, vocab, tied)
+    names = list(shapes)
+    tensors = {name: random_tensor(rng, dtype, shape) for name, shape in shapes.items()}
+    if shards == 1:
+        write_tensors(path / "model.safetensors", tensors)
+    else:
+        weight_map = {}
+        for shard in range(shards):
+            file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+            mine = names[shard::shards]
+            write_tensors(path / file, {name: tensors[name] for name in mine})
+            weight_map |= dict.fromkeys(mine, file)
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    (path / "generation_config.json").write_text('{"do_sample": false}\n')
+    (path / "tokenizer.json").write_text('{"version": "1.0"}\n')
+    (path / "tokenizer_config.json").write_text('{"model_max_length": 64}\n')
+    return path
+
+
+def make_anchor(path: Path, *, name: str = "tiny-anchor", license: str | None = "Apache-2.0", **sizes: Any) -> Anchor:
+    """Write an anchor over ``make_checkpoint(**sizes)``; its mixture config is the dense one with counts."""
+    checkpoint = make_checkpoint(path.with_name(path.name + "-checkpoint"), **sizes)
+    config = json.loads((checkpoint / "config.json").read_text())
+    family = family_of(config["model_type"])
+    moe_config = {
+        **config,
+        **family.fixed,
+        **{field: config[source] for field, source in family.copied.items()},
+        "model_type": family.moe_type,
+        "architectures": [family.moe_architecture],
+        family.count_field: 1,
+        "num_experts_per_tok": 1,
+    }
+    rng = np.random.default_rng(1)
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    space = {}
+    for layer in range(layers):
+        space[f"layers.{layer}.mean"] = random_tensor(rng, "F32", (hidden,))
+        space[f"layers.{layer}.covariance_factor"] = random_tensor(rng, "F32", (min(hidden, 256), hidden))
+        ones = np.ones(hidden, np.float32)
+        space[f"layers.{layer}.covariance_diagonal"] = RawTensor("F32", (hidden,), from_float32("F32", ones))
+    tokens = rng.integers(3, config["vocab_size"], 100).astype("<u4")
+    offsets = np.array([0, 40, 100], "<i8")
+    write_anchor(
+        path,
+        checkpoint=checkpoint,
+        name=name,
+        moe_config=moe_config,
+        router_space=space,
+        public_sample={
+            "offsets": RawTensor("I64", (3,), offsets.view(np.uint8)),
+            "tokens": RawTensor("U32", (100,), tokens.view(np.uint8)),
+        },
+        overwrite=False,
+        license=license,
+    )
+    return open_anchor(path)
+
+
+def make_tensors(anchor: Anchor, seed: int, rank: int | None = None) -> dict[str, RawTensor]:
+    """Return random tensors of an expert for ``anchor``."""
+    rng = np.random.default_rng([seed, rank or 0])
+    layout = expert_layout(anchor.manifest.architecture, rank)
+    return {name: random_tensor(rng, tensor.dtype, tensor.shape) for name, tensor in layout.items()}
+
+
+def make_expert(
+    path: Path,
+    anchor: Anchor,
+    name: str,
+    *,
+    seed: int | None = None,
+    rank: int | None = None,
+    license: str | None = "Apache-2.0",
+    expires: str | None = None,
+    tensors: dict[str, RawTensor] | None = None,
+    overwrite: bool = False,
+    **data: Any,
+) -> Expert:
+    """Write a random expert; its weights follow from its name unless a seed is given."""
+    seed = sum(name.encode()) if seed is None else seed
+    layers = anchor.manifest.architecture.num_hidden_layers
+    tensors = make_tensors(anchor, seed, rank) if tensors is None else tensors
+    assert ROUTER_TENSOR in tensors
+    return write_expert(
+        path,
+        anchor=anchor,
+        name=name,
+        tensors=tensors,
+        data=DataInfo(documents=3, tokens=100, bytes=400, license=license, expires=expires, **data),
+        training={"seed": seed, "steps": 2, "losses": [3.5, 3.25], "frozen_verified": True},
+        router=RouterInfo(kind="discriminant", samples=3, encoder=None, trained=False, bias=(-1.5,) * layers),
+        rank=rank,
+        run={"tokens_per_s": 12.5},
+        overwrite=overwrite,
+    )
+
+
+def _dense_shapes(
+    model_type: str, layers: int, hidden: int, inner: int, vocab: int, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    widths = {"hidden": hidden, "head": hidden // 2}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for projection in "qkvo":
+            shapes[f"{prefix}.self_attn.{projection}_proj.weight"] = (hidden, hidden)
+        for norm, width in _NORMS[model_type].items():
+            shapes[f"{prefix}.{norm}.weight"] = (widths[width],)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
+    shapes["model.norm.weight"] = (hidden,)
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    return shapes
