@@ -77,9 +77,7 @@ class Score:
         return [float(share) for share in self.shares.mean(dim=0) / max(1, self.tokens)]
 
 
-def score_documents(
-    model: nn.Module, documents: Iterable[FramedDocument], *, seq_len: int, batch_tokens: int
-) -> Score:
+def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, seq_len: int, batch_tokens: int) -> Score:
     """Return the score of ``model`` on framed documents by the rule of design.md section 6.
 
     Windows of ``seq_len`` do not overlap; window j feeds t[jS : jS+S] and is scored on t[jS+1 : jS+S+1]. Windows of

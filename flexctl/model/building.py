@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from flexctl.errors import UsageError
 from flexctl.families import PROJECTIONS, family_of
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
-from flexctl.model.tensors import DTYPES, RawBytes, to_torch
+from flexctl.model.tensors import RawBytes, to_torch
 
 __all__ = [
     "WeightSource",
     "add_expert",
+    "autocast_dtype",
     "build_model",
-    "expert_tensors",
     "load_dense",
     "load_tokenizer",
+    "moved_tensors",
     "pick_device",
     "pick_dtype",
     "route",
@@ -88,6 +89,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products in training by the rule of ``pick_dtype``; None for the weights' own."""
+    dtype = pick_dtype(name, device)
+    return None if dtype == torch.float32 else dtype
+
+
 def set_threads(threads: int | None) -> None:
     """Use ``threads`` CPU threads in torch; None leaves torch's own choice."""
     if threads is not None:
@@ -140,24 +147,24 @@ def load_tokenizer(path: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def load_dense(path: Path, dtype: torch.dtype) -> Any:
-    """Return the dense Transformers model of a checkpoint directory, from safetensors alone."""
+def load_dense(path: Path) -> Any:
+    """Return the dense Transformers model of a checkpoint directory in float32, from safetensors alone.
+
+    Its config keeps the dtype that the checkpoint is stored in.
+    """
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    loading = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    stored = transformers.AutoConfig.from_pretrained(path, local_files_only=True).dtype
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **loading)
+    model.config.dtype = stored or torch.float32
+    return model
 
 
-def _dense_block(
-    like: nn.Module, tensors: Mapping[str, RawBytes], layer: int, dtype: torch.dtype
-) -> nn.Module:
+def _dense_block(like: nn.Module, tensors: Mapping[str, RawBytes], layer: int, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         block = type(like)(like.config)  # type: ignore[call-arg]
-    state = {
-        f"{name}.weight": to_torch(tensors[f"layers.{layer}.mlp.{name}.weight"]).to(dtype)
-        for name in PROJECTIONS
-    }
+    state = {f"{name}.weight": to_torch(tensors[f"layers.{layer}.mlp.{name}.weight"]).to(dtype) for name in PROJECTIONS}
     block.load_state_dict(state, assign=True)
     return block
 
@@ -183,10 +190,22 @@ def add_expert(model: nn.Module, rows: Tensor) -> list[nn.Module]:
     return added
 
 
-def expert_tensors(experts: Sequence[nn.Module], dtype_name: str) -> dict[str, Tensor]:
-    """Return an expert's tensors by their names in its file, rounded once to ``dtype_name`` ("BF16")."""
-    return {
-        f"layers.{layer}.mlp.{name}.weight": getattr(expert, name).weight.detach().to(DTYPES[dtype_name])
-        for layer, expert in enumerate(experts)
-        for name in PROJECTIONS
-    }
+def moved_tensors(model: nn.Module, weights: WeightSource) -> list[str]:
+    """Return the names of tensors of ``weights`` that are no longer the same, bit for bit, in ``model``.
+
+    Args:
+        model: Built from ``weights``, and possibly given more experts and trained since.
+        weights: The anchor's.
+    """
+    state = model.state_dict()
+    moved = [name for name, raw in weights.shared.items() if not _same(state[name], raw)]
+    for name, raw in weights.experts["public"].items():
+        inside = f"model.{name}".replace(".mlp.", ".mlp.experts.0.")
+        moved += [] if _same(state[inside], raw) else [name]
+    rows = [block.router.public for block in routed_layers(model)]
+    moved += [f"router row of layer {i}" for i, row in enumerate(rows) if bool(row.any())]
+    return moved
+
+
+def _same(inside: Tensor, raw: RawBytes) -> bool:
+    return torch.equal(inside.cpu(), to_torch(raw).to(inside.dtype))

@@ -5,14 +5,16 @@ Shapes: L num_hidden_layers, H hidden_size. All in float64 until the row is stor
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flexctl.model.routed import observing
 from flexctl.model.space import RouterSpace
 
-__all__ = ["ROUTER_KINDS", "Domain", "Rows", "bias_of", "clamp_bias", "direction", "finish_rows"]
+__all__ = ["ROUTER_KINDS", "Domain", "Rows", "bias_of", "clamp_bias", "direction", "finish_rows", "row_logits"]
 
 ROUTER_KINDS = ("discriminant", "hidden", "encoder")
 MAX_NOISE = 1.0
@@ -31,7 +33,6 @@ class Domain:
     mean: Tensor
     uncertainty: Tensor
     documents: int
-
 
     @classmethod
     def from_documents(cls, means: Tensor, space: RouterSpace) -> Domain:
@@ -124,3 +125,24 @@ def clamp_bias(rows: Tensor, mean: Tensor, constant: Tensor) -> None:
     """
     excess = (rows * mean).sum(dim=1).clamp(min=0)
     rows.sub_(excess[:, None] * constant)
+
+
+def row_logits(model: nn.Module, rows: Sequence[Tensor], documents: Iterable[Tensor]) -> list[Tensor]:
+    """Return every row's logits on documents' router inputs, an (tokens, len(rows)) float32 tensor a layer.
+
+    Args:
+        model: The anchor.
+        rows: Candidates, (L, H) each.
+        documents: Token ids of one document each, (S,), int64; the first position is left out.
+    """
+    stacked = torch.stack(list(rows), dim=1)
+    found: list[list[Tensor]] = [[] for _ in stacked]
+    device = next(model.parameters()).device
+
+    def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
+        found[layer].append(inputs[1:].float().cpu() @ stacked[layer].T)
+
+    with torch.no_grad(), observing(model, observe):
+        for tokens in documents:
+            model.base_model(tokens[None].to(device), use_cache=False)  # type: ignore[operator]
+    return [torch.cat(parts) for parts in found]

@@ -68,9 +68,7 @@ class RouterSpace:
         def stack(part: str) -> Tensor:
             return torch.stack([to_torch(tensors[f"layers.{i}.{part}"]) for i in range(layers)])
 
-        return cls(
-            mean=stack("mean"), factor=stack("covariance_factor"), diagonal=stack("covariance_diagonal")
-        )
+        return cls(mean=stack("mean"), factor=stack("covariance_factor"), diagonal=stack("covariance_diagonal"))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of ``router-space.safetensors`` by name."""
@@ -107,7 +105,6 @@ class RouterSpace:
         """
         solved = self.solve(self.mean)
         return solved / (self.mean.double() * solved).sum(dim=1, keepdim=True)
-
 
     def constant_spread(self) -> Tensor:
         """Return the standard deviation of u . x that S implies, (L,), float64; shrinkage makes it an upper bound."""
@@ -162,7 +159,9 @@ def fit_space(statistics: InputStatistics) -> RouterSpace:
         factors.append(factor)
         diagonals.append(left + SHRINKAGE * covariance.diagonal().mean() + 1e-12)
     return RouterSpace(
-        mean=statistics.mean.float(), factor=torch.stack(factors).float(), diagonal=torch.stack(diagonals).float()
+        mean=statistics.mean.float(),
+        factor=torch.stack(factors).float(),
+        diagonal=torch.stack(diagonals).float(),
     )
 
 

@@ -64,7 +64,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], *, every_steps: int | None, resume: bool, reporter: Reporter
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        *,
+        every_steps: int | None,
+        resume: bool,
+        reporter: Reporter,
     ) -> None:
         self._folder, self._every, self._reporter = folder, every_steps, reporter
         self._settings = json.loads(json.dumps(settings, sort_keys=True))
@@ -136,7 +142,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["run"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
     return (about, tensors) if _digest(tensors) == about["sha256"] else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import heapq
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +13,16 @@ from typing import IO
 
 from flexctl.errors import UsageError
 
-__all__ = ["count_documents", "held_out", "read_documents", "sample_documents", "text_files"]
+__all__ = ["read_documents", "sample_passages", "text_files"]
+
+PASSAGE_CHARACTERS = 1000
 
 _JSONL = (".jsonl", ".ndjson")
 _PACKED = (".gz", ".zst")
 _BINARY = frozenset(
-    ".7z .a .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy .npz .o"
-    " .parquet .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl .woff"
-    " .woff2 .xz .zip".split()
+    """.7z .a .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy .npz
+    .o .parquet .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl
+    .woff .woff2 .xz .zip""".split()  # noqa: SIM905
 )
 
 
@@ -112,26 +115,18 @@ def _text_of(path: Path, number: int, line: str) -> str:
     return text
 
 
-def held_out(text: str, seed: int, share: float) -> bool:
-    """Tell whether a document belongs to the held-out part: a seeded hash of its text, so order does not matter."""
-    key = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
-    return int.from_bytes(key[:8], "big") < share * 2**64
+def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return at most ``count`` passages of about PASSAGE_CHARACTERS, chosen and ordered by a seeded hash of their text.
 
-
-def sample_documents(documents: Iterable[str], count: int, seed: int) -> list[str]:
-    """Return at most ``count`` documents, chosen by a seeded hash of their text, in the order of that hash."""
-    import heapq
+    Long documents give several passages, so that a handful of books is a sample as good as thousands of notes.
+    """
 
     def rank(text: str) -> bytes:
         return hashlib.sha256(f"{seed}\1{text}".encode()).digest()
 
-    return heapq.nsmallest(count, documents, key=rank)
-
-
-def count_documents(documents: Iterable[str]) -> tuple[int, int]:
-    """Return how many documents and UTF-8 bytes there are."""
-    documents_seen = bytes_seen = 0
-    for text in documents:
-        documents_seen += 1
-        bytes_seen += len(text.encode())
-    return documents_seen, bytes_seen
+    passages = (
+        text[start : start + PASSAGE_CHARACTERS]
+        for text in documents
+        for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS)
+    )
+    return heapq.nsmallest(count, (passage for passage in passages if passage.strip()), key=rank)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from flexctl.errors import UsageError
 
-__all__ = ["Framed", "Mixture", "TokenFile", "frame_documents", "pack", "windows"]
+__all__ = ["Framed", "Mixture", "TokenStream", "frame_documents", "frame_passages", "joined", "pack"]
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 _TOGETHER = 64
+PASSAGE_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,30 +54,33 @@ def frame_documents(tokenizer: Any, documents: Iterable[str]) -> Iterator[Framed
             yield Framed(tokens=np.array([begin, *ids, end], dtype=np.int64), num_bytes=len(text.encode()))
 
 
+def frame_passages(tokenizer: Any, passages: Iterable[str]) -> list[Tensor]:
+    """Return the framed token ids of each passage, at most PASSAGE_TOKENS of them, (S,), int64."""
+    return [torch.from_numpy(framed.tokens[:PASSAGE_TOKENS]) for framed in frame_documents(tokenizer, passages)]
+
+
 def _begin_token(tokenizer: Any, end: int) -> int:
     first = tokenizer("a")["input_ids"][:1]
     begins_by_itself = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
     return int(tokenizer.bos_token_id) if begins_by_itself else int(end)
 
 
-def windows(tokens: Tokens, seq_len: int) -> Iterator[tuple[Tokens, Tokens]]:
-    """Yield (inputs, targets) of non-overlapping windows: every token but t_0 is a target exactly once."""
-    for start in range(0, len(tokens) - 1, seq_len):
-        yield tokens[start : start + seq_len][: len(tokens) - 1 - start], tokens[start + 1 : start + seq_len + 1]
-
-
-class TokenFile:
-    """Framed documents one after the other in a file, read through a memory map.
+class TokenStream:
+    """Framed documents one after the other.
 
     Neighbouring documents share the end-of-text token between them when documents also begin with it.
 
     Args:
-        path: A file of little-endian int32 ids.
+        ids: (n,), int32; usually a memory map, so that memory stays flat.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._ids = np.memmap(path, dtype="<i4", mode="r") if path.stat().st_size else np.zeros(0, dtype="<i4")
+    def __init__(self, ids: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        self._ids = ids
+
+    @classmethod
+    def open(cls, path: Path) -> TokenStream:
+        """Return the stream in a file that ``pack`` wrote."""
+        return cls(np.memmap(path, dtype="<i4", mode="r") if path.stat().st_size else np.zeros(0, dtype="<i4"))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -91,15 +95,20 @@ class TokenFile:
         return np.asarray(self._ids[start : start + seq_len + 1], dtype=np.int64)
 
 
-def pack(path: Path, documents: Iterable[Framed]) -> TokenFile:
-    """Write framed documents to ``path`` one after the other and return them as a ``TokenFile``."""
+def joined(documents: Iterable[Framed]) -> Iterator[Tokens]:
+    """Yield each document's tokens without its first when the document before already ended with that token."""
     last = None
+    for document in documents:
+        yield document.tokens[int(document.tokens[0] == last) :]
+        last = document.tokens[-1]
+
+
+def pack(path: Path, documents: Iterable[Framed]) -> TokenStream:
+    """Write framed documents to ``path`` one after the other and return them as a ``TokenStream``."""
     with path.open("wb") as stream:
-        for document in documents:
-            shared = last is not None and document.tokens[0] == last
-            stream.write(document.tokens[int(shared) :].astype("<i4").tobytes())
-            last = document.tokens[-1]
-    return TokenFile(path)
+        for piece in joined(documents):
+            stream.write(piece.astype("<i4").tobytes())
+    return TokenStream.open(path)
 
 
 class Mixture:
@@ -120,7 +129,14 @@ class Mixture:
     """
 
     def __init__(
-        self, own: TokenFile, public: TokenFile | None, *, seq_len: int, batch_size: int, public_share: float, seed: int
+        self,
+        own: TokenStream,
+        public: TokenStream | None,
+        *,
+        seq_len: int,
+        batch_size: int,
+        public_share: float,
+        seed: int,
     ) -> None:
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.public_share = public_share if public is not None else 0.0
@@ -156,7 +172,7 @@ class Mixture:
             rows += [self._pick(1, self._public, i) for i in range(public_from, public_to)]
         return torch.from_numpy(np.stack(rows))
 
-    def _pick(self, stream: int, source: TokenFile, position: int) -> Tokens:
+    def _pick(self, stream: int, source: TokenStream, position: int) -> Tokens:
         count = source.num_sequences(self.seq_len)
         epoch, offset = divmod(position, count)
         if self._orders.get(stream, (-1,))[0] != epoch:

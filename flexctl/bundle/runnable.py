@@ -1,0 +1,72 @@
+"""Any bundle as something to run: an anchor, an expert beside its anchor, or a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexctl.bundle.anchor import Anchor, open_anchor
+from flexctl.bundle.expert import Expert, pair_weights
+from flexctl.bundle.merged import Merged
+from flexctl.bundle.names import PUBLIC
+from flexctl.bundle.opening import open_bundle
+from flexctl.bundle.weights import Weights
+from flexctl.errors import UsageError
+
+__all__ = ["Runnable", "open_runnable"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runnable:
+    """A model to evaluate or to generate with.
+
+    Attributes:
+        path: The bundle.
+        digest: Its digest.
+        tokenizer: Directory with the tokenizer's files.
+        weights: What it consists of.
+    """
+
+    path: Path
+    digest: str
+    tokenizer: Path
+    weights: Weights
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of its experts, the public one first."""
+        return list(self.weights.experts)
+
+    def indices(self, without: Sequence[str]) -> list[int]:
+        """Return the indices of experts to leave out.
+
+        Raises:
+            UsageError: One of them is not there, or is the public expert.
+        """
+        for name in without:
+            if name == PUBLIC:
+                raise UsageError("--without: the public expert cannot be left out")
+            if name not in self.experts:
+                raise UsageError(f"--without: {name!r} is not in {self.path}, which holds {', '.join(self.experts)}")
+        return sorted({self.experts.index(name) for name in without})
+
+
+def open_runnable(path: Path, anchor: Path) -> Runnable:
+    """Return the model behind a bundle.
+
+    Args:
+        path: An anchor's directory, an expert's file or a merged model's directory.
+        anchor: Directory of the anchor, which an expert runs beside.
+
+    Raises:
+        UsageError: There is nothing at ``path``, or it is a router file.
+        BundleError: It is not valid, or the expert was made for another anchor.
+    """
+    bundle = open_bundle(path)
+    if isinstance(bundle, Expert):
+        base = open_anchor(anchor)
+        return Runnable(path=path, digest=bundle.digest, tokenizer=anchor, weights=pair_weights(base, bundle))
+    if isinstance(bundle, Anchor | Merged):
+        return Runnable(path=path, digest=bundle.digest, tokenizer=path, weights=bundle.weights())
+    raise UsageError(f"{path}: a router file is no model", hint="give an anchor, an expert or a merged model")

@@ -1,0 +1,100 @@
+"""Router rows from an owner's text: the three kinds of direction and their one finish.
+
+Shapes: D passages, L num_hidden_layers, H hidden_size, E width of the sentence encoder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flexctl.errors import UsageError
+from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
+from flexctl.model.space import RouterSpace, measure_documents
+
+__all__ = ["embed_rows", "encoder_direction", "encoder_name"]
+
+RIDGE = 1.0
+"""Ridge penalty of the map from embeddings to router inputs, in units of documents; embeddings have length 1."""
+
+
+PASSAGES = 512
+PASSAGE_TOKENS = 256
+
+
+def embed_rows(
+    kind: str,
+    model: nn.Module,
+    space: RouterSpace,
+    own: Sequence[str],
+    public: Sequence[str],
+    frame: Callable[[Sequence[str]], Sequence[Tensor]],
+    encoder: str | None,
+) -> Rows:
+    """Return calibrated router rows for an owner's sample.
+
+    Args:
+        kind: ``discriminant``, ``hidden`` or ``encoder``.
+        model: The anchor.
+        space: Its router space.
+        own: The owner's passages.
+        public: Public passages; only the encoder kind reads them.
+        frame: Turns passages into token ids, (S,), int64 each.
+        encoder: sentence-transformers model, a directory or Hub id; needed by the encoder kind alone.
+
+    Raises:
+        UsageError: The kind is unknown, or the encoder is missing or cannot be loaded.
+
+    Source: method.md section 3.
+    """
+    if kind not in ROUTER_KINDS:
+        raise UsageError(f"--router: {kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file")
+    domain = Domain.from_documents(measure_documents(model, frame(own)), space)
+    if kind != "encoder":
+        return finish_rows(space, domain, direction(kind, space, domain.mean))
+    if encoder is None:
+        raise UsageError("--router encoder: no sentence encoder given", hint="add --encoder DIRECTORY_OR_HUB_ID")
+    theirs = measure_documents(model, frame(public))
+    directions = encoder_direction(_embed(own, encoder), _embed(public, encoder), theirs)
+    return finish_rows(space, domain, directions)
+
+
+def encoder_name(kind: str, encoder: str | None) -> str | None:
+    """Return what a manifest says of the encoder: its id or folder name, never a path; None for other kinds."""
+    if kind != "encoder" or encoder is None:
+        return None
+    return Path(encoder).resolve().name if Path(encoder).exists() else encoder
+
+
+def encoder_direction(own: Tensor, public: Tensor, public_inputs: Tensor) -> Tensor:
+    """Return the image of (mean embedding - public mean embedding) under a ridge regression, (L, H), float64.
+
+    Args:
+        own: Embeddings of the owner's passages, (D, E), float64, of length 1.
+        public: Embeddings of public passages, (P, E).
+        public_inputs: Mean router inputs of the same public passages, (P, L, H).
+
+    Source: method.md section 3; ridge regression of inputs on embeddings, both centred.
+    """
+    centred = public - public.mean(dim=0)
+    gram = centred.T @ centred + RIDGE * torch.eye(public.shape[1], dtype=torch.float64)
+    weights = centred @ torch.linalg.solve(gram, own.mean(dim=0) - public.mean(dim=0))
+    inputs = public_inputs.double()
+    return torch.einsum("p,plh->lh", weights, inputs - inputs.mean(dim=0))
+
+
+def _embed(texts: Sequence[str], encoder: str) -> Tensor:
+    """Return unit-length embeddings, (D, E), float64."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        loaded = SentenceTransformer(encoder, device="cpu", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--encoder: {encoder} cannot be loaded: {error}", hint="give a model's directory") from error
+    found = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
+    return torch.from_numpy(found).double()

@@ -1,0 +1,279 @@
+"""Make router rows from an owner's text, alone or into a copy of an expert."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexctl import workspace
+from flexctl.bundle import (
+    Anchor,
+    Expert,
+    RawTensor,
+    RouterInfo,
+    open_anchor,
+    open_expert,
+    slug,
+    write_expert,
+    write_router_file,
+)
+from flexctl.bundle.expert import check_fits
+from flexctl.errors import UsageError
+from flexctl.runtime import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from flexctl.model.rows import Rows
+
+__all__ = ["EmbedRouterConfig", "EmbedRouterResult", "embed_router"]
+
+_PASSAGES = 512
+_CLOSE = 0.5
+_WEAK = 0.6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedRouterConfig:
+    """What ``embed_router`` is asked to do.
+
+    Attributes:
+        data: Sample texts of the owner.
+        anchor: Anchor directory; None is the workspace's.
+        router: Kind of row: discriminant, hidden or encoder.
+        encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
+        expert: Make a copy of this expert with the new rows, in place of a router file.
+        output: File to write.
+        compare: Experts to compare the new rows with.
+        seed: Of the samples.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the model: auto, float32 or bfloat16.
+        overwrite: Replace an existing file.
+        dry_run: Check everything, write nothing.
+    """
+
+    data: tuple[Path, ...]
+    anchor: Path | None = None
+    router: str = "discriminant"
+    encoder: str | None = None
+    expert: Path | None = None
+    output: Path | None = None
+    compare: tuple[Path, ...] = ()
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerReport:
+    """How one layer's row does.
+
+    Attributes:
+        layer: Index.
+        bias: Mean logit on public text, at most 0.
+        distance: Squared Mahalanobis distance of the owner's mean from public, sample noise taken off.
+        noise: Standard deviation that the logit gets from the constant direction not being constant.
+        accuracy: Share of held-out tokens that the sign of the logit puts right, owner's and public counted equally.
+        overlap: Expert -> share of the owner's held-out tokens on which that expert's logit is above the new row's.
+    """
+
+    layer: int
+    bias: float
+    distance: float
+    noise: float
+    accuracy: float
+    overlap: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedRouterResult:
+    """What ``embed_router`` made.
+
+    Attributes:
+        documents: Passages that the rows were made from.
+        router: Kind of row.
+        layers: A report a layer.
+        warnings: What a person should look at, also told to the reporter.
+    """
+
+    path: Path
+    digest: str | None
+    name: str
+    documents: int
+    router: str
+    encoder: str | None
+    hidden_size: int
+    layers: list[LayerReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dry_run: bool = False
+
+
+def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> EmbedRouterResult:
+    """Make router rows from sample texts and write them.
+
+    Args:
+        config: Which texts, which kind, where to.
+        reporter: Hears of progress.
+
+    Returns:
+        What was made and how well it tells the owner's text from public text.
+
+    Raises:
+        UsageError: A setting or the data is wrong, or the target exists.
+        BundleError: The anchor or an expert is not valid, or they do not belong together.
+    """
+    from flexctl.embedding import encoder_name
+    from flexctl.model.tensors import to_bytes
+
+    anchor = open_anchor(config.anchor or workspace.find().anchor)
+    expert = None if config.expert is None else _expert_of(config.expert, anchor)
+    others = [_expert_of(path, anchor) for path in config.compare]
+    target = _target(config)
+    rows, samples, layers = _measure(config, anchor, others, reporter)
+    warnings = _warnings(layers)
+    for warning in warnings:
+        reporter.warn(warning)
+    info = RouterInfo(
+        kind=config.router,
+        samples=samples,
+        encoder=encoder_name(config.router, config.encoder),
+        trained=False,
+        bias=tuple(float(b) for b in rows.bias),
+    )
+    raw = RawTensor(*to_bytes(rows.rows))
+    name = expert.manifest.name if expert is not None else slug(target.stem)
+    digest = None if config.dry_run else _write(config, anchor, expert, name, target, raw, info)
+    return EmbedRouterResult(
+        path=target,
+        digest=digest,
+        name=name,
+        documents=samples,
+        router=config.router,
+        encoder=info.encoder,
+        hidden_size=rows.rows.shape[1],
+        layers=layers,
+        warnings=warnings,
+        dry_run=config.dry_run,
+    )
+
+
+def _write(
+    config: EmbedRouterConfig,
+    anchor: Anchor,
+    expert: Expert | None,
+    name: str,
+    target: Path,
+    rows: RawTensor,
+    info: RouterInfo,
+) -> str:
+    """Write a router file, or a copy of the expert with these rows; its privacy guarantee did not cover them."""
+    if expert is None:
+        written = write_router_file(
+            target, anchor=anchor, name=name, rows=rows, router=info, overwrite=config.overwrite
+        )
+        return written.digest
+    tensors = {key: expert.tensor(key) for key in expert.spans} | {"router.weight": rows}
+    copy = write_expert(
+        target,
+        anchor=anchor,
+        name=name,
+        tensors=tensors,
+        data=expert.manifest.data,
+        training=expert.manifest.training,
+        router=info,
+        rank=expert.manifest.rank,
+        parents=(expert.digest,),
+        run={},
+        overwrite=config.overwrite,
+    )
+    return copy.digest
+
+
+def _target(config: EmbedRouterConfig) -> Path:
+    if config.expert is not None and config.output is None:
+        raise UsageError("--expert: no -o given for the copy", hint="add -o NEW.st")
+    target = config.output or Path("router.st")
+    if target.exists() and not config.overwrite:
+        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+    return target
+
+
+def _expert_of(path: Path, anchor: Anchor) -> Expert:
+    expert = open_expert(path)
+    check_fits(expert, anchor.manifest)
+    return expert
+
+
+def _measure(
+    config: EmbedRouterConfig, anchor: Anchor, others: Sequence[Expert], reporter: Reporter
+) -> tuple[Rows, int, list[LayerReport]]:
+    from flexctl.embedding import embed_rows
+    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+    from flexctl.model.space import RouterSpace
+    from flexctl.model.tensors import to_torch
+    from flexctl.training.documents import read_documents, sample_passages
+    from flexctl.training.sample import PublicSample
+    from flexctl.training.tokens import frame_passages
+
+    set_threads(config.threads)
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(anchor.path)
+    frame = partial(frame_passages, tokenizer)
+    model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
+    space = RouterSpace.from_tensors(anchor.router_space())
+    kept = {name: to_torch(raw).numpy() for name, raw in anchor.public_sample().items()}
+    sample = PublicSample.from_arrays(kept["tokens"], kept["offsets"])
+    reporter.note(f"measuring router inputs for {config.router} rows")
+    own = sample_passages(read_documents(config.data), 2 * _PASSAGES, config.seed)
+    public = sample_passages(sample.texts(tokenizer), 2 * _PASSAGES, config.seed)
+    if len(own) < 4:
+        raise UsageError(f"--data: {len(own)} passages are too few for router rows", hint="give more text")
+    half = len(own) // 2
+    rows = embed_rows(config.router, model, space, own[:half], public[: len(public) // 2], frame, config.encoder)
+    rivals = {expert.manifest.name: to_torch(expert.router()) for expert in others}
+    layers = _report(model, rows, frame(own[half:]), frame(public[len(public) // 2 :]), rivals)
+    return rows, half, layers
+
+
+def _report(
+    model: nn.Module, rows: Rows, own: Sequence[Tensor], public: Sequence[Tensor], rivals: dict[str, Tensor]
+) -> list[LayerReport]:
+    from flexctl.model.rows import row_logits
+
+    names = list(rivals)
+    stacked = [rows.rows, *rivals.values()]
+    ours, theirs = row_logits(model, stacked, own), row_logits(model, stacked, public)
+    layers = []
+    for layer, (mine, publics) in enumerate(zip(ours, theirs, strict=True)):
+        right = float((mine[:, 0] > 0).float().mean() + (publics[:, 0] <= 0).float().mean()) / 2
+        above = (mine[:, 1:] > mine[:, :1]).float().mean(dim=0).tolist()
+        layers.append(
+            LayerReport(
+                layer=layer,
+                bias=float(rows.bias[layer]),
+                distance=float(rows.distance[layer]),
+                noise=float(rows.noise[layer]),
+                accuracy=right,
+                overlap=dict(zip(names, above, strict=True)),
+            )
+        )
+    return layers
+
+
+def _warnings(layers: Sequence[LayerReport]) -> list[str]:
+    found = []
+    best = max(layer.accuracy for layer in layers)
+    if best < _WEAK:
+        found.append(f"the rows hardly tell this text from public text (best layer: {best:.2f} of tokens right)")
+    for name in layers[0].overlap:
+        share = sum(layer.overlap[name] for layer in layers) / len(layers)
+        if share > _CLOSE:
+            found.append(f"overlap: {name} would take {share:.0%} of this text's tokens from the new expert")
+    return found

@@ -1,0 +1,190 @@
+"""Continue a prompt, and say who answered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import workspace
+from flexctl.bundle.runnable import open_runnable
+from flexctl.errors import UsageError
+from flexctl.runtime import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GenerateConfig", "GenerateResult", "Piece", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateConfig:
+    """What ``generate`` is asked to do.
+
+    Attributes:
+        prompt: Text to continue.
+        bundle: Anchor, expert or merged model; None is the workspace's merged model.
+        without: Experts to leave out, as a mask at run time.
+        explain: Also say which expert had what share in each new token.
+        anchor: Anchor directory for an expert; None is the workspace's.
+        max_new_tokens: Most tokens to generate.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        top_k: Experts kept for each token; None is the bundle's.
+        seed: Of sampling.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the model: auto, float32 or bfloat16.
+    """
+
+    prompt: str
+    bundle: Path | None = None
+    without: tuple[str, ...] = ()
+    explain: bool = False
+    anchor: Path | None = None
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One new token's text and each expert's share in it, mean over layers."""
+
+    text: str
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateResult:
+    """What ``generate`` wrote.
+
+    Attributes:
+        text: The continuation without the prompt.
+        tokens: New tokens.
+        experts: Expert -> share of the kept probability, mean over new tokens and layers.
+        pieces: Token by token, where that was asked for.
+    """
+
+    path: Path
+    digest: str
+    prompt: str
+    text: str
+    tokens: int
+    without: list[str]
+    experts: dict[str, float]
+    pieces: list[Piece] = field(default_factory=list)
+
+
+def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateResult:
+    """Continue a prompt with a bundle.
+
+    Args:
+        config: Which bundle, which prompt, whom to leave out.
+        reporter: Hears of warnings.
+
+    Returns:
+        The continuation and who had what share in it.
+
+    Raises:
+        UsageError: A setting is wrong, or the prompt is empty.
+        BundleError: The bundle is not valid, or does not belong to the anchor.
+    """
+    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+    from flexctl.model.routed import exclude, routed_layers, set_top_k
+
+    _refuse_bad_settings(config)
+    place = workspace.find()
+    runnable = open_runnable(config.bundle or place.merged, config.anchor or place.anchor)
+    left_out = runnable.indices(config.without)
+    set_threads(config.threads)
+    device = pick_device(config.device)
+    model = build_model(runnable.weights, device=device, dtype=pick_dtype(config.dtype, device))
+    if config.top_k is not None:
+        if config.top_k > len(runnable.experts) - len(left_out):
+            reporter.warn(f"--top-k: {config.top_k} is more than the experts there are; using all of them")
+        set_top_k(model, config.top_k)
+    exclude(model, left_out)
+    tokenizer = load_tokenizer(runnable.tokenizer)
+    ids = tokenizer(config.prompt, return_tensors="pt")["input_ids"]
+    shares = _Shares(len(routed_layers(model)))
+    new = _continue(config, model, tokenizer, ids.to(device), shares)
+    totals = shares.mean(runnable.experts)
+    pieces = [
+        Piece(text=text, shares=dict(zip(runnable.experts, row, strict=True)))
+        for text, row in zip(_texts(tokenizer, new), shares.rows, strict=True)
+    ]
+    return GenerateResult(
+        path=runnable.path,
+        digest=runnable.digest,
+        prompt=config.prompt,
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        tokens=len(new),
+        without=list(config.without),
+        experts=totals,
+        pieces=pieces if config.explain else [],
+    )
+
+
+def _refuse_bad_settings(config: GenerateConfig) -> None:
+    if not config.prompt:
+        raise UsageError("--prompt: it is empty", hint='for example --prompt "def main("')
+    if config.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens: {config.max_new_tokens} is not above 0")
+    if config.temperature < 0:
+        raise UsageError(f"--temperature: {config.temperature} is below 0")
+    if config.top_k is not None and config.top_k < 1:
+        raise UsageError(f"--top-k: {config.top_k} is not above 0")
+
+
+class _Shares:
+    """Collects each expert's share at the last position of every forward pass, mean over layers."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.rows: list[list[float]] = []
+        self._layers = num_layers
+        self._sum: Tensor | None = None
+
+    def __call__(self, layer: int, _inputs: Tensor, kept: Tensor, _outputs: Tensor) -> None:
+        last = kept[-1].double() / kept[-1].double().sum()
+        self._sum = last if layer == 0 or self._sum is None else self._sum + last
+        if layer == self._layers - 1:
+            self.rows.append((self._sum / self._layers).tolist())
+
+    def mean(self, names: Sequence[str]) -> dict[str, float]:
+        """Return expert -> share, mean over all passes."""
+        columns = zip(*self.rows, strict=True)
+        return {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
+
+
+def _continue(config: GenerateConfig, model: Any, tokenizer: Any, ids: Tensor, shares: _Shares) -> list[int]:
+    import torch
+
+    from flexctl.model.routed import observing
+
+    torch.manual_seed(config.seed)
+    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
+    with torch.no_grad(), observing(model, shares):
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        )
+    return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+def _texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text, so that the pieces joined are the text."""
+    texts, so_far = [], ""
+    for end in range(1, len(tokens) + 1):
+        longer = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        added = "" if longer.endswith("\ufffd") else longer[len(so_far) :]
+        so_far = so_far if longer.endswith("\ufffd") else longer
+        texts.append(added)
+    return texts

@@ -1,0 +1,313 @@
+"""Make an anchor: take or train a dense model, measure its router space on public text, write the bundle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flexctl import workspace
+from flexctl.bundle import RawTensor, read_dense_config, write_anchor
+from flexctl.errors import UsageError
+from flexctl.runtime import SILENT, Reporter, software_versions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexctl.model.space import InputStatistics
+    from flexctl.training.sample import PublicSample
+    from flexctl.training.whole import WholeSettings
+
+__all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
+
+_CALIBRATION_TOKENS = 262_144
+_CALIBRATION_BATCH = 8
+_CALIBRATION_SEQ_LEN = 256
+_ANNEAL = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitAnchorConfig:
+    """What ``init_anchor`` is asked to do.
+
+    Attributes:
+        data: Public text: folders, text files, .jsonl (also .gz, .zst).
+        source: Directory (or Hub id) of a dense checkpoint; None trains a small OLMo-2-shaped model on ``data``.
+        output: The anchor directory; None is the workspace's.
+        name: The anchor's name; None is the source's folder name, or the preset.
+        preset: Size of the model that is trained when there is no source.
+        max_tokens: Training tokens from scratch; None is the preset's.
+        anneal_tokens: Train ``source`` on this many public tokens first; 0 for none.
+        sample_tokens: Size of the public sample that goes with the anchor.
+        seq_len: Tokens a training sequence; None is the preset's, or 1024 for annealing.
+        batch_tokens: Tokens an optimiser step; None is the preset's, or 8192 for annealing.
+        lr: Peak learning rate; None is the preset's, or 1e-4 for annealing.
+        seed: Of initialisation, order and samples.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the matrix products: auto, float32 or bfloat16.
+        resume: Go on with an interrupted training.
+        overwrite: Replace an existing anchor.
+        dry_run: Check everything, write nothing.
+    """
+
+    data: tuple[Path, ...]
+    source: str | None = None
+    output: Path | None = None
+    name: str | None = None
+    preset: Literal["nano", "micro", "small"] = "micro"
+    max_tokens: int | None = None
+    anneal_tokens: int = 0
+    sample_tokens: int = 1_000_000
+    seq_len: int | None = None
+    batch_tokens: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitAnchorResult:
+    """What ``init_anchor`` made.
+
+    Attributes:
+        tokens: Training tokens; 0 when the source was taken as it is.
+        loss: Mean training loss over the last steps, nats a token; None when nothing was trained.
+        constant_std: Standard deviation of u . x on public text in each layer; its mean is 1. Where it is small the
+            router bias holds for every token; where it is not, rows are scaled down (method.md section 4).
+        sample_tokens: Tokens in the public sample.
+    """
+
+    path: Path
+    digest: str | None
+    name: str
+    model_type: str
+    num_parameters: int | None
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    tokens: int
+    loss: float | None = None
+    constant_std: list[float] = field(default_factory=list)
+    sample_tokens: int = 0
+    dry_run: bool = False
+
+
+def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAnchorResult:
+    """Make an anchor and, in a workspace's place, the workspace around it.
+
+    Args:
+        config: What to make.
+        reporter: Hears of progress.
+
+    Returns:
+        What was made.
+
+    Raises:
+        UsageError: A setting or the data is wrong, or the target exists.
+        BundleError: The source is no checkpoint of a supported family.
+    """
+    from flexctl.model.building import set_threads
+    from flexctl.training.documents import text_files
+
+    target = config.output or workspace.find().anchor
+    if target.exists() and not config.overwrite:
+        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+    text_files(config.data)
+    set_threads(config.threads)
+    source = _source_directory(config)
+    if config.dry_run:
+        return _planned(config, target, source)
+    work = target.parent / f".{target.name}.work"
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint, trained = _checkpoint(config, source, work, reporter)
+    result = _calibrate_and_write(config, checkpoint, target, trained, reporter)
+    shutil.rmtree(work)
+    if config.output is None:
+        workspace.ensure(target.parent)
+    return result
+
+
+def _source_directory(config: InitAnchorConfig) -> Path | None:
+    from flexctl.model.configs import resolve_moe_config
+
+    if config.source is None:
+        if config.anneal_tokens:
+            raise UsageError("--anneal-tokens: there is no SOURCE to anneal", hint="use --max-tokens from scratch")
+        return None
+    if config.max_tokens is not None:
+        raise UsageError("--max-tokens: SOURCE is trained already", hint="use --anneal-tokens to train it further")
+    path = Path(config.source)
+    if not path.is_dir():
+        from flexctl.hub import fetch_checkpoint
+
+        path = fetch_checkpoint(config.source)
+    resolve_moe_config(read_dense_config(path))
+    return path
+
+
+def _name(config: InitAnchorConfig) -> str:
+    return config.name or (Path(config.source).name if config.source else f"{config.preset}-anchor")
+
+
+def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> InitAnchorResult:
+    from flexctl.model.presets import PRESETS
+
+    preset = PRESETS[config.preset]
+    sizes: Any = {"model_type": "olmo2"} if source is None else read_dense_config(source)
+    return InitAnchorResult(
+        path=target,
+        digest=None,
+        name=_name(config),
+        model_type=sizes["model_type"],
+        num_parameters=None,
+        vocab_size=sizes.get("vocab_size", preset.vocab_size),
+        hidden_size=sizes.get("hidden_size", preset.hidden_size),
+        num_hidden_layers=sizes.get("num_hidden_layers", preset.num_hidden_layers),
+        tokens=config.anneal_tokens if source else config.max_tokens or preset.max_tokens,
+        dry_run=True,
+    )
+
+
+def _checkpoint(
+    config: InitAnchorConfig, source: Path | None, work: Path, reporter: Reporter
+) -> tuple[Path, tuple[int, float | None]]:
+    """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
+    from flexctl.model.building import load_dense, load_tokenizer
+    from flexctl.model.presets import PRESETS, new_model
+    from flexctl.training.documents import read_documents
+    from flexctl.training.tokenizer import train_tokenizer
+
+    preset = PRESETS[config.preset]
+    if source is None:
+        reporter.note(f"training a tokenizer of {preset.vocab_size} entries")
+        tokenizer = train_tokenizer(read_documents(config.data), preset.vocab_size, 4 * preset.seq_len)
+        model = new_model(preset, tokenizer, config.seed)
+    elif config.anneal_tokens:
+        tokenizer, model = load_tokenizer(source), load_dense(source)
+    else:
+        return source, (0, None)
+    stored = model.config.dtype
+    trained = _train(config, model, tokenizer, work, reporter)
+    folder = work / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(device="cpu", dtype=stored).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, trained
+
+
+def _train(config: InitAnchorConfig, model: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
+    from flexctl.model.building import autocast_dtype, pick_device
+    from flexctl.training.documents import read_documents
+    from flexctl.training.tokens import frame_documents, pack
+    from flexctl.training.whole import train_whole
+
+    device = pick_device(config.device)
+    stream = pack(work / "public.tokens", frame_documents(tokenizer, read_documents(config.data)))
+    return train_whole(
+        model.to(device),
+        stream,
+        _training_settings(config),
+        work=work,
+        resume=config.resume,
+        autocast=autocast_dtype(config.dtype, device),
+        reporter=reporter,
+    )
+
+
+def _training_settings(config: InitAnchorConfig) -> WholeSettings:
+    from flexctl.model.presets import PRESETS
+    from flexctl.training.whole import WholeSettings
+
+    preset = PRESETS[config.preset]
+    scratch = {"seq_len": preset.seq_len, "batch_tokens": preset.batch_tokens, "lr": preset.lr}
+    defaults: Any = scratch if config.source is None else _ANNEAL
+    return WholeSettings(
+        max_tokens=config.anneal_tokens or config.max_tokens or preset.max_tokens,
+        seq_len=config.seq_len or defaults["seq_len"],
+        batch_tokens=config.batch_tokens or defaults["batch_tokens"],
+        lr=config.lr or defaults["lr"],
+        seed=config.seed,
+    )
+
+
+def _calibrate_and_write(
+    config: InitAnchorConfig,
+    checkpoint: Path,
+    target: Path,
+    trained: tuple[int, float | None],
+    reporter: Reporter,
+) -> InitAnchorResult:
+    from flexctl.model.building import load_dense, load_tokenizer
+    from flexctl.model.configs import resolve_moe_config
+    from flexctl.model.space import constant_spread, fit_space
+    from flexctl.model.tensors import to_bytes
+    from flexctl.training.documents import read_documents
+    from flexctl.training.sample import draw_sample
+    from flexctl.training.tokens import frame_documents
+
+    reporter.note("drawing the public sample")
+    documents = frame_documents(load_tokenizer(checkpoint), read_documents(config.data))
+    sample = draw_sample(documents, config.sample_tokens, config.seed)
+    model = load_dense(checkpoint)
+    num_parameters = model.num_parameters()
+    statistics = _measure(config, model, sample, reporter)
+    space = fit_space(statistics)
+    spread = [float(std) for std in constant_spread(space, statistics)]
+    dense = read_dense_config(checkpoint)
+    sample_tensors = sample.to_tensors()
+    anchor = write_anchor(
+        target,
+        checkpoint=checkpoint,
+        name=_name(config),
+        moe_config=resolve_moe_config(dense),
+        router_space={name: RawTensor(*to_bytes(tensor)) for name, tensor in space.to_tensors().items()},
+        public_sample={name: RawTensor(*to_bytes(tensor)) for name, tensor in sample_tensors.items()},
+        run={
+            "constant_std": spread,
+            "tokens": trained[0],
+            "loss": trained[1],
+            "software": software_versions(),
+        },
+        overwrite=config.overwrite,
+    )
+    return InitAnchorResult(
+        path=target,
+        digest=anchor.digest,
+        name=_name(config),
+        model_type=dense["model_type"],
+        num_parameters=num_parameters,
+        vocab_size=dense["vocab_size"],
+        hidden_size=dense["hidden_size"],
+        num_hidden_layers=dense["num_hidden_layers"],
+        tokens=trained[0],
+        loss=trained[1],
+        constant_std=spread,
+        sample_tokens=len(sample_tensors["tokens"]),
+    )
+
+
+def _measure(config: InitAnchorConfig, model: Any, sample: PublicSample, reporter: Reporter) -> InputStatistics:
+    from flexctl.model.building import pick_device, route
+    from flexctl.model.space import measure_inputs
+
+    def batches() -> Iterator[Tensor]:
+        import torch
+
+        stream = sample.stream()
+        seq_len = min(_CALIBRATION_SEQ_LEN, len(stream) - 1)
+        count = min(stream.num_sequences(seq_len), _CALIBRATION_TOKENS // seq_len)
+        with reporter.progress("measuring router inputs", count * seq_len, "tokens") as bar:
+            for start in range(0, count, _CALIBRATION_BATCH):
+                rows = [stream.sequence(i, seq_len)[:-1] for i in range(start, min(count, start + _CALIBRATION_BATCH))]
+                yield torch.stack([torch.from_numpy(row) for row in rows])
+                bar.advance(len(rows) * seq_len)
+
+    return measure_inputs(route(model).to(pick_device(config.device)), batches())

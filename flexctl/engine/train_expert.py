@@ -1,0 +1,450 @@
+"""Train one expert against the anchor, at home, and write it as one file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import workspace
+from flexctl.bundle import (
+    Anchor,
+    DataInfo,
+    RawTensor,
+    RouterInfo,
+    open_anchor,
+    open_router_file,
+    slug,
+    write_expert,
+)
+from flexctl.bundle.names import check_expert_name
+from flexctl.errors import FlexctlError, UsageError
+from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from flexctl.model.space import RouterSpace
+    from flexctl.training.corpus import Corpus
+    from flexctl.training.loop import Outcome
+    from flexctl.training.pair import Pair
+    from flexctl.training.sample import PublicSample
+    from flexctl.training.tokens import Framed, Mixture
+
+__all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
+
+_ROUTER_PASSAGES = 512
+_PUBLIC_HELD_OUT_EVERY = 20
+_SCORE_BATCH_TOKENS = 8192
+_MICRO_BATCH_TOKENS = 8192
+_MAX_SEQ_LEN = 1024
+_WARMUP_SHARE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainExpertConfig:
+    """What ``train_expert`` is asked to do. Defaults were chosen by measurement: docs/results.md.
+
+    Attributes:
+        data: The owner's text: folders, text files, .jsonl (also .gz, .zst).
+        anchor: Anchor directory; None is the workspace's.
+        name: The expert's name; None makes it from the folder or file of ``data``.
+        output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
+        router: Kind of router row (discriminant, hidden, encoder), or a file with router rows.
+        encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
+        max_tokens: At most this many of the owner's tokens.
+        max_steps: At most this many optimiser steps.
+        epochs: Passes over the owner's text.
+        lr: Peak learning rate; None scales with the model's width.
+        warmup_steps: None is a twentieth of the steps.
+        seq_len: Tokens a sequence; None is 1024, or what the anchor can hold.
+        batch_tokens: Tokens an optimiser step, public ones counted.
+        micro_batch: Sequences at once; None fills about 8192 tokens.
+        public_mix: Share of public text in each step, from 0 to below 1.
+        public: Public text to use in place of the anchor's sample.
+        freeze_router: Leave the router rows as they start.
+        tether: How strongly router rows are held to where they start.
+        seed: Of the held-out split and of the order.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the matrix products: auto, float32 or bfloat16.
+        resume: Go on with an interrupted run.
+        checkpoint_steps: Steps between checkpoints.
+        license: SPDX id or text, for the manifest.
+        purpose: What the expert may be used for, for the manifest.
+        expires: Date (YYYY-MM-DD) on which rights end; merge refuses it afterwards.
+        label: What the data is, for the manifest.
+        contact: Whom to ask, for the manifest.
+        overwrite: Replace an existing file.
+        dry_run: Check everything, write nothing.
+    """
+
+    data: tuple[Path, ...]
+    anchor: Path | None = None
+    name: str | None = None
+    output: Path | None = None
+    router: str = "discriminant"
+    encoder: str | None = None
+    max_tokens: int | None = None
+    max_steps: int | None = None
+    epochs: float = 1.0
+    lr: float | None = None
+    warmup_steps: int | None = None
+    seq_len: int | None = None
+    batch_tokens: int = 2048
+    micro_batch: int | None = None
+    public_mix: float = 0.25
+    public: Path | None = None
+    freeze_router: bool = False
+    tether: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    resume: bool = False
+    checkpoint_steps: int = 200
+    license: str | None = None
+    purpose: tuple[str, ...] = ()
+    expires: str | None = None
+    label: str | None = None
+    contact: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainExpertResult:
+    """What ``train_expert`` made.
+
+    Attributes:
+        tokens: The owner's tokens trained on; ``public_tokens`` came on top.
+        final_loss: Mean training loss over the last steps, nats a token.
+        held_out: ``{"own" and "public": {"before", "after"}}``, nats a token on text that was not trained on, of the
+            anchor and of the finished pair after rounding. None where nothing was held out.
+        tokens_per_s: Own and public tokens a second; None when the run only finished what was there.
+        frozen_verified: Every frozen tensor equals the anchor's, bit for bit.
+        bias: The router bias of each layer.
+    """
+
+    path: Path
+    digest: str | None
+    name: str
+    anchor_digest: str
+    tokens: int
+    public_tokens: int
+    steps: int
+    final_loss: float | None = None
+    held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+    tokens_per_s: float | None = None
+    frozen_verified: bool | None = None
+    privacy: dict[str, Any] | None = None
+    bias: list[float] = field(default_factory=list)
+    bytes_written: int = 0
+    peak_rss_bytes: int = 0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setup:
+    """Everything a run needs, ready."""
+
+    model: nn.Module
+    space: RouterSpace
+    corpus: Corpus
+    public_held_out: Sequence[Framed]
+    data: Mixture
+    steps: int
+    warmup_steps: int
+    seq_len: int
+    lr: float
+    rows: Tensor
+    router: RouterInfo
+
+
+def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> TrainExpertResult:
+    """Train an expert against the anchor and write its file.
+
+    Args:
+        config: What to train on and how.
+        reporter: Hears of progress.
+
+    Returns:
+        What was made and what was gained.
+
+    Raises:
+        UsageError: A setting or the data is wrong, or the target exists.
+        BundleError: The anchor or the router file is not valid, or they do not belong together.
+        FlexctlError: Training failed.
+    """
+    place = workspace.find()
+    anchor = open_anchor(config.anchor or place.anchor)
+    name = check_expert_name(config.name or slug(config.data[0].resolve().name.split(".")[0]), "--name")
+    target = config.output or place.experts / f"{name}.st"
+    _refuse_bad_settings(config, target)
+    if config.dry_run:
+        return TrainExpertResult(
+            path=target,
+            digest=None,
+            name=name,
+            anchor_digest=anchor.digest,
+            tokens=0,
+            public_tokens=0,
+            steps=0,
+            dry_run=True,
+        )
+    work = target.parent / f".{name}.work"
+    work.mkdir(parents=True, exist_ok=True)
+    result = _run(config, anchor, name, target, work, reporter)
+    shutil.rmtree(work)
+    return result
+
+
+def _run(
+    config: TrainExpertConfig, anchor: Anchor, name: str, target: Path, work: Path, reporter: Reporter
+) -> TrainExpertResult:
+    from flexctl.model.building import moved_tensors
+    from flexctl.model.rows import bias_of
+    from flexctl.model.tensors import to_bytes
+    from flexctl.training.pair import Pair
+
+    setup = _set_up(config, anchor, work, reporter)
+    before = _held_out_losses(setup)
+    pair = Pair(setup.model, setup.space, setup.rows, tether=None if config.freeze_router else config.tether)
+    outcome = _train(config, anchor, setup, pair, work, reporter)
+    tensors = pair.round_weights(anchor.manifest.architecture.dtype) | {"router.weight": pair.rows}
+    after = _held_out_losses(setup)
+    moved = moved_tensors(setup.model, anchor.weights())
+    if moved:
+        raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
+    held_out = {part: {"before": before[part], "after": after[part]} for part in before}
+    own_tokens = setup.data.own_tokens(setup.steps)
+    public_tokens = setup.data.public_before(setup.steps) * setup.seq_len
+    recent = outcome.losses[-20:]
+    final_loss = sum(recent) / len(recent)
+    bias = [float(b) for b in bias_of(pair.rows, setup.space)]
+    survey = setup.corpus.survey
+    expert = write_expert(
+        target,
+        anchor=anchor,
+        name=name,
+        tensors={key: RawTensor(*to_bytes(tensor)) for key, tensor in tensors.items()},
+        data=DataInfo(
+            documents=survey.documents,
+            tokens=len(setup.corpus.stream),
+            bytes=survey.num_bytes,
+            label=config.label,
+            license=config.license,
+            purposes=config.purpose,
+            expires=config.expires,
+            contact=config.contact,
+        ),
+        training={
+            **_identity(config, setup),
+            "seed": config.seed,
+            "steps": setup.steps,
+            "tokens": own_tokens,
+            "public_tokens": public_tokens,
+            "losses": {"final": final_loss, "held_out": held_out},
+            "frozen_verified": True,
+        },
+        router=replace(setup.router, trained=not config.freeze_router, bias=tuple(bias)),
+        run={"tokens_per_s": outcome.tokens_per_s, "peak_rss_bytes": peak_rss_bytes()},
+        overwrite=config.overwrite,
+    )
+    return TrainExpertResult(
+        path=target,
+        digest=expert.digest,
+        name=name,
+        anchor_digest=anchor.digest,
+        tokens=own_tokens,
+        public_tokens=public_tokens,
+        steps=setup.steps,
+        final_loss=final_loss,
+        held_out=held_out,
+        tokens_per_s=outcome.tokens_per_s,
+        frozen_verified=True,
+        bias=bias,
+        bytes_written=target.stat().st_size,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Reporter) -> _Setup:
+    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+    from flexctl.model.space import RouterSpace
+    from flexctl.training.corpus import prepare_corpus
+    from flexctl.training.sample import PublicSample
+    from flexctl.training.tokens import Mixture
+
+    set_threads(config.threads)
+    tokenizer = load_tokenizer(anchor.path)
+    corpus = prepare_corpus(config.data, tokenizer, work, seed=config.seed, reporter=reporter)
+    public = _public_sample(config, anchor, tokenizer)
+    kept = [d for i, d in enumerate(public.documents) if i % _PUBLIC_HELD_OUT_EVERY]
+    longest = int(anchor.config.get("max_position_embeddings", _MAX_SEQ_LEN))
+    seq_len = config.seq_len or min(_MAX_SEQ_LEN, longest)
+    data = Mixture(
+        corpus.stream,
+        PublicSample(kept).stream() if kept else None,
+        seq_len=seq_len,
+        batch_size=max(1, config.batch_tokens // seq_len),
+        public_share=config.public_mix,
+        seed=config.seed,
+    )
+    wanted = config.epochs * len(corpus.stream)
+    most = data.steps_for(int(min(wanted, config.max_tokens or wanted)))
+    steps = min(most, config.max_steps or most)
+    device = pick_device(config.device)
+    model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
+    space = RouterSpace.from_tensors(anchor.router_space())
+    reporter.note(f"router rows: {config.router}")
+    rows, router = _start_rows(config, anchor, model, space, corpus, public, tokenizer)
+    return _Setup(
+        model=model,
+        space=space,
+        corpus=corpus,
+        public_held_out=public.documents[::_PUBLIC_HELD_OUT_EVERY],
+        data=data,
+        steps=steps,
+        warmup_steps=max(1, round(steps * _WARMUP_SHARE)) if config.warmup_steps is None else config.warmup_steps,
+        seq_len=seq_len,
+        lr=config.lr or default_lr(int(anchor.config["hidden_size"])),
+        rows=rows,
+        router=router,
+    )
+
+
+def default_lr(hidden_size: int) -> float:
+    """Return the peak learning rate for a model's width: measured on small anchors, falling with the root of width."""
+    return 2e-3 * (192 / hidden_size) ** 0.5
+
+
+def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) -> PublicSample:
+    from flexctl.model.tensors import to_torch
+    from flexctl.training.documents import read_documents
+    from flexctl.training.sample import PublicSample, draw_sample
+    from flexctl.training.tokens import frame_documents
+
+    kept = {name: to_torch(raw).numpy() for name, raw in anchor.public_sample().items()}
+    if config.public is None:
+        return PublicSample.from_arrays(kept["tokens"], kept["offsets"])
+    documents = frame_documents(tokenizer, read_documents([config.public]))
+    return draw_sample(documents, len(kept["tokens"]), config.seed)
+
+
+def _refuse_bad_settings(config: TrainExpertConfig, target: Path) -> None:
+    if target.exists() and not config.overwrite:
+        raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
+    if not 0 <= config.public_mix < 1:
+        raise UsageError(f"--public-mix: {config.public_mix} is not a share from 0 to below 1")
+    if config.expires is not None:
+        try:
+            date.fromisoformat(config.expires)
+        except ValueError as error:
+            raise UsageError(f"--expires: {config.expires!r} is no date", hint="write YYYY-MM-DD") from error
+    for flag in ("max_tokens", "max_steps", "epochs", "lr", "seq_len", "batch_tokens", "micro_batch"):
+        value = getattr(config, flag)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{flag.replace('_', '-')}: {value} is not above 0")
+
+
+def _start_rows(
+    config: TrainExpertConfig,
+    anchor: Anchor,
+    model: nn.Module,
+    space: RouterSpace,
+    corpus: Corpus,
+    public: PublicSample,
+    tokenizer: Any,
+) -> tuple[Tensor, RouterInfo]:
+    from flexctl.embedding import embed_rows, encoder_name
+    from flexctl.model.tensors import to_torch
+    from flexctl.training.documents import sample_passages
+    from flexctl.training.tokens import frame_passages
+
+    file = Path(config.router)
+    if file.suffix == ".st" or file.exists():
+        given = open_router_file(file, anchor)
+        return to_torch(given.rows), given.info
+    own = sample_passages(corpus.documents(), _ROUTER_PASSAGES, config.seed)
+    theirs = sample_passages(public.texts(tokenizer), _ROUTER_PASSAGES, config.seed)
+    rows = embed_rows(config.router, model, space, own, theirs, partial(frame_passages, tokenizer), config.encoder)
+    info = RouterInfo(
+        kind=config.router,
+        samples=len(own),
+        encoder=encoder_name(config.router, config.encoder),
+        trained=False,
+        bias=(),
+    )
+    return rows.rows, info
+
+
+def _train(
+    config: TrainExpertConfig, anchor: Anchor, setup: _Setup, pair: Pair, work: Path, reporter: Reporter
+) -> Outcome:
+    from flexctl.model.building import autocast_dtype
+    from flexctl.training.checkpoints import Checkpoints
+    from flexctl.training.loop import LoopSettings, train
+
+    identity = {
+        **_identity(config, setup),
+        "anchor": anchor.digest,
+        "data": setup.corpus.survey.digest,
+        "rows": [float(row) for row in setup.rows.sum(dim=1)],
+    }
+    checkpoints = Checkpoints(
+        work / "checkpoints",
+        identity,
+        every_steps=config.checkpoint_steps,
+        resume=config.resume,
+        reporter=reporter,
+    )
+    settings = LoopSettings(
+        steps=setup.steps,
+        lr=setup.lr,
+        warmup_steps=setup.warmup_steps,
+        micro_batch=config.micro_batch or max(1, _MICRO_BATCH_TOKENS // setup.seq_len),
+        autocast=autocast_dtype(config.dtype, setup.rows.device),
+    )
+    return train(
+        setup.model,
+        pair.groups(),
+        setup.data,
+        settings,
+        reporter=reporter,
+        penalty=None if config.freeze_router or config.tether == 0 else pair.penalty,
+        after_step=None if config.freeze_router else pair.after_step,
+        checkpoints=checkpoints,
+    )
+
+
+def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
+    """Return every resolved setting that decides the result."""
+    return {
+        "lr": setup.lr,
+        "steps": setup.steps,
+        "warmup_steps": setup.warmup_steps,
+        "seq_len": setup.seq_len,
+        "batch_size": setup.data.batch_size,
+        "public_mix": config.public_mix,
+        "freeze_router": config.freeze_router,
+        "tether": config.tether,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+
+
+def _held_out_losses(setup: _Setup) -> dict[str, float]:
+    from flexctl.evaluation.scoring import score_documents
+
+    parts = {"public": setup.public_held_out}
+    if setup.corpus.held_out is not None:
+        parts["own"] = setup.corpus.held_out
+    return {
+        name: score_documents(setup.model, documents, seq_len=setup.seq_len, batch_tokens=_SCORE_BATCH_TOKENS).nll
+        for name, documents in sorted(parts.items())
+    }

@@ -1,0 +1,133 @@
+"""An owner's text, prepared once: counted, split, tokenised into a file on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flexctl.errors import UsageError
+from flexctl.runtime import Reporter
+from flexctl.training.documents import read_documents
+from flexctl.training.sample import draw_sample
+from flexctl.training.tokens import Framed, TokenStream, frame_documents, pack
+
+__all__ = ["Corpus", "Survey", "prepare_corpus"]
+
+HELD_OUT_SHARE = 0.05
+HELD_OUT_TOKENS = 65_536
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Survey:
+    """What one pass over the text finds.
+
+    Attributes:
+        documents: Training documents.
+        num_bytes: Their UTF-8 bytes.
+        held_out: Documents kept out of training.
+        threshold: Largest seeded hash that is held out; -1 when none is.
+        digest: sha256 of all documents in order.
+    """
+
+    documents: int
+    num_bytes: int
+    held_out: int
+    threshold: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Text ready to train on.
+
+    Attributes:
+        survey: Counts.
+        stream: Training tokens, on disk.
+        held_out: Framed documents kept out of training, at most ``HELD_OUT_TOKENS`` tokens of them.
+        paths: Where the text is.
+        seed: Of the split.
+    """
+
+    survey: Survey
+    stream: TokenStream
+    held_out: Sequence[Framed] | None
+    paths: Sequence[Path]
+    seed: int
+
+    def documents(self) -> Iterator[str]:
+        """Yield the training documents, read anew."""
+        return _part(self.paths, self.seed, self.survey.threshold, held_out=False)
+
+
+def prepare_corpus(paths: Sequence[Path], tokenizer: Any, work: Path, *, seed: int, reporter: Reporter) -> Corpus:
+    """Return the owner's text as training tokens in ``work`` and held-out documents.
+
+    One document in twenty is held out, at least one where there are two or more: those with the smallest seeded hash,
+    so the split depends on the text and the seed alone. A token file of an earlier run over the same text is used
+    again.
+
+    Args:
+        paths: What --data names.
+        tokenizer: The anchor's.
+        work: Folder for the token file.
+        seed: Of the split.
+        reporter: Hears of progress.
+    """
+    survey = _survey(paths, seed)
+    held_out = None
+    if survey.held_out:
+        framed = frame_documents(tokenizer, _part(paths, seed, survey.threshold, held_out=True))
+        held_out = draw_sample(framed, HELD_OUT_TOKENS, seed).documents
+    else:
+        reporter.warn("--data is a single document: nothing is held out, so no gain can be reported")
+    file, mark = work / "own.tokens", work / "own.json"
+    identity = json.dumps({**asdict(survey), "vocabulary": len(tokenizer), "seed": seed}, sort_keys=True)
+    if not (file.exists() and mark.exists() and mark.read_text() == identity):
+        mark.unlink(missing_ok=True)
+        with reporter.progress("tokenising", survey.num_bytes, "bytes") as bar:
+
+            def counted() -> Iterator[str]:
+                for text in _part(paths, seed, survey.threshold, held_out=False):
+                    bar.advance(len(text.encode()))
+                    yield text
+
+            pack(file, frame_documents(tokenizer, counted()))
+        mark.write_text(identity)
+    return Corpus(survey=survey, stream=TokenStream.open(file), held_out=held_out, paths=paths, seed=seed)
+
+
+def _survey(paths: Sequence[Path], seed: int) -> Survey:
+    digest = hashlib.sha256()
+    ranks, sizes = array("Q"), array("Q")
+    for text in read_documents(paths):
+        raw = text.encode()
+        digest.update(len(raw).to_bytes(8, "big") + raw)
+        ranks.append(_rank(text, seed))
+        sizes.append(len(raw))
+    if not ranks:
+        raise UsageError(f"--data: no document with text in {', '.join(map(str, paths))}")
+    wanted = max(1, round(len(ranks) * HELD_OUT_SHARE)) if len(ranks) > 1 else 0
+    threshold = sorted(ranks)[wanted - 1] if wanted else -1
+    kept = [size for rank, size in zip(ranks, sizes, strict=True) if rank > threshold]
+    return Survey(
+        documents=len(kept),
+        num_bytes=sum(kept),
+        held_out=len(ranks) - len(kept),
+        threshold=threshold,
+        digest=digest.hexdigest(),
+    )
+
+
+def _rank(text: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{text}".encode()).digest()[:8], "big")
+
+
+def _part(paths: Sequence[Path], seed: int, threshold: int, *, held_out: bool) -> Iterator[str]:
+    for text in read_documents(paths):
+        if (_rank(text, seed) <= threshold) == held_out:
+            yield text

@@ -1,0 +1,94 @@
+"""The pair: a frozen public expert beside one that trains, with its router rows.
+
+Shapes: L num_hidden_layers, H hidden_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flexctl.families import PROJECTIONS
+from flexctl.model.building import add_expert
+from flexctl.model.routed import routed_layers
+from flexctl.model.rows import clamp_bias
+from flexctl.model.space import RouterSpace
+from flexctl.model.tensors import DTYPES
+from flexctl.training.loop import ParameterGroup
+
+__all__ = ["Pair"]
+
+ROUTER_LR_FACTOR = 0.1
+
+
+class Pair:
+    """One expert in training beside the public one, in a model that ``build_model`` made from an anchor.
+
+    The frozen and the trainable expert are separate modules, so nothing frozen has a gradient, optimiser state or a
+    matrix product for its weight gradient.
+
+    Args:
+        model: The anchor; gets one more expert in every layer.
+        space: The anchor's router space.
+        rows: Router rows to start from, (L, H), float32.
+        tether: Weight of the mean squared change of the rows' logits on public text; None freezes the rows.
+
+    Source: FlexOlmo section 3.3 for the pair; method.md sections 2 and 4 for the tether and the bias.
+    """
+
+    def __init__(self, model: nn.Module, space: RouterSpace, rows: Tensor, *, tether: float | None) -> None:
+        self.experts = add_expert(model, rows)
+        self._routers = [block.router.closed for block in routed_layers(model)]
+        self._tether = tether
+        device = self._routers[0].device
+        self._start = rows.to(device)
+        self._mean = space.mean.to(device)
+        self._constant = space.constant().float().to(device)
+        self._second = torch.stack(
+            [space.covariance(i) + torch.outer(m, m) for i, m in enumerate(space.mean.double())]
+        ).to(device, torch.float32)
+        for row in self._routers:
+            row.requires_grad_(tether is not None)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows as they are now, (L, H), float32, on the CPU."""
+        return torch.cat([row.detach() for row in self._routers]).cpu()
+
+    def groups(self) -> list[ParameterGroup]:
+        """Return what trains: feed-forward weights, and the rows unless they are frozen."""
+        weights = [parameter for expert in self.experts for parameter in expert.parameters()]
+        groups = [ParameterGroup(parameters=weights)]
+        if self._tether is not None:
+            groups.append(ParameterGroup(parameters=self._routers, lr_factor=ROUTER_LR_FACTOR))
+        return groups
+
+    def penalty(self) -> Tensor:
+        """Return the tether: mean over layers of (r - r_start)' S2 (r - r_start), weighted.
+
+        S2 is the second moment of public router inputs, so this is the mean squared change of public logits.
+        """
+        change = torch.cat(list(self._routers)) - self._start
+        moved = torch.einsum("lh,lhk,lk->l", change, self._second, change).mean()
+        return (self._tether or 0.0) * moved
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep every layer's bias r . m at or below 0."""
+        rows = torch.cat(list(self._routers))
+        clamp_bias(rows, self._mean, self._constant)
+        for parameter, row in zip(self._routers, rows, strict=True):
+            parameter.copy_(row[None])
+
+    @torch.no_grad()
+    def round_weights(self, dtype_name: str) -> dict[str, Tensor]:
+        """Round the expert once to ``dtype_name`` ("BF16"), in the model too, and return its tensors by name."""
+        dtype = DTYPES[dtype_name]
+        tensors = {}
+        for layer, expert in enumerate(self.experts):
+            for name in PROJECTIONS:
+                weight = getattr(expert, name).weight
+                rounded = weight.to(dtype)
+                weight.copy_(rounded)
+                tensors[f"layers.{layer}.mlp.{name}.weight"] = rounded.cpu()
+        return tensors
