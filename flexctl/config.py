@@ -118,9 +118,7 @@ def _missing(command: str, name: str, flag: str | None) -> UsageError:
     if flag is None:
         return UsageError(f"{shown} needs {name.upper()}", hint=f"flexctl {shown} --help")
     option = f"--{flag.replace('_', '-')}"
-    return UsageError(
-        f"{shown} needs {option}", hint=f"give {option}, or {flag} in flexctl.toml under [{command}]"
-    )
+    return UsageError(f"{shown} needs {option}", hint=f"give {option}, or {flag} in flexctl.toml under [{command}]")
 
 
 def _coerce(value: Any, annotation: Any, source: _Source) -> Any:

@@ -90,9 +90,7 @@ def find(start: Path | None = None) -> Workspace:
     tables = {} if root is None else _read(root / FILE_NAME)
     root = root or start
     places = {**_PLACES, **tables.pop("workspace", {})}
-    return Workspace(
-        root=root, defaults=tables, **{name: _place(root, name, places[name]) for name in _PLACES}
-    )
+    return Workspace(root=root, defaults=tables, **{name: _place(root, name, places[name]) for name in _PLACES})
 
 
 def ensure(root: Path) -> Workspace:

@@ -80,11 +80,7 @@ def part_of(source: str) -> str:
 def own_parts(source: str) -> list[tuple[str, str]]:
     """(part, module below it) of every import from flexctl itself."""
     names = [name.split(".") for name in all_imports(source)]
-    return [
-        (name[1], name[2] if len(name) > 2 else "")
-        for name in names
-        if name[0] == "flexctl" and len(name) > 1
-    ]
+    return [(name[1], name[2] if len(name) > 2 else "") for name in names if name[0] == "flexctl" and len(name) > 1]
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if source != "__init__.py"])

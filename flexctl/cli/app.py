@@ -1,0 +1,115 @@
+"""The way in: read the command line, call the engine once, show the result. The one place that catches."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from io import TextIOWrapper
+from typing import cast
+
+import typer
+from typer.main import get_command
+
+import flexctl
+from flexctl.cli.commands import Call, app
+from flexctl.cli.output import Output
+from flexctl.config import config_name, resolve
+from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError
+
+__all__ = ["main", "run"]
+
+_BROKEN_PIPE = 141
+
+# The libraries beneath talk to the terminal by themselves, and phone home, unless told before import.
+_QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def run() -> None:
+    """Run the console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        # A model's text and a user's file names hold characters that not every terminal has.
+        cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+    sys.exit(main())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: Arguments after the program's name; the process's own when None.
+
+    Returns:
+        0 done, 1 failed, 2 usage or configuration, 3 an invalid bundle, 130 interrupted, 141 the reader went.
+    """
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    output = Output(json="--json" in arguments)
+    try:
+        call = _read(arguments)
+        if call is None:
+            return 0
+        output = Output(json=call.json, quiet=call.quiet, verbose=call.verbose)
+        return _execute(call, output)
+    except BrokenPipeError:
+        _discard_output()
+        return _BROKEN_PIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("FLEXCTL_DEBUG"):
+            traceback.print_exc()
+        return output.error(*_explain(error))
+
+
+def _read(arguments: list[str]) -> Call | None:
+    """Return what the command line asks for, or None where Typer has answered it (--help, --version).
+
+    Without arguments the answer is the help page.
+    """
+    command = get_command(app)
+    call = command.main(args=arguments or ["--help"], prog_name="flexctl", standalone_mode=False)
+    return call if isinstance(call, Call) else None
+
+
+def _execute(call: Call, output: Output) -> int:
+    config_class = getattr(flexctl, config_name(call.command))
+    config = resolve(config_class, call.command, call.given)
+    result = getattr(flexctl, call.command)(config, output.reporter)
+    output.result(call.command, result)
+    return 0 if getattr(result, "ok", True) else BundleError.exit_code
+
+
+def _explain(error: BaseException) -> tuple[str, FlexctlError]:
+    """Return the error's type and the error as a person should read it."""
+    if isinstance(error, FlexctlError):
+        return type(error).__name__, error
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted", Interrupted("interrupted")
+    if isinstance(error, typer.TyperException):
+        return "UsageError", _usage_error(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename}" if error.filename else ""
+        return type(error).__name__, FlexctlError(f"{error.strerror}{place}")
+    message = f"unexpected {type(error).__name__}: {error}"
+    return type(error).__name__, FlexctlError(message, hint="set FLEXCTL_DEBUG=1 to see where it comes from")
+
+
+def _usage_error(error: typer.TyperException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    program = context.command_path if context is not None else "flexctl"
+    return UsageError(error.format_message(), hint=f"{program} --help")
+
+
+def _discard_output() -> None:
+    """Point both streams at nothing, so that the interpreter's own last flush has nowhere to fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())

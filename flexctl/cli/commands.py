@@ -1,0 +1,363 @@
+"""The commands: their flags, what they say they do, and an example of each. What they do is in engine/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from flexctl.cli import options as o
+from flexctl.cli.help import HelpPage
+from flexctl.cli.output import print_version
+
+__all__ = ["Call", "app"]
+
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False)
+_Flags = TypeVar("_Flags", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """What the command line asks for.
+
+    Attributes:
+        command: The command's name with underscores.
+        given: Field of its Config -> value as given; None where it was not.
+        json: One JSON object instead of text.
+        quiet: No progress, notes or warnings.
+        verbose: Every figure of the result.
+    """
+
+    command: str
+    given: dict[str, Any]
+    json: bool
+    quiet: bool
+    verbose: bool
+
+
+def _command(*examples: str, name: str | None = None) -> Callable[[_Flags], _Flags]:
+    """Register a command whose name is its function's unless given, with lines that its help page shows."""
+    return app.command(name, cls=HelpPage, epilog="\n".join(examples))
+
+
+def _call(command: str, parameters: dict[str, Any]) -> Call:
+    manner = {name: bool(parameters.pop(name)) for name in ("json", "quiet", "verbose")}
+    return Call(command=command, given=parameters, **manner)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print_version()
+        raise typer.Exit
+
+
+@app.callback()
+def _flexctl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train experts on text that may not be shared, merge them into one model, remove them again exactly.
+
+    A coordinator publishes an anchor, every owner trains an expert at home, anyone merges them.
+    Start with: flexctl demo
+    """
+
+
+@_command(
+    "flexctl init-anchor --data public.jsonl --preset micro",
+    "flexctl init-anchor allenai/OLMo-2-0425-1B --data public.jsonl",
+)
+def init_anchor(
+    source: o.Source = None,
+    data: o.Data = None,
+    output: o.Output = None,
+    name: o.Name = None,
+    preset: o.Preset = None,
+    max_tokens: o.MaxTokens = None,
+    anneal_tokens: o.AnnealTokens = None,
+    sample_tokens: o.SampleTokens = None,
+    seq_len: o.SeqLen = None,
+    batch_tokens: o.BatchTokens = None,
+    lr: o.Lr = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    resume: o.Resume = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Make the anchor: the public, frozen model that experts train against.
+
+    SOURCE is a stock checkpoint. Without it, a tokenizer and a small model of OLMo-2's shape are
+    trained on --data. --data is public text; it also calibrates the routers, and a sample of it goes
+    along with the anchor, for owners to mix into their training. Writes flexctl.toml where there is none.
+    """
+    return _call("init_anchor", locals())
+
+
+@_command(
+    "flexctl train-expert --data law/",
+    "flexctl train-expert --data law.jsonl --name law --max-tokens 2000000 --license CC-BY-4.0",
+)
+def train_expert(
+    data: o.Data = None,
+    anchor: o.Anchor = None,
+    name: o.Name = None,
+    output: o.Output = None,
+    router: o.Router = None,
+    encoder: o.Encoder = None,
+    max_tokens: o.MaxTokens = None,
+    max_steps: o.MaxSteps = None,
+    epochs: o.Epochs = None,
+    lr: o.Lr = None,
+    warmup_steps: o.WarmupSteps = None,
+    seq_len: o.SeqLen = None,
+    batch_tokens: o.BatchTokens = None,
+    micro_batch: o.MicroBatch = None,
+    public_mix: o.PublicMix = None,
+    public: o.Public = None,
+    freeze_router: o.FreezeRouter = None,
+    tether: o.Tether = None,
+    resume: o.Resume = None,
+    checkpoint_steps: o.CheckpointSteps = None,
+    license: o.License = None,
+    purpose: o.Purpose = None,
+    expires: o.Expires = None,
+    label: o.Label = None,
+    contact: o.Contact = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Train one expert on text that stays where it is.
+
+    Trains against the frozen anchor and writes one file, experts/NAME.st: what you share. Only
+    feed-forward weights and router rows are trained; everything else is checked afterwards to be the
+    anchor's, bit for bit.
+    """
+    return _call("train_expert", locals())
+
+
+@_command(
+    "flexctl embed-router --data law/ -o law-rows.st",
+    "flexctl embed-router --data law/ --expert experts/law.st -o law-2.st",
+)
+def embed_router(
+    data: o.Data = None,
+    anchor: o.Anchor = None,
+    router: o.RouterKind = None,
+    encoder: o.Encoder = None,
+    expert: o.Expert = None,
+    output: o.Output = None,
+    compare: o.Compare = None,
+    public: o.Public = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Make router rows from sample texts, without training.
+
+    With -o they go to a file for train-expert --router; with --expert, into a copy of that expert.
+    Warns where the text cannot be told from public text, or where the noise of the rows is large.
+    """
+    return _call("embed_router", locals())
+
+
+@_command(
+    "flexctl merge experts/*.st",
+    "flexctl merge merged experts/news.st -o merged-2",
+)
+def merge(
+    experts: o.Experts = None,
+    anchor: o.Anchor = None,
+    output: o.Output = None,
+    top_k: o.TopK = None,
+    allow_expired: o.AllowExpired = None,
+    trust_cache: o.TrustCache = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Merge the anchor and experts into one stock checkpoint.
+
+    No training: bytes are copied and checked against each owner's manifest. The same set gives the same
+    bytes in whatever order. A merged model as first argument is added to; no expert at all gives the
+    anchor alone.
+    """
+    return _call("merge", locals())
+
+
+@_command(
+    "flexctl remove law",
+    "flexctl remove law news --from merged -o without-law-and-news",
+)
+def remove(
+    names: o.Names,
+    source: o.From = None,
+    output: o.Output = None,
+    tombstone: o.Tombstone = None,
+    trust_cache: o.TrustCache = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Remove experts exactly, as if they had never been merged.
+
+    Works on the workspace's merged model, which is replaced in one step. With -o the result goes elsewhere.
+    """
+    return _call("remove", locals())
+
+
+@_command(
+    "flexctl replace law law-2.st",
+)
+def replace(
+    name: o.OneName,
+    expert: o.OneExpert,
+    source: o.From = None,
+    output: o.Output = None,
+    allow_expired: o.AllowExpired = None,
+    trust_cache: o.TrustCache = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Replace one expert by its new version, and say what changed."""
+    return _call("replace", locals())
+
+
+@_command(
+    "flexctl evaluate --data law=heldout/law --data news=heldout/news",
+    "flexctl evaluate --data law=heldout/law --without law --json",
+)
+def evaluate(
+    bundle: o.Bundle = None,
+    data: o.DataSets = None,
+    without: o.Without = None,
+    anchor: o.Anchor = None,
+    top_k: o.TopK = None,
+    seq_len: o.SeqLen = None,
+    batch_tokens: o.BatchTokens = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    allow_expired: o.AllowExpired = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Score a bundle on held-out text, domain by domain.
+
+    Perplexity and bits per byte, and the share of each expert in the answers.
+    """
+    return _call("evaluate", locals())
+
+
+@_command(
+    'flexctl generate --prompt "The court held that" --explain',
+    'flexctl generate --prompt "The court held that" --without law',
+)
+def generate(
+    bundle: o.Bundle = None,
+    prompt: o.Prompt = None,
+    without: o.Without = None,
+    explain: o.Explain = None,
+    anchor: o.Anchor = None,
+    max_new_tokens: o.MaxNewTokens = None,
+    temperature: o.Temperature = None,
+    top_k: o.TopK = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Continue a text, and show on request which expert answered."""
+    return _call("generate", locals())
+
+
+@_command(
+    "flexctl inspect experts/law.st",
+)
+def inspect(
+    path: o.BundlePath,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Show what a bundle says about itself.
+
+    Sizes, experts, licences and how it was trained. Nothing is hashed: see verify.
+    """
+    return _call("inspect", locals())
+
+
+@_command(
+    "flexctl verify merged",
+    "flexctl verify merged --absent law",
+)
+def verify(
+    path: o.BundlePath,
+    absent: o.Absent = None,
+    anchor: o.Anchor = None,
+    allow_expired: o.AllowExpired = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Re-hash and check everything in a bundle. Exit code 3 when something does not hold."""
+    return _call("verify", locals())
+
+
+@_command(
+    "flexctl list",
+    name="list",
+)
+def list_(
+    path: o.Folder = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """List the workspace's anchor, experts and merged model."""
+    return _call("list", locals())
+
+
+@_command(
+    "flexctl demo",
+)
+def demo(
+    output: o.Output = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Show an expert's whole life, offline, in a few minutes."""
+    return _call("demo", locals())

@@ -1,0 +1,152 @@
+"""Every flag and argument, written once.
+
+Numbers and choices stay text here: ``config.resolve`` turns the text of flags, environment and
+flexctl.toml into the field's type, with one rule and one message for all three. Every default is None,
+so that "given" is known; the real defaults are the Config's, and ``--help`` shows them from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+# How it is said.
+Json = Annotated[bool | None, Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool | None, Option("--quiet", "-q", help="No progress, notes or warnings.")]
+Verbose = Annotated[bool | None, Option("--verbose", "-v", help="Show every figure of the result.")]
+
+# Arguments.
+Source = Annotated[
+    str | None,
+    Argument(metavar="SOURCE", help="Checkpoint directory or Hub id; without it a small model is trained."),
+]
+Experts = Annotated[
+    list[Path] | None,
+    Argument(metavar="EXPERT", help="Expert files (.st); the first may be a merged model to add to."),
+]
+Names = Annotated[list[str], Argument(metavar="NAME", help="Names of the experts to remove.")]
+OneName = Annotated[str, Argument(metavar="NAME", help="Name of the expert to replace.")]
+OneExpert = Annotated[Path, Argument(metavar="EXPERT", help="The expert's new file (.st), of the same name.")]
+Bundle = Annotated[
+    Path | None,
+    Argument(metavar="BUNDLE", help="Merged model, anchor or expert; the workspace's merged model by default."),
+]
+BundlePath = Annotated[Path, Argument(metavar="PATH", help="Anchor, expert (.st) or merged model.")]
+Folder = Annotated[Path | None, Argument(metavar="PATH", help="A workspace; the current one by default.")]
+
+# Places.
+Anchor = Annotated[Path | None, Option("--anchor", metavar="DIR", help="The anchor (default: the workspace's anchor).")]
+Output = Annotated[
+    Path | None, Option("--output", "-o", metavar="PATH", help="Where to write; missing parents are made.")
+]
+From = Annotated[
+    Path | None,
+    Option("--from", metavar="DIR", help="The merged model to change (default: the workspace's)."),
+]
+Expert = Annotated[
+    Path | None, Option("--expert", metavar="FILE.st", help="Write a copy of this expert with the new rows.")
+]
+Overwrite = Annotated[bool | None, Option("--overwrite", help="Replace the target if it exists.")]
+DryRun = Annotated[bool | None, Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+TrustCache = Annotated[
+    bool | None,
+    Option("--trust-cache", help="Skip re-hashing files that did not change since the last check."),
+]
+
+# Text.
+Data = Annotated[
+    list[Path] | None,
+    Option("--data", metavar="PATH", help=".jsonl or text file, or a folder of them; repeatable."),
+]
+DataSets = Annotated[
+    list[str] | None,
+    Option("--data", metavar="NAME=PATH", help="A domain's name and its text; repeatable."),
+]
+Public = Annotated[
+    Path | None,
+    Option("--public", metavar="PATH", help="Public text to use instead of the anchor's sample."),
+]
+PublicMix = Annotated[
+    str | None, Option("--public-mix", metavar="SHARE", help="Share of public text mixed into training.")
+]
+SampleTokens = Annotated[
+    str | None, Option("--sample-tokens", metavar="N", help="Tokens of public text kept with the anchor.")
+]
+Compare = Annotated[
+    list[Path] | None,
+    Option("--compare", metavar="FILE.st", help="Report the overlap with this expert's rows; repeatable."),
+]
+
+# Training.
+Preset = Annotated[
+    str | None,
+    Option("--preset", metavar="SIZE", help="Size of a model trained from scratch: nano, micro or small."),
+]
+MaxTokens = Annotated[str | None, Option("--max-tokens", metavar="N", help="Stop after this many tokens of --data.")]
+MaxSteps = Annotated[str | None, Option("--max-steps", metavar="N", help="Stop after this many optimiser steps.")]
+Epochs = Annotated[str | None, Option("--epochs", metavar="N", help="Passes over --data.")]
+AnnealTokens = Annotated[
+    str | None,
+    Option("--anneal-tokens", metavar="N", help="First train SOURCE on this many tokens of --data."),
+]
+SeqLen = Annotated[str | None, Option("--seq-len", metavar="N", help="Tokens a sequence.")]
+BatchTokens = Annotated[str | None, Option("--batch-tokens", metavar="N", help="Tokens an optimiser step.")]
+MicroBatch = Annotated[
+    str | None, Option("--micro-batch", metavar="N", help="Sequences in memory at once; filled up by default.")
+]
+Lr = Annotated[str | None, Option("--lr", metavar="X", help="Peak learning rate.")]
+WarmupSteps = Annotated[str | None, Option("--warmup-steps", metavar="N", help="Steps until the peak learning rate.")]
+Tether = Annotated[
+    str | None,
+    Option("--tether", metavar="X", help="How strongly the router rows keep their logits on public text."),
+]
+FreezeRouter = Annotated[bool | None, Option("--freeze-router", help="Leave the router rows as they start.")]
+Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint.")]
+CheckpointSteps = Annotated[
+    str | None, Option("--checkpoint-steps", metavar="N", help="Write a checkpoint every so many steps.")
+]
+
+# Router.
+RouterKind = Annotated[
+    str | None, Option("--router", metavar="KIND", help="How rows are made: discriminant, hidden or encoder.")
+]
+Router = Annotated[
+    str | None,
+    Option("--router", metavar="KIND|FILE", help="discriminant, hidden, encoder, or a file of embed-router."),
+]
+Encoder = Annotated[str | None, Option("--encoder", metavar="MODEL", help="Sentence encoder for --router encoder.")]
+TopK = Annotated[str | None, Option("--top-k", metavar="K", help="Experts active for a token.")]
+
+# What the owner says about an expert.
+Name = Annotated[str | None, Option("--name", metavar="NAME", help="The bundle's name (default: the folder's).")]
+License = Annotated[str | None, Option("--license", metavar="SPDX", help="Licence of the expert.")]
+Purpose = Annotated[
+    list[str] | None, Option("--purpose", metavar="TEXT", help="What the expert may be used for; repeatable.")
+]
+Expires = Annotated[str | None, Option("--expires", metavar="DATE", help="Last day of its use, as 2030-12-31.")]
+Label = Annotated[str | None, Option("--label", metavar="TEXT", help="One line about the data.")]
+Contact = Annotated[str | None, Option("--contact", metavar="TEXT", help="Whom to ask about the expert.")]
+
+# Using a model.
+Without = Annotated[list[str] | None, Option("--without", metavar="NAME", help="Leave this expert out; repeatable.")]
+AllowExpired = Annotated[bool | None, Option("--allow-expired", help="Use experts whose rights have expired.")]
+Tombstone = Annotated[bool | None, Option("--tombstone", help="Record in the manifest what was removed.")]
+Absent = Annotated[
+    list[str] | None,
+    Option("--absent", metavar="NAME", help="Prove that this expert is not inside; repeatable."),
+]
+Prompt = Annotated[str | None, Option("--prompt", metavar="TEXT", help="The text to continue.")]
+Explain = Annotated[bool | None, Option("--explain", help="Show which expert answered, piece by piece.")]
+MaxNewTokens = Annotated[str | None, Option("--max-new-tokens", metavar="N", help="Length of the answer.")]
+Temperature = Annotated[
+    str | None,
+    Option("--temperature", metavar="T", help="0 takes the likeliest token; above, tokens are drawn."),
+]
+
+# The machine.
+Seed = Annotated[str | None, Option("--seed", metavar="N", help="Seed of everything random.")]
+Threads = Annotated[str | None, Option("--threads", metavar="N", help="CPU threads.")]
+Device = Annotated[str | None, Option("--device", metavar="NAME", help="cpu, cuda or auto.")]
+Dtype = Annotated[str | None, Option("--dtype", metavar="NAME", help="float32, bfloat16 or auto.")]

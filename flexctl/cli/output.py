@@ -1,0 +1,226 @@
+"""The one place that prints: results on stdout; progress, notes, warnings and errors on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import flexctl
+from flexctl.cli.text import paint, printable, progress_figures, progress_line
+from flexctl.cli.views import render
+from flexctl.errors import FlexctlError
+from flexctl.runtime import Progress, Reporter
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+__all__ = ["SCHEMA_VERSION", "Output", "print_version"]
+
+SCHEMA_VERSION = 1
+"""Of the objects that --json prints."""
+
+_LINE_EVERY_S = 5.0
+
+
+class Output:
+    """What one run of a command says, and how.
+
+    Args:
+        json: One object on stdout, errors as one object on stderr, no progress.
+        quiet: Nothing on stderr but errors.
+        verbose: Every field of the result.
+    """
+
+    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self._json = json
+        self._verbose = verbose
+        self.reporter: Reporter
+        if quiet or json:
+            self.reporter = _PlainReporter(warnings=not quiet)
+        elif sys.stderr.isatty():
+            self.reporter = _BarReporter()
+        else:
+            self.reporter = _PlainReporter(notes=True, progress=True)
+
+    def result(self, command: str, result: Any) -> None:
+        """Print a command's Result."""
+        if self._json:
+            fields = {"schema_version": SCHEMA_VERSION, "command": command.replace("_", "-")}
+            _write(json.dumps(fields | _plain(dataclasses.asdict(result)), allow_nan=False), sys.stdout)
+        else:
+            colour = _has_colour(sys.stdout)
+            _write(render(command, result, verbose=self._verbose, colour=colour), sys.stdout)
+
+    def error(self, kind: str, error: FlexctlError) -> int:
+        """Print an error of type ``kind`` and return its exit code."""
+        if self._json:
+            fields = {
+                "type": kind,
+                "message": error.message,
+                "hint": error.hint,
+                "exit_code": error.exit_code,
+            }
+            _write(json.dumps({"error": fields}), sys.stderr)
+        else:
+            _write_labelled("error", error.message)
+            if error.hint:
+                _write_labelled("hint", error.hint)
+        return error.exit_code
+
+
+def print_version() -> None:
+    """Print the program's name and version."""
+    _write(f"flexctl {flexctl.__version__}", sys.stdout)
+
+
+class _PlainReporter(Reporter):
+    """Plain lines; a running task says one every few seconds, and one at its end if it had said any."""
+
+    def __init__(self, *, notes: bool = False, warnings: bool = True, progress: bool = False) -> None:
+        self._notes = notes
+        self._warnings = warnings
+        self._progress = progress
+
+    def note(self, text: str) -> None:
+        if self._notes:
+            _write(text, sys.stderr)
+
+    def warn(self, text: str) -> None:
+        if self._warnings:
+            _write_labelled("warning", text)
+
+    @contextmanager
+    def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
+        task = _Lines(title, total, unit, silent=not self._progress)
+        yield task
+        task.finish()
+
+
+class _Lines:
+    """One task as a line every few seconds."""
+
+    def __init__(self, title: str, total: float, unit: str, *, silent: bool) -> None:
+        self._title, self._total, self._unit, self._silent = title, total, unit, silent
+        self._done = 0.0
+        self._figures: dict[str, float | str] = {}
+        self._said_s = time.monotonic()
+        self._has_spoken = False
+        # Pace is measured from the first step on: a resumed task jumps ahead there.
+        self._first: tuple[float, float] | None = None
+
+    def advance(self, amount: float, **figures: float | str) -> None:
+        now_s = time.monotonic()
+        self._done += amount
+        self._figures |= figures
+        self._first = self._first or (now_s, self._done)
+        if now_s - self._said_s >= _LINE_EVERY_S:
+            self._say(now_s)
+
+    def finish(self) -> None:
+        if self._has_spoken:
+            self._say(time.monotonic())
+
+    def _say(self, now_s: float) -> None:
+        self._said_s, self._has_spoken = now_s, True
+        if not self._silent:
+            figures = progress_figures(self._done, self._unit, self._figures)
+            share = self._done / self._total if self._total else None
+            _write(progress_line(self._title, figures, share, self._left_s(now_s)), sys.stderr)
+
+    def _left_s(self, now_s: float) -> float | None:
+        if self._first is None or self._done <= self._first[1]:
+            return None
+        start_s, start = self._first
+        return (now_s - start_s) * (self._total - self._done) / (self._done - start)
+
+
+class _BarReporter(Reporter):
+    """Bars on a terminal, all in one display however tasks are nested; lines go above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(compact=True),
+        )
+        self._bars = Bars(*columns, console=console, transient=True)
+        self._running = 0
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(text)
+
+    def warn(self, text: str) -> None:
+        self._bars.console.print("warning: " + text, style="yellow")
+
+    @contextmanager
+    def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
+        if not self._running:
+            self._bars.start()
+        self._running += 1
+        task = self._bars.add_task(title, total=total or None, figures="")
+        try:
+            yield _Bar(self._bars, task, unit)
+        finally:
+            self._bars.remove_task(task)
+            self._running -= 1
+            if not self._running:
+                self._bars.stop()
+
+
+class _Bar:
+    """One task of the display."""
+
+    def __init__(self, bars: Bars, task: TaskID, unit: str) -> None:
+        self._bars, self._task, self._unit = bars, task, unit
+        self._done = 0.0
+        self._figures: dict[str, float | str] = {}
+
+    def advance(self, amount: float, **figures: float | str) -> None:
+        self._done += amount
+        self._figures |= figures
+        shown = "  ".join(progress_figures(self._done, self._unit, self._figures))
+        self._bars.update(self._task, advance=amount, figures=shown)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    print(text, file=stream, flush=True)
+
+
+def _write_labelled(label: str, text: str) -> None:
+    shown = f"{label}:"
+    if _has_colour(sys.stderr):
+        shown = paint(shown, {"error": "1;31", "warning": "1;33", "hint": "1"}[label])
+    _write(f"{shown} {printable(text)}", sys.stderr)
+
+
+def _has_colour(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: paths as text, tuples as lists, no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

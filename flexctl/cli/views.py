@@ -1,0 +1,188 @@
+"""How each command's Result reads. A command without a view of its own shows all its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from flexctl.cli.text import amount, cell, number, paint, pairs, place, printable, table
+
+if TYPE_CHECKING:
+    from flexctl import (
+        EmbedRouterResult,
+        EvaluateResult,
+        GenerateResult,
+        InitAnchorResult,
+        MergeResult,
+        RemoveResult,
+        ReplaceResult,
+        TrainExpertResult,
+        VerifyResult,
+    )
+
+__all__ = ["render"]
+
+# Readable on light and dark backgrounds; the public expert keeps the terminal's own colour.
+_COLOURS = ("36", "33", "35", "32", "34", "31")
+
+
+def render(command: str, result: Any, *, verbose: bool, colour: bool) -> str:
+    """Return a command's Result as text.
+
+    Args:
+        command: The command's name with underscores.
+        result: Its Result.
+        verbose: Show every field, digests in full.
+        colour: The reader is a terminal that shows colours.
+    """
+    if command == "generate":
+        return "\n".join(_generate(result, colour=colour))
+    if verbose or command not in _VIEWS:
+        return "\n".join(_everything(dataclasses.asdict(result)))
+    return "\n".join(_VIEWS[command](result))
+
+
+def _everything(fields: Mapping[str, Any]) -> list[str]:
+    """Return all fields: plain ones as a list, then each nested one under its name."""
+    nested = {name: value for name, value in fields.items() if value and _is_nested(value)}
+    lines = pairs({name: value for name, value in fields.items() if not _is_nested(value)}, whole=True)
+    for name, value in nested.items():
+        lines += ["", f"{name.replace('_', ' ')}:", *(f"  {line}" for line in _nested(value))]
+    return lines
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+    )
+
+
+def _nested(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        if value and all(
+            isinstance(item, Mapping) and not any(map(_is_nested, item.values())) for item in value.values()
+        ):
+            return _matrix(value)
+        return _everything(value)
+    headers = list(dict.fromkeys(name for item in value for name in item))
+    return table(headers, [[item.get(name) for name in headers] for item in value], whole=True)
+
+
+def _matrix(values: Mapping[str, Mapping[str, Any]], corner: str = "") -> list[str]:
+    """Return {row: {column: value}} as a table."""
+    columns = list(dict.fromkeys(column for row in values.values() for column in row))
+    return table([corner, *columns], [[name, *map(row.get, columns)] for name, row in values.items()])
+
+
+def _sentence(result: Any, done: str, *facts: str | None) -> str:
+    """Return one line: what was made, or would be, and its figures."""
+    shown = [fact for fact in (*facts, cell(result.digest) if result.digest else None) if fact]
+    line = ": ".join([done, *([", ".join(shown)] if shown else [])])
+    return f"Dry run, nothing written. {line}" if result.dry_run else line
+
+
+def _init_anchor(result: InitAnchorResult) -> list[str]:
+    sizes = f"{result.model_type}, {result.num_hidden_layers} layers of {result.hidden_size}"
+    parameters = f"{number(result.num_parameters)} parameters" if result.num_parameters else None
+    trained = f"trained on {number(result.tokens)} tokens" if result.tokens else None
+    loss = f"loss {number(result.loss)}" if result.loss is not None else None
+    facts = (sizes, parameters, f"vocabulary {number(result.vocab_size)}", trained, loss)
+    return [_sentence(result, f"Made anchor {result.name} in {place(result.path)}", *facts)]
+
+
+def _train_expert(result: TrainExpertResult) -> list[str]:
+    speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
+    amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
+    lines = [_sentence(result, f"Trained expert {result.name}: {place(result.path)}", amounts, speed)]
+    if result.held_out:
+        lines += ["", *_matrix(result.held_out, "held-out loss")]
+    if result.frozen_verified:
+        lines += ["", "Everything but the expert is the anchor's, bit for bit."]
+    return lines
+
+
+def _embed_router(result: EmbedRouterResult) -> list[str]:
+    documents = f"{number(result.documents)} passages"
+    lines = [_sentence(result, f"Made {result.router} rows in {place(result.path)}", documents)]
+    if result.layers:
+        headers = ("layer", "bias", "distance", "noise", "accuracy")
+        others = list(result.layers[0].overlap)
+        rows = [
+            [*(getattr(layer, name) for name in headers), *map(layer.overlap.get, others)] for layer in result.layers
+        ]
+        lines += ["", *table([*headers, *(f"lost to {name}" for name in others)], rows)]
+    return lines
+
+
+def _merge(result: MergeResult) -> list[str]:
+    names = ", ".join(expert["name"] for expert in result.experts)
+    facts = (f"{result.num_experts_per_tok} active for a token", amount(result.bytes_written, "bytes"))
+    return [_sentence(result, f"Merged {names} into {place(result.path)}", *facts)]
+
+
+def _remove(result: RemoveResult) -> list[str]:
+    removed, remaining = cell(result.removed), cell(result.remaining)
+    facts = (f"{remaining} remain", f"{result.num_experts_per_tok} active for a token")
+    return [_sentence(result, f"Removed {removed}; {place(result.path)}", *facts)]
+
+
+def _replace(result: ReplaceResult) -> list[str]:
+    digests = f"{cell(result.old_digest)} by {cell(result.new_digest)}"
+    lines = [_sentence(result, f"Replaced {result.name} in {place(result.path)}", digests)]
+    if result.changes:
+        lines += ["", *_nested(result.changes)]
+    return lines
+
+
+def _evaluate(result: EvaluateResult) -> list[str]:
+    without = f" without {cell(result.without)}" if result.without else ""
+    active = f"{result.num_experts_per_tok} active for a token"
+    lines = [f"{place(result.path)}: {cell(result.experts)}{without}, {active}, {cell(result.digest)}"]
+    headers = ("perplexity", "bits_per_byte", "nll", "tokens", "documents")
+    rows = [[name, *(getattr(score, key) for key in headers)] for name, score in result.perplexity.items()]
+    lines += ["", *table(["domain", *headers], rows)]
+    if result.routing:
+        lines += ["", *_matrix(result.routing, "share of each expert")]
+    return lines
+
+
+def _verify(result: VerifyResult) -> list[str]:
+    rows = [["ok" if check["ok"] else "FAILED", check["name"], check["detail"]] for check in result.checks]
+    verdict = "holds" if result.ok else "does NOT hold"
+    return [*table(["", "check", ""], rows)[1:], "", f"{place(result.path)} {verdict}, {cell(result.digest)}"]
+
+
+def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
+    """Return the text; with pieces, also who answered: in colours with a legend, or as a table."""
+    names = list(result.experts)
+    codes = dict(zip([name for name in names if name != "public"], itertools.cycle(_COLOURS), strict=False))
+    shares = table(["expert", "share"], result.experts.items())
+    if not result.pieces:
+        return [printable(result.prompt + result.text)]
+    if colour:
+        legend = [
+            paint(line, codes[name]) if name in codes else line for name, line in zip(names, shares[1:], strict=True)
+        ]
+        pieces = [(printable(piece.text), _leading(piece.shares)) for piece in result.pieces]
+        text = "".join(paint(text, codes[name]) if name in codes else text for text, name in pieces)
+        return [printable(result.prompt) + text, "", shares[0], *legend]
+    rows = [[repr(piece.text), _leading(piece.shares), *map(piece.shares.get, names)] for piece in result.pieces]
+    return [printable(result.prompt + result.text), "", *table(["piece", "leading", *names], rows), "", *shares]
+
+
+def _leading(shares: Mapping[str, float]) -> str:
+    return max(shares, key=lambda name: shares[name])
+
+
+_VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
+    "init_anchor": _init_anchor,
+    "train_expert": _train_expert,
+    "embed_router": _embed_router,
+    "merge": _merge,
+    "remove": _remove,
+    "replace": _replace,
+    "evaluate": _evaluate,
+    "verify": _verify,
+}
