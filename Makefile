@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/flexctl demo
+	$(BIN)/flexctl demo --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

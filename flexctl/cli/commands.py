@@ -93,7 +93,7 @@ def init_anchor(
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
 ) -> Call:
-    """Make the anchor: the public, frozen model that experts train against.
+    """Make the public, frozen model that experts train against.
 
     SOURCE is a stock checkpoint. Without it, a tokenizer and a small model of OLMo-2's shape are
     trained on --data. --data is public text; it also calibrates the routers, and a sample of it goes
@@ -163,7 +163,6 @@ def embed_router(
     expert: o.Expert = None,
     output: o.Output = None,
     compare: o.Compare = None,
-    public: o.Public = None,
     seed: o.Seed = None,
     threads: o.Threads = None,
     device: o.Device = None,
@@ -355,9 +354,15 @@ def list_(
 )
 def demo(
     output: o.Output = None,
+    threads: o.Threads = None,
+    overwrite: o.Overwrite = None,
     json: o.Json = None,
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
 ) -> Call:
-    """Show an expert's whole life, offline, in a few minutes."""
+    """Show an expert's whole life, offline, in a few minutes.
+
+    Makes an anchor and experts from text that is on this machine, merges them, scores them, removes one
+    and proves that it is gone. Everything is left in the directory to look around.
+    """
     return _call("demo", locals())

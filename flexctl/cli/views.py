@@ -11,6 +11,7 @@ from flexctl.cli.text import amount, cell, number, paint, pairs, place, printabl
 
 if TYPE_CHECKING:
     from flexctl import (
+        DemoResult,
         EmbedRouterResult,
         EvaluateResult,
         GenerateResult,
@@ -172,6 +173,17 @@ def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
     return [printable(result.prompt + result.text), "", *table(["piece", "leading", *names], rows), "", *shares]
 
 
+def _demo(result: DemoResult) -> list[str]:
+    checks = {
+        f"removing {result.removed} == never having merged it": result.removal_exact,
+        f"nothing of {result.removed} is left": result.absent,
+        "stock Transformers loads the merged model": result.stock_loads,
+        "seconds": result.seconds,
+        "left for you in": result.path,
+    }
+    return [*_matrix(result.bits_per_byte, "bits per byte"), "", *pairs(checks)]
+
+
 def _leading(shares: Mapping[str, float]) -> str:
     return max(shares, key=lambda name: shares[name])
 
@@ -185,4 +197,5 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "replace": _replace,
     "evaluate": _evaluate,
     "verify": _verify,
+    "demo": _demo,
 }
