@@ -1,0 +1,104 @@
+"""Help pages and docs/cli.md: true, complete, and light."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import pytest
+from typer.core import TyperGroup, TyperOption
+from typer.main import get_command
+
+import flexctl
+from flexctl.cli.app import main
+from flexctl.cli.commands import Call, app
+from flexctl.cli.reference import reference
+from flexctl.config import config_name, flag_name
+from flexctl.workspace import COMMANDS
+
+GROUP = cast(TyperGroup, get_command(app))
+MANNERS = {"json", "quiet", "verbose"}
+DOCS = Path(flexctl.__file__).parent.parent / "docs" / "cli.md"
+
+SCRIPT = """
+import json, sys
+from flexctl.cli.app import main
+code = main(json.loads(sys.argv[1]))
+print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
+"""
+
+
+def shown(command: str) -> str:
+    return command.replace("_", "-")
+
+
+def run_apart(*arguments: str) -> tuple[str, set[str]]:
+    """Run main in a process of its own; return its stdout and the modules that it loaded."""
+    call = [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    code, modules = json.loads(done.stderr)
+    assert code == 0
+    return done.stdout, set(modules)
+
+
+def test_every_command_is_there_in_the_order_of_an_experts_life() -> None:
+    assert list(GROUP.commands) == [shown(command) for command in COMMANDS]
+
+
+def test_the_first_help_page_names_every_command_and_loads_next_to_nothing() -> None:
+    page, modules = run_apart("--help")
+    for command in COMMANDS:
+        assert f"  {shown(command)} " in page
+    assert "..." not in page.split("Commands:")[1], "a description is too long for its line"
+    assert not modules & {"torch", "transformers", "numpy", "rich", "flexctl.bundle", "flexctl.engine"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_help_page_has_an_example_and_loads_no_torch(command: str) -> None:
+    page, modules = run_apart(shown(command), "--help")
+    assert f"\nExamples:\n  flexctl {shown(command)}" in page
+    assert not modules & {"torch", "transformers", "sentence_transformers", "huggingface_hub", "rich"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_and_the_fields_of_the_config_are_the_same(command: str) -> None:
+    parameters = {parameter.name: parameter for parameter in GROUP.commands[shown(command)].params}
+    fields = {field.name for field in dataclasses.fields(getattr(flexctl, config_name(command)))}
+    assert set(parameters) - MANNERS == fields
+    for name in fields:
+        flag = flag_name(command, name)
+        parameter = parameters[name]
+        assert isinstance(parameter, TyperOption) == (flag is not None)
+        if flag is not None:
+            assert f"--{shown(flag)}" in parameter.opts
+        assert parameter.default is None or flag is None, "given must be known"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_can_be_read(command: str) -> None:
+    for example in str(GROUP.commands[shown(command)].epilog).splitlines():
+        program, *arguments = shlex.split(example)
+        call = GROUP.main(args=arguments, prog_name=program, standalone_mode=False)
+        assert isinstance(call, Call)
+        assert call.command == command
+
+
+def test_defaults_are_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert f"Length of the answer (default: {flexctl.GenerateConfig(prompt='x').max_new_tokens})." in page
+
+
+def test_the_reference_is_current() -> None:
+    assert DOCS.read_text(encoding="utf-8") == reference(), "run: make docs"
+
+
+def test_every_command_is_in_the_reference() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert f"\n## {shown(command)}\n" in text
