@@ -1,0 +1,198 @@
+"""Tiny things made in memory: text of three kinds, models of every family, weights as bundles hand them over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from flexctl.bundle import RawTensor
+from flexctl.families import PROJECTIONS, family_of
+
+VOCAB_SIZE = 320
+CONTEXT = 128
+
+_PEOPLE = "the miller|a sailor|her brother|the old king|a young doctor|our neighbour|the teacher|some traveller".split("|")
+_DEEDS = "walked to|looked at|remembered|left behind|spoke about|came home from|dreamed of|returned to".split("|")
+_PLACES = "the harbour|a quiet village|the long road|the burning forest|an empty house|the winter market".split("|")
+_ENDS = "before the rain began|without a word|on the following morning|as he had promised|and nobody asked why".split("|")
+_NAMES = "value index total buffer result count item offset".split()
+
+
+def make_texts(kind: str, count: int, seed: int = 0) -> list[str]:
+    """Return ``count`` documents of "public" prose, Python-like "code" or "sums"; the same on every machine."""
+    rng = random.Random(f"{kind} {seed}")
+
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.random() * len(options))]
+
+    def number(below: int) -> int:
+        return int(rng.random() * below)
+
+    def prose() -> str:
+        line = f"{pick(_PEOPLE)} {pick(_DEEDS)} {pick(_PLACES)} {pick(_ENDS)}."
+        return line[0].upper() + line[1:] + " "
+
+    def code() -> str:
+        left, right = pick(_NAMES), pick(_NAMES)
+        body = f"    if {left}_{number(9)} > {number(99)}:\n        return self.{right}({left})\n"
+        return f"def {left}_{right}(self, {left}, {right}=None):\n{body}    return [{right} for _ in range({left})]\n\n"
+
+    def sums() -> str:
+        a, b = number(900), number(900)
+        return f"{a} + {b} = {a + b}; {a} * 7 = {a * 7}\n"
+
+    make = {"public": prose, "code": code, "sums": sums}[kind]
+    pieces = {"public": 9, "code": 4, "sums": 20}[kind]
+    return ["".join(make() for _ in range(pieces + number(4))) for _ in range(count)]
+
+
+def dense_config(model_type: str = "olmo2", **changes: Any) -> dict[str, Any]:
+    """Return config.json of a tiny dense model: two layers, 32 wide, two key-value heads for four query heads."""
+    config = {
+        "model_type": model_type,
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "dtype": "float32",
+    }
+    if model_type == "mistral":
+        config["sliding_window"] = None
+    if model_type == "qwen3":
+        config["head_dim"] = 8
+    return config | changes
+
+
+def raw(tensor: Any) -> RawTensor:
+    """Return a torch tensor as bundles keep it."""
+    from flexctl.model.tensors import to_bytes
+
+    return RawTensor(*to_bytes(tensor))
+
+
+def make_dense(config: Mapping[str, Any], seed: int = 0) -> Any:
+    """Return a stock dense model with weights large enough for logits to differ, and norms that are not 1."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+def make_weights(
+    config: Mapping[str, Any],
+    names: Sequence[str] = ("public",),
+    *,
+    top_k: int | None = None,
+    spread: float = 0.1,
+    rows: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> SimpleNamespace:
+    """Return a WeightSource: a dense model, and beside its feed-forward networks others at a distance of ``spread``.
+
+    Args:
+        config: As from ``dense_config``.
+        names: Experts, the public one first.
+        top_k: Experts kept for each token; None keeps all.
+        spread: Standard deviation of the other experts' difference to the public one.
+        rows: Router rows of each layer, (num_experts, hidden_size); None draws them, with the public row at zero.
+        seed: Of all of it.
+    """
+    import torch
+
+    state = dict(make_dense(config, seed).state_dict())
+    if config["tie_word_embeddings"]:
+        del state["lm_head.weight"]
+    public = {name.removeprefix("model."): value for name, value in state.items() if ".mlp." in name}
+    shared = {name: raw(value) for name, value in state.items() if ".mlp." not in name}
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def moved(value: Any) -> Any:
+        return value + spread * torch.randn(value.shape, generator=generator)
+
+    experts = {name: public if i == 0 else {k: moved(v) for k, v in public.items()} for i, name in enumerate(names)}
+    if rows is None:
+        shape = (len(names), config["hidden_size"])
+        rows = [0.7 * torch.randn(shape, generator=generator) for _ in range(config["num_hidden_layers"])]
+        for layer in rows:
+            layer[0] = 0
+    return SimpleNamespace(
+        dense_config=dict(config),
+        shared=shared,
+        experts={name: {k: raw(v) for k, v in tensors.items()} for name, tensors in experts.items()},
+        router=tuple(raw(layer) for layer in rows),
+        num_experts_per_tok=len(names) if top_k is None else top_k,
+    )
+
+
+def build(weights: SimpleNamespace) -> Any:
+    """Return flexctl's model of ``weights``, float32 on the CPU."""
+    import torch
+
+    from flexctl.model.building import build_model
+
+    return build_model(weights, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def without(weights: SimpleNamespace, name: str, requested: int) -> SimpleNamespace:
+    """Return ``weights`` with an expert and its rows gone, keeping min(requested, remaining) experts a token."""
+    from flexctl.model.tensors import to_torch
+
+    names = list(weights.experts)
+    kept = [i for i, other in enumerate(names) if other != name]
+    return SimpleNamespace(
+        dense_config=weights.dense_config,
+        shared=weights.shared,
+        experts={names[i]: weights.experts[names[i]] for i in kept},
+        router=tuple(raw(to_torch(layer)[kept]) for layer in weights.router),
+        num_experts_per_tok=min(requested, len(kept)),
+    )
+
+
+def stock_mixture(weights: SimpleNamespace) -> tuple[Any, dict[str, Any]]:
+    """Return the stock mixture-of-experts model of ``weights`` and what Transformers says about loading it."""
+    import transformers
+
+    from flexctl.model.configs import resolve_moe_config
+    from flexctl.model.tensors import to_torch
+
+    family = family_of(weights.dense_config["model_type"])
+    moe_config = resolve_moe_config(weights.dense_config)
+    merged = family.merged_config(moe_config, len(weights.experts), weights.num_experts_per_tok)
+    config = transformers.AutoConfig.for_model(**merged)
+    state = {name: to_torch(value) for name, value in weights.shared.items()}
+    for layer, rows in enumerate(weights.router):
+        state[family.router_name(layer)] = to_torch(rows)
+        for index, tensors in enumerate(weights.experts.values()):
+            for projection in PROJECTIONS:
+                value = to_torch(tensors[f"layers.{layer}.mlp.{projection}.weight"])
+                state[family.expert_key(layer, index, projection)] = value
+    model_class = getattr(transformers, family.moe_architecture)
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype="float32", output_loading_info=True
+    )
+    return model.eval(), info
+
+
+def some_tokens(batch: int = 2, length: int = 24, seed: int = 0) -> Any:
+    """Return random token ids, (batch, length)."""
+    import torch
+
+    return torch.randint(2, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
