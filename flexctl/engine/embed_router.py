@@ -207,7 +207,7 @@ def _target(config: EmbedRouterConfig) -> Path:
 
 def _expert_of(path: Path, anchor: Anchor) -> Expert:
     expert = open_expert(path)
-    check_fits(expert, anchor.manifest)
+    check_fits(expert, anchor.manifest.ref, anchor.manifest.architecture)
     return expert
 
 

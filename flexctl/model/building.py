@@ -31,6 +31,7 @@ __all__ = [
     "pick_dtype",
     "route",
     "set_threads",
+    "stock_problems",
 ]
 
 
@@ -163,7 +164,7 @@ def load_dense(path: Path) -> Any:
 
 def _dense_block(like: nn.Module, tensors: Mapping[str, RawBytes], layer: int, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
-        block = type(like)(like.config)  # type: ignore[call-arg]
+        block = type(like)(like.config)
     state = {f"{name}.weight": to_torch(tensors[f"layers.{layer}.mlp.{name}.weight"]).to(dtype) for name in PROJECTIONS}
     block.load_state_dict(state, assign=True)
     return block
@@ -205,6 +206,17 @@ def moved_tensors(model: nn.Module, weights: WeightSource) -> list[str]:
     rows = [block.router.public for block in routed_layers(model)]
     moved += [f"router row of layer {i}" for i, row in enumerate(rows) if bool(row.any())]
     return moved
+
+
+def stock_problems(path: Path) -> list[str]:
+    """Return what stock Transformers finds missing, unexpected or misshaped in a merged model; empty is well."""
+    import transformers
+
+    _, found = transformers.AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return [f"{kind}: {item}" for kind in kinds for item in found.get(kind) or ()]
 
 
 def _same(inside: Tensor, raw: RawBytes) -> bool:

@@ -30,7 +30,7 @@ def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor, z_loss: flo
     flat, wanted = states.flatten(0, 1), targets.flatten()
 
     def part(chunk: Tensor, ids: Tensor) -> Tensor:
-        logits = head(chunk).float()
+        logits: Tensor = head(chunk).float()
         loss = F.cross_entropy(logits, ids, reduction="sum")
         return loss + z_loss * logits.logsumexp(dim=-1).square().sum()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 __all__ = ["PRESETS", "Preset", "new_model"]
 
@@ -69,7 +68,7 @@ PRESETS = {
 }
 
 
-def new_model(preset: Preset, tokenizer: Any, seed: int) -> nn.Module:
+def new_model(preset: Preset, tokenizer: Any, seed: int) -> Any:
     """Return a freshly initialised model of a preset's sizes for a tokenizer, float32.
 
     The head is not tied and rms_norm_eps is 1e-5, as vLLM's FlexOlmo has it.
@@ -92,5 +91,4 @@ def new_model(preset: Preset, tokenizer: Any, seed: int) -> nn.Module:
         dtype="float32",
     )
     torch.manual_seed(seed)
-    model: nn.Module = transformers.Olmo2ForCausalLM(config)
-    return model
+    return transformers.Olmo2ForCausalLM(config)

@@ -68,7 +68,7 @@ class RoutedFeedForward(nn.Module):
         logits = self.router(inputs)
         if self.excluded:
             logits = logits.index_fill(1, logits.new_tensor(sorted(self.excluded)).long(), float("-inf"))
-        probabilities = logits.softmax(dim=-1)
+        probabilities: Tensor = logits.softmax(dim=-1)
         kept = min(self.top_k, len(self.experts) - len(self.excluded))
         if kept < len(self.experts) - len(self.excluded):
             chosen = probabilities.topk(kept, dim=-1)
@@ -82,7 +82,7 @@ class RoutedFeedForward(nn.Module):
         inputs = hidden_states.reshape(-1, hidden_states.shape[-1])
         probabilities = self.route(inputs)
         if len(self.experts) == 1 and not self.renormalise:
-            outputs = self.experts[0](inputs)
+            outputs: Tensor = self.experts[0](inputs)
         else:
             outputs = self._mix(inputs, probabilities)
         if self.observer is not None:

@@ -41,9 +41,9 @@ class Domain:
         The mean's uncertainty is measured from how far the documents lie from each other, so it counts documents
         rather than tokens, which are not independent.
         """
-        wide = means.double()
-        mean = wide.mean(dim=0)
-        spread = torch.stack([(d * space.solve(d)).sum(dim=1) for d in wide - mean]).sum(dim=0)
+        mean = means.double().mean(dim=0)
+        apart = means.double() - mean
+        spread = (apart * space.solve(apart)).sum(dim=(0, 2))
         return cls(mean=mean, uncertainty=spread / (len(means) * (len(means) - 1)), documents=len(means))
 
 

@@ -85,12 +85,15 @@ class RouterSpace:
         return factor.T @ factor + torch.diag(self.diagonal[layer].double())
 
     def solve(self, directions: Tensor) -> Tensor:
-        """Return S^-1 d for one direction a layer, (L, H) -> (L, H), float64."""
+        """Return S^-1 d for directions of every layer, (..., L, H) -> (..., L, H), float64."""
+        wide = directions.double()
         solved = [
-            torch.cholesky_solve(d.double()[:, None], torch.linalg.cholesky(self.covariance(i)))[:, 0]
-            for i, d in enumerate(directions)
+            torch.cholesky_solve(
+                wide[..., i, :].reshape(-1, wide.shape[-1]).T, torch.linalg.cholesky(self.covariance(i))
+            )
+            for i in range(len(self.mean))
         ]
-        return torch.stack(solved)
+        return torch.stack([part.T for part in solved], dim=1).reshape(wide.shape)
 
     def quadratic(self, directions: Tensor) -> Tensor:
         """Return d'S d for one direction a layer, (L, H) -> (L,), float64."""

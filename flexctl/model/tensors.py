@@ -27,9 +27,17 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class RawBytes(Protocol):
     """A tensor as bytes, as the bundle code hands it over."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    data: Any
+    @property
+    def dtype(self) -> str:
+        """Name in safetensors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes, outermost first."""
+
+    @property
+    def data(self) -> Any:
+        """Little-endian bytes, (n,), uint8."""
 
 
 def to_torch(raw: RawBytes) -> Tensor:

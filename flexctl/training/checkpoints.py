@@ -121,7 +121,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(to_bytes(tensors[name])[2])
+        digest.update(to_bytes(tensors[name])[2].data)
     return digest.hexdigest()
 
 

@@ -144,10 +144,10 @@ def _step(
     for rows in batch.to(device).split(settings.micro_batch):
         with _autocast(device, settings.autocast):
             loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss) / count
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
     if penalty is not None:
-        penalty().backward()  # type: ignore[no-untyped-call]
+        penalty().backward()
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
