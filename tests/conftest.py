@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -40,11 +40,12 @@ class Texts:
 
 
 @pytest.fixture(scope="session")
-def one_thread() -> None:
+def one_thread() -> int:
     """Let torch use one thread: results then do not depend on the machine's cores."""
     import torch
 
     torch.set_num_threads(1)
+    return torch.get_num_threads()
 
 
 @pytest.fixture
@@ -85,10 +86,11 @@ def write_jsonl(path: Path, documents: list[str]) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, one_thread: int) -> Path:
     """A stock OLMo-2-shaped checkpoint with its tokenizer, as save_pretrained writes it, float32."""
     from flexctl.training.tokenizer import train_tokenizer
 
+    assert one_thread == 1
     folder = tmp_path_factory.mktemp("stock") / "tiny-olmo2"
     words = [text for kind in ("public", "code", "sums") for text in tiny.make_texts(kind, 20, seed=2)]
     tokenizer = train_tokenizer(words, tiny.VOCAB_SIZE, tiny.CONTEXT)
@@ -138,7 +140,7 @@ def experts(anchor: Path, texts: Texts) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(checkpoint: Path) -> Iterator[object]:
+def tokenizer(checkpoint: Path) -> Any:
     from flexctl.model.building import load_tokenizer
 
     return load_tokenizer(checkpoint)

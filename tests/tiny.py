@@ -13,11 +13,42 @@ from flexctl.families import PROJECTIONS, family_of
 VOCAB_SIZE = 320
 CONTEXT = 128
 
-_PEOPLE = "the miller|a sailor|her brother|the old king|a young doctor|our neighbour|the teacher|some traveller".split("|")
-_DEEDS = "walked to|looked at|remembered|left behind|spoke about|came home from|dreamed of|returned to".split("|")
-_PLACES = "the harbour|a quiet village|the long road|the burning forest|an empty house|the winter market".split("|")
-_ENDS = "before the rain began|without a word|on the following morning|as he had promised|and nobody asked why".split("|")
-_NAMES = "value index total buffer result count item offset".split()
+_PEOPLE = [
+    "the miller",
+    "a sailor",
+    "her brother",
+    "the old king",
+    "a young doctor",
+    "our neighbour",
+    "the teacher",
+    "some traveller",
+]
+_DEEDS = [
+    "walked to",
+    "looked at",
+    "remembered",
+    "left behind",
+    "spoke about",
+    "came home from",
+    "dreamed of",
+    "returned to",
+]
+_PLACES = [
+    "the harbour",
+    "a quiet village",
+    "the long road",
+    "the burning forest",
+    "an empty house",
+    "the winter market",
+]
+_ENDS = [
+    "before the rain began",
+    "without a word",
+    "on the following morning",
+    "as he had promised",
+    "and nobody asked why",
+]
+_NAMES = ["value", "index", "total", "buffer", "result", "count", "item", "offset"]
 
 
 def make_texts(kind: str, count: int, seed: int = 0) -> list[str]:
