@@ -60,6 +60,23 @@ class Family:
         prefix = self.experts_prefix.format(i=layer, k=index)
         return f"{prefix}.{self.projections[projection]}.weight"
 
+    def merged_config(self, moe_config: Mapping[str, Any], num_experts: int, requested: int) -> dict[str, Any]:
+        """Return a merged model's config.json: the finished mixture config with its counts.
+
+        Args:
+            moe_config: From the anchor's manifest, or another merged model of the same anchor.
+            num_experts: Including the public expert.
+            requested: num_experts_per_tok as asked for; never more than there are experts.
+        """
+        counts = {self.count_field: num_experts, "num_experts_per_tok": min(requested, num_experts)}
+        return {**moe_config, **counts}
+
+    def dense_config(self, moe_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the dense class's config behind a merged model's: every field resolved, but ``architectures``."""
+        added = {self.count_field, "num_experts_per_tok", "architectures", *self.fixed, *self.copied}
+        kept = {name: value for name, value in moe_config.items() if name not in added}
+        return {**kept, "model_type": self.dense_type}
+
     def router_name(self, layer: int) -> str:
         """Return the merged checkpoint's key of ``layer``'s router."""
         return self.router_key.format(i=layer)

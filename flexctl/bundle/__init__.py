@@ -5,7 +5,9 @@ from __future__ import annotations
 from flexctl.bundle.anchor import Anchor, open_anchor, read_dense_config, write_anchor
 from flexctl.bundle.expert import Expert, open_expert, pair_weights, write_expert
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
+from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
+from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
 from flexctl.bundle.tensors import RawTensor
 from flexctl.bundle.weights import Weights
@@ -15,13 +17,16 @@ __all__ = [
     "Anchor",
     "DataInfo",
     "Expert",
+    "Merged",
     "PrivacyInfo",
     "RawTensor",
     "RouterFile",
     "RouterInfo",
     "Weights",
     "open_anchor",
+    "open_bundle",
     "open_expert",
+    "open_merged",
     "open_router_file",
     "pair_weights",
     "read_dense_config",

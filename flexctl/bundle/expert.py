@@ -17,12 +17,11 @@ from flexctl.bundle.layout import ROUTER_TENSOR, expert_head, expert_layout
 from flexctl.bundle.lowrank import expand
 from flexctl.bundle.manifest import (
     MANIFEST_KEY,
-    AnchorManifest,
     AnchorRef,
     Architecture,
     DataInfo,
     ExpertManifest,
-    MergedManifest,
+    Manifest,
     PrivacyInfo,
     RouterInfo,
     digest_of,
@@ -185,7 +184,7 @@ def pair_weights(anchor: Anchor, expert: Expert) -> Weights:
     Raises:
         BundleError: The expert was made for another anchor.
     """
-    check_fits(expert, anchor.manifest)
+    check_fits(expert, anchor.manifest.ref, anchor.manifest.architecture)
     alone = anchor.weights()
     rows = expert.router().data.reshape(len(alone.router), -1)
     router = tuple(
@@ -201,29 +200,30 @@ def pair_weights(anchor: Anchor, expert: Expert) -> Weights:
     )
 
 
-def check_fits(expert: Expert, base: AnchorManifest | MergedManifest) -> None:
+def check_fits(expert: Expert, anchor: AnchorRef, architecture: Architecture) -> None:
     """Refuse an expert that was made for another anchor.
 
     Args:
         expert: The expert.
-        base: Manifest of the anchor, or of a merged model that the expert is to join.
+        anchor: The one it must have been made for.
+        architecture: That anchor's sizes.
 
     Raises:
         BundleError: Its anchor's digest, which covers weights, config and tokenizer, or its sizes differ.
     """
-    ref: AnchorRef = base.ref if isinstance(base, AnchorManifest) else base.anchor
-    if expert.manifest.anchor.digest != ref.digest:
+    made_for = expert.manifest.anchor
+    if made_for.digest != anchor.digest:
         raise BundleError(
-            f"{expert.path}: anchor.digest is {expert.manifest.anchor.digest} ({expert.manifest.anchor.name}); "
-            f"expected {ref.digest} ({ref.name})",
+            f"{expert.path}: anchor.digest is {made_for.digest} ({made_for.name}); "
+            f"expected {anchor.digest} ({anchor.name})",
             hint="an expert fits only the very anchor it was trained against: same weights, config, tokenizer",
         )
-    mine: Architecture = expert.manifest.architecture
-    if mine != base.architecture:
-        raise BundleError(f"{expert.path}: architecture is {shown(mine)}; expected {shown(base.architecture)}")
+    if expert.manifest.architecture != architecture:
+        found = shown(expert.manifest.architecture)
+        raise BundleError(f"{expert.path}: architecture is {found}; expected {shown(architecture)}")
 
 
-def embedded_manifest(path: Path) -> tuple[Any, str, Mapping[str, Span]]:
+def embedded_manifest(path: Path) -> tuple[Manifest, str, Mapping[str, Span]]:
     """Return (manifest, its text, where the tensors lie) of a file with one metadata key.
 
     Raises:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from flexctl.bundle.tensors import Bytes, Span, from_float32, to_float32
-from flexctl.errors import BundleError
 
 __all__ = ["expand"]
 
@@ -31,23 +30,13 @@ def expand(base: Span, a: Span, b: Span) -> Iterator[Bytes]:
     """
     rows, columns = base.shape
     rank = a.shape[0]
-    factor = to_float32(a.dtype, _read_rows(a, 0, rank)).reshape(rank, columns)
+    factor = to_float32(a.dtype, a.load()).reshape(rank, columns)
     step = max(1, BLOCK_BYTES // (4 * columns))
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        block = to_float32(base.dtype, _read_rows(base, first, last)).reshape(-1, columns)
-        weights = to_float32(b.dtype, _read_rows(b, first, last)).reshape(-1, rank)
+        block = to_float32(base.dtype, base.rows(first, last).load()).reshape(-1, columns)
+        weights = to_float32(b.dtype, b.rows(first, last).load()).reshape(-1, rank)
         with np.errstate(over="ignore", invalid="ignore"):
             for r in range(rank):
                 block += weights[:, r, None] * factor[r]
         yield from_float32(base.dtype, block)
-
-
-def _read_rows(span: Span, first: int, last: int) -> bytes:
-    length = (span.stop - span.start) // span.shape[0]
-    with span.path.open("rb", buffering=0) as file:
-        file.seek(span.start + first * length)
-        data = file.read((last - first) * length)
-    if len(data) != (last - first) * length:
-        raise BundleError(f"{span.path}: is truncated: it ends before byte {span.stop}")
-    return data

@@ -21,7 +21,9 @@ from flexctl.errors import BundleError
 __all__ = [
     "MANIFEST_FILE",
     "MANIFEST_KEY",
+    "OTHER_LICENSE",
     "SCHEMA_VERSION",
+    "TOLERATED",
     "AnchorManifest",
     "AnchorRef",
     "Architecture",
@@ -45,6 +47,12 @@ __all__ = [
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "flexctl.json"
 MANIFEST_KEY = "flexctl"
+
+TOLERATED = ("run.json", "results.json", ".gitattributes", "*.sig", "*.sigstore.json")
+"""Names of files that may lie beside a bundle although nothing binds them. Anything else unknown is refused."""
+
+OTHER_LICENSE = "other"
+"""What the Hub calls a license that it has no id for."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fnmatch
 import itertools
 import os
 import platform
@@ -19,9 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flexctl.bundle.codec import parse_json, read_bytes
+from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED
 from flexctl.errors import BundleError, FlexctlError, UsageError
 
-__all__ = ["copy_range", "new_directory", "new_file", "require_space"]
+__all__ = ["check_directory_target", "copy_range", "new_directory", "new_file", "require_space"]
 
 COPY_BYTES = 1 << 20
 KERNEL_COPY_BYTES = 1 << 28
@@ -67,11 +69,8 @@ def new_directory(path: Path, *, kind: str, overwrite: bool) -> Iterator[Path]:
         UsageError: The target exists and may not be replaced.
         FlexctlError: The platform or the file system cannot swap two directories in one step.
     """
-    target = Path(os.path.realpath(path))
-    _refuse_existing(target, overwrite)
+    target = check_directory_target(path, kind=kind, overwrite=overwrite)
     replaces = os.path.lexists(target)
-    if replaces:
-        _refuse_foreign(target, kind)
     with _parents(target), _sibling(target) as temporary:
         temporary.mkdir()
         if replaces:
@@ -89,6 +88,32 @@ def new_directory(path: Path, *, kind: str, overwrite: bool) -> Iterator[Path]:
         if replaces:
             # Not left to the tidying below, which forgives: what was removed must be gone.
             shutil.rmtree(temporary)
+
+
+def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
+    """Return ``path`` with symbolic links resolved, if ``new_directory`` may write there.
+
+    Raises:
+        UsageError: It exists and may not be replaced, or it holds something that is no part of such a bundle and
+            would be deleted with it.
+    """
+    target = Path(os.path.realpath(path))
+    _refuse_existing(target, overwrite)
+    if not os.path.lexists(target):
+        return target
+    try:
+        manifest = parse_json(read_bytes(target / MANIFEST_FILE), str(target / MANIFEST_FILE))
+    except BundleError:
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise UsageError(
+            f"{target}: holds no {kind} bundle; flexctl replaces nothing else", hint="choose another place with -o"
+        )
+    known = (*map(str, manifest.get("files") or ()), MANIFEST_FILE, *TOLERATED, "*.safetensors", "*.index.json")
+    for item in sorted(target.iterdir()):
+        if item.is_dir() or not any(fnmatch.fnmatchcase(item.name, pattern) for pattern in known):
+            raise UsageError(f"{item}: would be deleted with the bundle that is replaced", hint="move it away first")
+    return target
 
 
 def require_space(path: Path, needed: int) -> None:
@@ -149,22 +174,6 @@ def _copy_in_kernel(source: int, source_start: int, target: int, target_start: i
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if os.path.lexists(target) and not overwrite:
         raise UsageError(f"{target}: exists already", hint="choose another with -o, or give --overwrite")
-
-
-def _refuse_foreign(target: Path, kind: str) -> None:
-    """Refuse to replace, and so delete, a directory that is not a bundle of ours."""
-    try:
-        manifest = parse_json(read_bytes(target / "flexctl.json"), str(target / "flexctl.json"))
-    except BundleError:
-        manifest = None
-    found = manifest.get("kind") if isinstance(manifest, dict) else None
-    if found != kind:
-        raise UsageError(
-            f"{target}: holds no {kind} bundle; flexctl replaces nothing else", hint="choose another place with -o"
-        )
-    for item in target.iterdir():
-        if item.is_dir() and not item.is_symlink():
-            raise UsageError(f"{item}: would be deleted with the bundle that is replaced", hint="move it away first")
 
 
 @contextmanager

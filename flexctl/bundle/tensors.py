@@ -120,11 +120,24 @@ class Span:
         data = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self.start, shape=(length,))
         return RawTensor(self.dtype, self.shape, data)
 
-    def row(self, index: int) -> Span:
-        """Return where slice ``index`` of the first dimension lies."""
+    def load(self) -> bytes:
+        """Return the tensor's bytes, read into memory.
+
+        Raises:
+            BundleError: The file ends too early.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            data = file.read(self.stop - self.start)
+        if len(data) < self.stop - self.start:
+            raise BundleError(f"{self.path}: is truncated: it ends before byte {self.stop}")
+        return data
+
+    def rows(self, first: int, last: int) -> Span:
+        """Return where slices ``first`` up to ``last`` of the outermost dimension lie."""
         length = (self.stop - self.start) // self.shape[0]
-        start = self.start + index * length
-        return Span(self.path, self.dtype, self.shape[1:], start, start + length)
+        start = self.start + first * length
+        return Span(self.path, self.dtype, (last - first, *self.shape[1:]), start, self.start + last * length)
 
 
 def size_of(tensor: Typed) -> int:
