@@ -1,0 +1,168 @@
+"""The mixture's config is resolved from the dense class: every field of it survives, or the anchor is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from flexctl.errors import BundleError
+from flexctl.families import FAMILIES, family_of
+from flexctl.model.configs import resolve_moe_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TYPES = [family.dense_type for family in FAMILIES]
+# What Transformers writes for every model, and what names the class itself.
+GENERIC = set(transformers.PretrainedConfig().to_dict()) | {"architectures", "model_type"}
+IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache", "dtype"}
+
+# None of these is a default of either class.
+UNUSUAL: dict[str, Any] = {
+    "attention_dropout": 0.125,
+    "bos_token_id": 5,
+    "dtype": "bfloat16",
+    "eos_token_id": 7,
+    "head_dim": 16,
+    "hidden_size": 32,
+    "initializer_range": 0.003,
+    "intermediate_size": 48,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "pad_token_id": 3,
+    "rms_norm_eps": 3e-4,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 4321.0},
+    "tie_word_embeddings": True,
+    "use_cache": False,
+    "vocab_size": 333,
+}
+
+
+def as_loaded(moe_config: dict[str, Any]) -> Any:
+    """The config object that stock software makes of the file."""
+    return transformers.AutoConfig.for_model(**json.loads(json.dumps(moe_config)))
+
+
+def fields_of(dense: Any) -> set[str]:
+    return (set(dense.to_dict()) - GENERIC) | IDS
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_field_of_the_dense_class_survives(model_type: str) -> None:
+    given = {"model_type": model_type, **UNUSUAL}
+    if model_type == "mistral":
+        given["sliding_window"] = 11
+    dense = transformers.AutoConfig.for_model(**given)
+    moe = as_loaded(resolve_moe_config(given))
+    assert set(UNUSUAL) <= fields_of(dense) | {"head_dim"}
+    for name in sorted(fields_of(dense)):
+        assert getattr(moe, name) == getattr(dense, name), name
+    assert moe.head_dim == 16
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_absent_fields_take_the_dense_defaults(model_type: str) -> None:
+    given = {"model_type": model_type, "hidden_size": 64, "num_attention_heads": 4}
+    dense = transformers.AutoConfig.for_model(**given)
+    moe = as_loaded(resolve_moe_config(given))
+    for name in sorted(fields_of(dense) - {"dtype", "head_dim"}):
+        assert getattr(moe, name) == getattr(dense, name), name
+    assert moe.head_dim == (getattr(dense, "head_dim", None) or 16)
+    assert moe.dtype == "float32" or moe.dtype == torch.float32
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "llama", "mistral"])
+def test_the_two_classes_do_have_other_defaults(model_type: str) -> None:
+    """Else the test above could not fail."""
+    family = family_of(model_type)
+    dense = transformers.AutoConfig.for_model(model_type)
+    moe = transformers.AutoConfig.for_model(family.moe_type)
+    assert dense.rope_parameters["rope_theta"] != moe.rope_parameters["rope_theta"]
+    assert dense.rms_norm_eps != moe.rms_norm_eps
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_result_is_finished_json_with_the_family_s_fields(model_type: str) -> None:
+    family = family_of(model_type)
+    config = resolve_moe_config(tiny.dense_config(model_type))
+    assert json.loads(json.dumps(config)) == config
+    assert config["model_type"] == family.moe_type
+    assert config["architectures"] == [family.moe_architecture]
+    assert config[family.count_field] == config["num_experts_per_tok"] == 1
+    assert all(config[name] == value for name, value in family.fixed.items())
+    assert all(config[name] == config[source] for name, source in family.copied.items())
+    assert "_name_or_path" not in config
+    assert "transformers_version" not in config
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_counts_reach_the_class(model_type: str) -> None:
+    family = family_of(model_type)
+    moe = as_loaded(family.merged_config(resolve_moe_config(tiny.dense_config(model_type)), 5, 3))
+    assert getattr(moe, family.count_field) == 5
+    assert moe.num_experts_per_tok == 3
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_resolving_does_not_depend_on_how_the_dense_config_was_written(model_type: str) -> None:
+    """As a person writes it, with old names, or as save_pretrained does, with every field."""
+    short = tiny.dense_config(model_type, rope_theta=5000.0)
+    full = transformers.AutoConfig.for_model(**short).to_dict()
+    assert resolve_moe_config(short) == resolve_moe_config(json.loads(json.dumps(full)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("olmo2", {"rope_theta": 300.0}),
+        ("llama", {"rope_theta": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("llama", {"head_dim": 16}),
+        ("mistral", {"sliding_window": 5}),
+        ("mistral", {"head_dim": 4, "rms_norm_eps": 0.1}),
+        ("qwen3", {"head_dim": 16, "rope_theta": 300.0}),
+    ],
+)
+@torch.no_grad()
+def test_what_survives_is_computed_with(model_type: str, changes: dict[str, Any]) -> None:
+    config = tiny.dense_config(model_type, **changes)
+    weights, tokens = tiny.make_weights(config), tiny.some_tokens()
+    dense = tiny.make_dense(config)(tokens).logits
+    stock, _ = tiny.stock_mixture(weights)
+    assert float((stock(tokens).logits - dense).abs().max()) <= 1e-4
+    assert float((tiny.build(weights)(tokens).logits - dense).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"model_type": "olmo2", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is True"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"model_type": "flex_olmo"}, "model_type is 'flex_olmo'"),
+        ({}, "model_type"),
+    ],
+)
+def test_refusals_name_the_field(config: dict[str, Any], field: str) -> None:
+    with pytest.raises(BundleError, match=r"^config\.json: ") as caught:
+        resolve_moe_config(config)
+    assert field in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_an_unknown_family_is_told_which_there_are() -> None:
+    with pytest.raises(BundleError) as caught:
+        resolve_moe_config({"model_type": "gpt2"})
+    assert caught.value.hint is not None
+    assert all(name in caught.value.hint for name in TYPES)
