@@ -49,11 +49,12 @@ from flexctl.bundle.merged import (
     open_merged,
     router_layout,
 )
-from flexctl.bundle.store import copy_range, new_directory, require_space
+from flexctl.bundle.store import check_directory_target, copy_range, new_directory, require_space
 from flexctl.bundle.tensors import ITEM_SIZES, Span, TensorType, Typed, is_finite, size_of
 from flexctl.errors import BundleError
+from flexctl.runtime import Reporter
 
-__all__ = ["index_json", "planned_bytes", "write_merged"]
+__all__ = ["assemble", "index_json", "planned_bytes", "write_merged"]
 
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -98,6 +99,42 @@ def planned_bytes(composition: Composition) -> int:
     """Return how many bytes the merged model's weights have."""
     weights = sum(sum(_sizes(file)) for file in _weight_files(composition))
     return weights + sum(map(size_of, _router_layout(composition).values()))
+
+
+def assemble(
+    path: Path,
+    composition: Composition,
+    *,
+    overwrite: bool,
+    trust_cache: bool,
+    dry_run: bool,
+    reporter: Reporter,
+) -> tuple[str | None, int]:
+    """Write a merged model with a progress bar, or only check that it could be written.
+
+    Args:
+        path: Directory to write.
+        composition: What it is made of.
+        overwrite: As for ``write_merged``.
+        trust_cache: As for ``write_merged``.
+        dry_run: Write nothing.
+        reporter: Where progress goes.
+
+    Returns:
+        Digest and bytes written; None and what the weights would take after a dry run.
+
+    Raises:
+        FlexctlError: As for ``write_merged``.
+    """
+    total = planned_bytes(composition)
+    if dry_run:
+        check_directory_target(path, kind="merged", overwrite=overwrite)
+        return None, total
+    with reporter.progress("writing", total, "bytes") as progress:
+        model, written = write_merged(
+            path, composition, overwrite=overwrite, trust_cache=trust_cache, advance=progress.advance
+        )
+    return model.digest, written
 
 
 def write_merged(

@@ -33,6 +33,7 @@ from flexctl.bundle.merged import (
     CONFIG_FILE,
     INDEX_FILE,
     SHARED_FILE,
+    UNTUNED_ROUTER_FILE,
     Merged,
     expert_file,
     weight_files,
@@ -254,7 +255,7 @@ def compose_merged(merged: Merged) -> Composition:
         BundleError: What it says of an expert is not what the expert's own manifest says.
     """
     manifest = merged.manifest
-    made = {CONFIG_FILE, INDEX_FILE, CARD_FILE, *weight_files(manifest)}
+    made = {CONFIG_FILE, INDEX_FILE, CARD_FILE, UNTUNED_ROUTER_FILE, *weight_files(manifest)}
     return Composition(
         anchor=manifest.anchor,
         architecture=manifest.architecture,

@@ -133,9 +133,8 @@ def expert_file(name: str) -> str:
 
 
 def weight_files(manifest: MergedManifest) -> tuple[str, ...]:
-    """Return the files whose tensors the manifest lists."""
-    tuned = (UNTUNED_ROUTER_FILE,) if manifest.router.tuned_with is not None else ()
-    return (SHARED_FILE, ROUTER_FILE, *(expert_file(entry.name) for entry in manifest.experts), *tuned)
+    """Return the files whose tensors the manifest lists: those of the index."""
+    return (SHARED_FILE, ROUTER_FILE, *(expert_file(entry.name) for entry in manifest.experts))
 
 
 def router_layout(family: Family, architecture: Architecture, num_experts: int) -> dict[str, TensorType]:
@@ -161,7 +160,8 @@ def open_merged(path: Path) -> Merged:
     config_bytes = read_bytes(path / CONFIG_FILE)
     if hashlib.sha256(config_bytes).hexdigest() != manifest.files.get(CONFIG_FILE):
         raise BundleError(f"{path / CONFIG_FILE}: its bytes are not those of the manifest", hint="fetch it again")
-    headers = {file: read_header(path / file) for file in weight_files(manifest)}
+    untuned = () if manifest.router.tuned_with is None else (UNTUNED_ROUTER_FILE,)
+    headers = {file: read_header(path / file) for file in (*weight_files(manifest), *untuned)}
     _check_headers(headers, manifest)
     config = parse_json(config_bytes, str(path / CONFIG_FILE))
     return Merged(path=path, manifest=manifest, config=config, headers=headers)
@@ -173,9 +173,9 @@ def _check_headers(headers: Mapping[str, Header], manifest: MergedManifest) -> N
     layers = manifest.architecture.num_hidden_layers
     layout = expert_layout(manifest.architecture)
     routers = router_layout(family, manifest.architecture, len(manifest.experts))
-    for file, header in headers.items():
-        if hashlib.sha256(header.head).hexdigest() != manifest.files.get(file):
-            raise BundleError(f"{header.path}: its header is not that of the manifest", hint="fetch it again")
+    for file in weight_files(manifest):
+        if hashlib.sha256(headers[file].head).hexdigest() != manifest.files.get(file):
+            raise BundleError(f"{headers[file].path}: its header is not that of the manifest", hint="fetch it again")
     for entry in manifest.experts:
         header = headers[expert_file(entry.name)]
         keys = feed_forward_keys(family, layers, entry.index)
@@ -183,12 +183,7 @@ def _check_headers(headers: Mapping[str, Header], manifest: MergedManifest) -> N
     for file in (ROUTER_FILE, UNTUNED_ROUTER_FILE):
         if file in headers:
             check_agreement(headers[file].tensors, routers, str(headers[file].path))
-    found = {
-        name: span
-        for file, header in headers.items()
-        if file != UNTUNED_ROUTER_FILE
-        for name, span in header.tensors.items()
-    }
+    found = {name: span for file in weight_files(manifest) for name, span in headers[file].tensors.items()}
     check_agreement(found, manifest.tensors, str(headers[SHARED_FILE].path.parent))
     if manifest.experts[0].digest != manifest.anchor.digest:
         raise BundleError(f"{headers[SHARED_FILE].path.parent}: expert {PUBLIC}: digest is not that of the anchor")

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flexctl import workspace
 from flexctl.bundle.codec import parse_json, read_bytes
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED
 from flexctl.errors import BundleError, FlexctlError, UsageError
 
-__all__ = ["check_directory_target", "copy_range", "new_directory", "new_file", "require_space"]
+__all__ = ["check_directory_target", "copy_range", "new_directory", "new_file", "place_of_change", "require_space"]
 
 COPY_BYTES = 1 << 20
 KERNEL_COPY_BYTES = 1 << 28
@@ -114,6 +115,23 @@ def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
         if item.is_dir() or not any(fnmatch.fnmatchcase(item.name, pattern) for pattern in known):
             raise UsageError(f"{item}: would be deleted with the bundle that is replaced", hint="move it away first")
     return target
+
+
+def place_of_change(source: Path, output: Path | None) -> tuple[Path, bool]:
+    """Return where a changed merged model goes, and whether that replaces a workspace's own without being told to.
+
+    Args:
+        source: The merged model that is changed.
+        output: Where to write; None is in place.
+
+    Returns:
+        The target, and whether it is both the source and the merged model of the workspace that one stands in or
+        that the source lies in. Those change in place; anything else that exists needs --overwrite.
+    """
+    target = output or source
+    place = os.path.realpath(source)
+    own = [workspace.find().merged, workspace.find(Path(place).parent).merged]
+    return target, os.path.realpath(target) == place and place in map(os.path.realpath, own)
 
 
 def require_space(path: Path, needed: int) -> None:

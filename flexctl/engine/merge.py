@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 from flexctl import workspace
 from flexctl.bundle.anchor import open_anchor
-from flexctl.bundle.assembly import planned_bytes, write_merged
+from flexctl.bundle.assembly import assemble
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import OTHER_LICENSE
 from flexctl.bundle.merged import open_merged
-from flexctl.bundle.store import check_directory_target
+from flexctl.bundle.store import place_of_change
 from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
@@ -91,21 +90,21 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
     if config.top_k is not None and config.top_k < 1:
         raise UsageError(f"--top-k: is {config.top_k}; expected at least 1")
     composition, base = _compose(config, reporter)
-    target, overwrite = _target(config, base)
+    target, overwrite = config.output or workspace.find().merged, config.overwrite
+    if base is not None:
+        target, replaces_own = place_of_change(base, config.output)
+        overwrite = overwrite or replaces_own
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
     _warn(composition, config, reporter)
-    total = planned_bytes(composition)
-    digest: str | None = None
-    written = total
-    if config.dry_run:
-        check_directory_target(target, kind="merged", overwrite=overwrite)
-    else:
-        with reporter.progress("merging", total, "bytes") as progress:
-            model, written = write_merged(
-                target, composition, overwrite=overwrite, trust_cache=config.trust_cache, advance=progress.advance
-            )
-        digest = model.digest
+    digest, written = assemble(
+        target,
+        composition,
+        overwrite=overwrite,
+        trust_cache=config.trust_cache,
+        dry_run=config.dry_run,
+        reporter=reporter,
+    )
     return MergeResult(
         path=target,
         digest=digest,
@@ -143,14 +142,6 @@ def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Compos
     if merged.manifest.router.tuned_with is not None:
         reporter.warn(f"{base}: its router was tuned; the result has the owners' own rows again")
     return compose_merged(merged)
-
-
-def _target(config: MergeConfig, base: Path | None) -> tuple[Path, bool]:
-    """Return where to write, and whether what is there may be replaced."""
-    own = workspace.find().merged
-    target = config.output or base or own
-    adds_to_own = base is not None and os.path.realpath(target) == os.path.realpath(base) == os.path.realpath(own)
-    return target, config.overwrite or adds_to_own
 
 
 def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> None:

@@ -1,0 +1,74 @@
+"""Show what a bundle says about itself. Nothing is hashed, so it takes no time; verify is for belief."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexctl.bundle.codec import encode
+from flexctl.bundle.manifest import MergedManifest
+from flexctl.bundle.opening import read_manifest_of
+from flexctl.runtime import SILENT, Reporter
+
+__all__ = ["InspectConfig", "InspectResult", "inspect"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """What to look at.
+
+    Attributes:
+        path: An anchor's or merged model's directory, an expert's or router's file.
+    """
+
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectResult:
+    """What it says.
+
+    Attributes:
+        path: The bundle.
+        kind: ``anchor``, ``expert``, ``router`` or ``merged``.
+        name: Its name; a merged model has none.
+        digest: Its digest, recomputed from what the manifest lists.
+        size_bytes: Of its file, or of all files in its directory.
+        num_tensors: How many tensors the manifest lists.
+        num_parameters: Their elements.
+        manifest: All of it.
+    """
+
+    path: Path
+    kind: str
+    name: str | None
+    digest: str
+    size_bytes: int
+    num_tensors: int
+    num_parameters: int
+    manifest: Mapping[str, Any]
+
+
+def inspect(config: InspectConfig, reporter: Reporter = SILENT) -> InspectResult:
+    """Read a bundle's manifest.
+
+    Raises:
+        UsageError: There is nothing at the path.
+        BundleError: There is no manifest, or it is not valid.
+    """
+    del reporter
+    manifest = read_manifest_of(config.path)
+    files = list(config.path.iterdir()) if config.path.is_dir() else [config.path]
+    return InspectResult(
+        path=config.path,
+        kind=manifest.kind,
+        name=None if isinstance(manifest, MergedManifest) else manifest.name,
+        digest=manifest.digest,
+        size_bytes=sum(file.stat().st_size for file in files if file.is_file()),
+        num_tensors=len(manifest.tensors),
+        num_parameters=sum(math.prod(info.shape) for info in manifest.tensors.values()),
+        manifest=encode(manifest),
+    )

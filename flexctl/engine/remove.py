@@ -1,0 +1,116 @@
+"""Remove experts from a merged model, exactly: what is left is what a merge without them would have written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexctl import workspace
+from flexctl.bundle.assembly import assemble
+from flexctl.bundle.composition import Composition, compose_merged
+from flexctl.bundle.merged import Merged, open_merged
+from flexctl.bundle.store import place_of_change
+from flexctl.errors import UsageError
+from flexctl.runtime import SILENT, Reporter
+
+__all__ = ["RemoveConfig", "RemoveResult", "remove"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoveConfig:
+    """What to remove.
+
+    Attributes:
+        names: Closed experts to remove.
+        source: Directory of the merged model; the workspace's if None.
+        output: Directory to write; if None the source is replaced.
+        tombstone: Keep their names and digests in the manifest and the card.
+        overwrite: Replace a merged model that exists; a workspace's own needs none.
+        dry_run: Check everything that headers and manifests tell, write nothing.
+        trust_cache: Do not hash files that were hashed before and did not change since.
+    """
+
+    names: tuple[str, ...]
+    source: Path | None = None
+    output: Path | None = None
+    tombstone: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    trust_cache: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoveResult:
+    """What is left.
+
+    Attributes:
+        path: Directory of the merged model.
+        digest: Its digest; None after a dry run.
+        removed: Names that are gone.
+        remaining: Closed experts that are left.
+        num_experts_per_tok: As config.json has it: clamped to the number of experts.
+        bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
+        exact: Whether every byte is what a merge of the remaining experts writes; a tombstone is the one exception.
+        dry_run: Whether nothing was written.
+    """
+
+    path: Path
+    digest: str | None
+    removed: tuple[str, ...]
+    remaining: tuple[str, ...]
+    num_experts_per_tok: int
+    bytes_written: int
+    exact: bool
+    dry_run: bool
+
+
+def remove(config: RemoveConfig, reporter: Reporter = SILENT) -> RemoveResult:
+    """Remove experts. What is kept is hashed again, and renumbered.
+
+    Args:
+        config: What to remove.
+        reporter: Where progress and warnings go.
+
+    Raises:
+        UsageError: A name is not there or reserved, or the target exists and may not be replaced.
+        BundleError: The merged model is invalid, or a kept tensor's bytes are not those of the manifest.
+    """
+    if not config.names:
+        raise UsageError("remove needs the NAME of an expert", hint="flexctl list shows them")
+    source = config.source or workspace.find().merged
+    merged = open_merged(source)
+    composition = compose_merged(merged).without(config.names, tombstone=config.tombstone)
+    target, replaces_own = place_of_change(source, config.output)
+    _say(merged, composition, reporter)
+    digest, written = assemble(
+        target,
+        composition,
+        overwrite=config.overwrite or replaces_own,
+        trust_cache=config.trust_cache,
+        dry_run=config.dry_run,
+        reporter=reporter,
+    )
+    return RemoveResult(
+        path=target,
+        digest=digest,
+        removed=_unique(config.names),
+        remaining=tuple(part.entry.name for part in composition.parts[1:]),
+        num_experts_per_tok=min(composition.top_k, len(composition.parts)),
+        bytes_written=written,
+        exact=not composition.removed,
+        dry_run=config.dry_run,
+    )
+
+
+def _say(merged: Merged, composition: Composition, reporter: Reporter) -> None:
+    before = min(composition.top_k, len(merged.manifest.experts))
+    after = min(composition.top_k, len(composition.parts))
+    if after < before:
+        reporter.warn(f"num_experts_per_tok goes from {before} to {after}: there are no more experts")
+    if merged.manifest.router.tuned_with is not None:
+        reporter.warn(f"{merged.path}: its router was tuned; the result has the owners' own rows again")
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
