@@ -7,7 +7,8 @@ so training, evaluation and generation share one forward whatever the family.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ __all__ = [
     "pick_dtype",
     "route",
     "set_threads",
+    "silenced",
     "stock_problems",
 ]
 
@@ -102,6 +104,20 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep Transformers' own progress bars off inside the ``with`` statement: only reporters speak."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return a frozen causal language model in evaluation mode with a routed block in every layer.
 
@@ -121,13 +137,14 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
     experts = list(weights.experts.values())
     state = {name: to_torch(raw).to(dtype) for name, raw in weights.shared.items()}
     state |= {f"model.{name}": to_torch(raw).to(dtype) for name, raw in experts[0].items()}
-    model = route(model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype))
+    with silenced():
+        model = route(model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype))
     for index, block in enumerate(routed_layers(model)):
         public = block.experts[0]
         block.experts.extend(_dense_block(public, tensors, index, dtype) for tensors in experts[1:])
         block.router = Router(to_torch(weights.router[index]))
         block.top_k = weights.num_experts_per_tok
-    return model.to(device)
+    return model.requires_grad_(False).eval().to(device)
 
 
 def route(model: Any) -> nn.Module:
@@ -157,7 +174,8 @@ def load_dense(path: Path) -> Any:
 
     loading = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     stored = transformers.AutoConfig.from_pretrained(path, local_files_only=True).dtype
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **loading)
+    with silenced():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **loading)
     model.config.dtype = stored or torch.float32
     return model
 
@@ -212,9 +230,10 @@ def stock_problems(path: Path) -> list[str]:
     """Return what stock Transformers finds missing, unexpected or misshaped in a merged model; empty is well."""
     import transformers
 
-    _, found = transformers.AutoModelForCausalLM.from_pretrained(
-        path, output_loading_info=True, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    with silenced():
+        _, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return [f"{kind}: {item}" for kind in kinds for item in found.get(kind) or ()]
 

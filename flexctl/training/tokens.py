@@ -50,7 +50,9 @@ def frame_documents(tokenizer: Any, documents: Iterable[str]) -> Iterator[Framed
     begin = _begin_token(tokenizer, end)
     stream = iter(documents)
     while batch := list(islice(stream, _TOGETHER)):
-        for text, ids in zip(batch, tokenizer(batch, add_special_tokens=False)["input_ids"], strict=True):
+        for text, ids in zip(
+            batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"], strict=True
+        ):
             yield Framed(tokens=np.array([begin, *ids, end], dtype=np.int64), num_bytes=len(text.encode()))
 
 
