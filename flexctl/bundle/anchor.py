@@ -21,12 +21,12 @@ from flexctl.bundle.manifest import (
     Architecture,
     TensorInfo,
     digest_of,
-    read_manifest,
     write_manifest,
 )
 from flexctl.bundle.names import PUBLIC, check_anchor_name, check_file_name, shown
 from flexctl.bundle.store import copy_range, new_directory
 from flexctl.bundle.tensors import FLOAT_DTYPES, RawTensor, Span, TensorType, check_agreement
+from flexctl.bundle.validation import read_manifest
 from flexctl.bundle.weights import Weights
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import family_of, feed_forward_names

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
+from flexctl.bundle.codec import canonical_json, encode
 from flexctl.bundle.manifest import OTHER_LICENSE, ExpertEntry, MergedManifest
 from flexctl.families import family_of
 
@@ -26,8 +28,8 @@ tags:
 # {title}
 
 A mixture-of-experts language model of type `{moe_type}`, merged by flexctl from experts that were trained apart from
-each other against the same anchor, {anchor}. Nothing was trained after the merge, and every expert can be taken out
-again exactly.
+each other against the same anchor, {anchor}.
+Nothing was trained after the merge, and every expert can be taken out again exactly.
 
 ## Who is inside
 
@@ -47,6 +49,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
 ```
 
 `flexctl verify DIRECTORY` hashes every byte again. `flexctl remove NAME --from DIRECTORY -o NEW` takes one out.
+
+Statement: `{statement}` (SHA-256 of flexctl.json without digest, files and tensors)
 """
 
 
@@ -71,7 +75,14 @@ def merged_card(manifest: MergedManifest) -> str:
         count=count,
         license_text="that of each expert, as listed" if manifest.license == OTHER_LICENSE else manifest.license,
         removed=_removed(manifest),
+        statement=_statement(manifest),
     )
+
+
+def _statement(manifest: MergedManifest) -> str:
+    """Return the hash of what the digest would not bind by itself; the card carries it, and the digest the card."""
+    said = {name: item for name, item in encode(manifest).items() if name not in ("digest", "files", "tensors")}
+    return hashlib.sha256(canonical_json(said)).hexdigest()
 
 
 def _row(entry: ExpertEntry) -> str:

@@ -9,18 +9,17 @@ import datetime
 import fnmatch
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexctl.bundle.anchor import Anchor
-from flexctl.bundle.assembly import WORKERS, index_json
+from flexctl.bundle.assembly import index_json
 from flexctl.bundle.cache import remember, seal
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition, Piece, compose_anchor, compose_merged
 from flexctl.bundle.expert import Expert, check_fits
-from flexctl.bundle.hashing import Advance, check_tensors, hash_file
+from flexctl.bundle.hashing import Advance, check_tensors, hash_file, in_parallel
 from flexctl.bundle.layout import ROUTER_TENSOR
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED, AnchorManifest, TensorInfo, has_expired
 from flexctl.bundle.merged import CARD_FILE, CONFIG_FILE, INDEX_FILE, Merged, expert_file, weight_files
@@ -108,9 +107,8 @@ def _tensor_problems(bundle: Bundle, advance: Advance) -> Iterator[str]:
         return found
 
     infos: Mapping[str, TensorInfo] = bundle.manifest.tensors
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for found in pool.map(problems, _tensor_files(bundle).items()):
-            yield from found
+    for found in in_parallel(problems, _tensor_files(bundle).items()):
+        yield from found
 
 
 def _tensor_files(bundle: Bundle) -> dict[Path, dict[str, Span]]:

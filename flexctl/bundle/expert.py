@@ -25,12 +25,12 @@ from flexctl.bundle.manifest import (
     PrivacyInfo,
     RouterInfo,
     digest_of,
-    read_manifest,
     write_manifest,
 )
 from flexctl.bundle.names import PUBLIC, check_expert_name, shown
 from flexctl.bundle.store import new_file
 from flexctl.bundle.tensors import RawTensor, Span, check_agreement, is_finite
+from flexctl.bundle.validation import read_manifest
 from flexctl.bundle.weights import Weights
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import family_of, feed_forward_names

@@ -99,9 +99,9 @@ def read_header(path: Path) -> Header:
         raise BundleError(f"{path}: is missing") from error
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+    if not (text.startswith(b"{") and text.rstrip(b" ").endswith(b"}")):
+        raise BundleError(f"{path}: header is {shown(text[:40])}; expected a JSON object, padded with spaces alone")
     entries = parse_json(text, f"{path}: header")
-    if not isinstance(entries, dict):
-        raise BundleError(f"{path}: header is {shown(entries)}; expected an object")
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     spans = {name: _span(path, name, entry, 8 + length) for name, entry in entries.items()}
     ordered = dict(sorted(spans.items(), key=lambda item: (item[1].start, item[1].stop)))

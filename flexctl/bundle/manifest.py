@@ -1,22 +1,18 @@
 """Manifests: what every bundle says about itself, and the digest that binds its content.
 
 Schema version 1. A manifest is canonical JSON: in ``flexctl.json`` for directories, under the one metadata key
-``flexctl`` for files. Law: ``read_manifest(write_manifest(m), where) == m``, and the bytes are the only ones.
+``flexctl`` for files. Reading one, with every field checked, is validation.py's.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexctl.bundle.codec import canonical_json, decode, encode, parse_json
-from flexctl.bundle.names import PUBLIC, check_anchor_name, check_expert_name, check_file_name, shown
-from flexctl.bundle.tensors import ITEM_SIZES, Typed
-from flexctl.errors import BundleError
+from flexctl.bundle.codec import canonical_json, encode
 
 __all__ = [
     "MANIFEST_FILE",
@@ -40,7 +36,6 @@ __all__ = [
     "Tombstone",
     "digest_of",
     "has_expired",
-    "read_manifest",
     "write_manifest",
 ]
 
@@ -53,10 +48,6 @@ TOLERATED = ("run.json", "results.json", ".gitattributes", "*.sig", "*.sigstore.
 
 OTHER_LICENSE = "other"
 """What the Hub calls a license that it has no id for."""
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +236,8 @@ class Tombstone:
 class MergedManifest:
     """``flexctl.json`` of a merged model. Everything in it is a function of the set of experts and the anchor.
 
+    The digest binds all of it: ``files`` has the card, and the card the hash of every other field.
+
     Attributes:
         experts: ``public`` first, then by name.
         license: What all inputs share, else ``other``.
@@ -268,13 +261,6 @@ class MergedManifest:
 
 
 Manifest = AnchorManifest | ExpertManifest | MergedManifest | RouterManifest
-
-_CLASSES: dict[str, type[Manifest]] = {
-    "anchor": AnchorManifest,
-    "expert": ExpertManifest,
-    "merged": MergedManifest,
-    "router": RouterManifest,
-}
 
 
 def digest_of(tensors: Mapping[str, TensorInfo], files: Mapping[str, str] | None = None) -> str:
@@ -300,120 +286,6 @@ def write_manifest(manifest: Manifest) -> bytes:
     return canonical_json(encode(manifest))
 
 
-def read_manifest(data: bytes, where: str) -> Manifest:
-    """Return the manifest that ``data`` holds, every field checked and the digest recomputed.
-
-    Args:
-        data: Bytes as from ``write_manifest``.
-        where: File, for messages.
-
-    Raises:
-        BundleError: It is not canonical JSON, of an unknown schema version or kind, a field is missing, unknown,
-            or has a value that it may not have, or the digest is not that of ``tensors`` and ``files``.
-    """
-    value = parse_json(data, where)
-    if not isinstance(value, dict):
-        raise BundleError(f"{where}: the manifest is {shown(value)}; expected an object")
-    version, kind = value.get("schema_version"), value.get("kind")
-    if type(version) is not int or version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{where}: schema_version is {shown(version)}; this flexctl reads {SCHEMA_VERSION}", hint="update flexctl"
-        )
-    if not isinstance(kind, str) or kind not in _CLASSES:
-        raise BundleError(f"{where}: kind is {shown(kind)}; expected one of {', '.join(_CLASSES)}")
-    manifest: Manifest = decode(_CLASSES[kind], value, where)
-    _check(manifest, where)
-    if canonical_json(value) != data:
-        raise BundleError(f"{where}: the manifest is not canonical JSON (sorted keys, no spaces)")
-    return manifest
-
-
 def has_expired(expires: str | None, today: datetime.date) -> bool:
     """Return whether rights that last through ``expires`` (YYYY-MM-DD) are over on ``today``."""
     return expires is not None and datetime.date.fromisoformat(expires) < today
-
-
-def _check(manifest: Manifest, where: str) -> None:
-    for name, info in manifest.tensors.items():
-        _check_tensor(info, f"{where}: tensors.{shown(name)}")
-    files = manifest.files if isinstance(manifest, (AnchorManifest, MergedManifest)) else None
-    for name, sha256 in (files or {}).items():
-        check_file_name(name, f"{where}: files")
-        _check_pattern(sha256, _SHA256, f"{where}: files.{name}")
-    if digest_of(manifest.tensors, files) != manifest.digest:
-        raise BundleError(
-            f"{where}: digest is {shown(manifest.digest)}, but its content has another", hint="the file was changed"
-        )
-    if isinstance(manifest, AnchorManifest):
-        check_anchor_name(manifest.name, f"{where}: name")
-        _check_architecture(manifest.architecture, where)
-        return
-    _check_pattern(manifest.anchor.digest, _DIGEST, f"{where}: anchor.digest")
-    check_anchor_name(manifest.anchor.name, f"{where}: anchor.name")
-    if isinstance(manifest, MergedManifest):
-        _check_architecture(manifest.architecture, where)
-        _check_merged(manifest, where)
-        return
-    check_expert_name(manifest.name, f"{where}: name")
-    if isinstance(manifest, ExpertManifest):
-        _check_architecture(manifest.architecture, where)
-        _check_date(manifest.data.expires, f"{where}: data.expires")
-        for index, parent in enumerate(manifest.parents):
-            _check_pattern(parent, _DIGEST, f"{where}: parents.{index}")
-        if manifest.rank is not None and manifest.rank < 1:
-            raise BundleError(f"{where}: rank is {manifest.rank}; expected null or at least 1")
-        if len(manifest.router.bias) != manifest.architecture.num_hidden_layers:
-            raise BundleError(f"{where}: router.bias has {len(manifest.router.bias)} entries; expected one a layer")
-
-
-def _check_merged(manifest: MergedManifest, where: str) -> None:
-    names = [entry.name for entry in manifest.experts]
-    if names[:1] != [PUBLIC] or names[1:] != sorted(set(names[1:])):
-        raise BundleError(f"{where}: experts is {shown(names)}; expected public first, then each once, by name")
-    for index, entry in enumerate(manifest.experts):
-        field = f"{where}: experts.{index}"
-        if entry.index != index:
-            raise BundleError(f"{field}.index is {entry.index}; expected {index}")
-        if index:
-            check_expert_name(entry.name, f"{field}.name")
-        _check_pattern(entry.digest, _DIGEST, f"{field}.digest")
-        _check_pattern(entry.manifest_sha256, _SHA256, f"{field}.manifest_sha256")
-        _check_date(entry.expires, f"{field}.expires")
-    if manifest.num_experts_per_tok_requested < 1:
-        raise BundleError(
-            f"{where}: num_experts_per_tok_requested is {manifest.num_experts_per_tok_requested}; expected at least 1"
-        )
-    for index, tombstone in enumerate(manifest.removed):
-        check_expert_name(tombstone.name, f"{where}: removed.{index}.name")
-        _check_pattern(tombstone.digest, _DIGEST, f"{where}: removed.{index}.digest")
-
-
-def _check_tensor(info: Typed, where: str) -> None:
-    if info.dtype not in ITEM_SIZES:
-        raise BundleError(f"{where}.dtype is {shown(info.dtype)}; expected one of {', '.join(ITEM_SIZES)}")
-    if any(size < 0 for size in info.shape):
-        raise BundleError(f"{where}.shape is {shown(info.shape)}; expected sizes of at least 0")
-    if isinstance(info, TensorInfo):
-        _check_pattern(info.sha256, _SHA256, f"{where}.sha256")
-
-
-def _check_architecture(architecture: Architecture, where: str) -> None:
-    for name, size in encode(architecture).items():
-        if name != "dtype" and not 0 < size < 2**32:
-            raise BundleError(f"{where}: architecture.{name} is {size}; expected at least 1")
-    if architecture.num_hidden_layers > 9999:
-        raise BundleError(f"{where}: architecture.num_hidden_layers is {architecture.num_hidden_layers}; at most 9999")
-
-
-def _check_pattern(text: str, pattern: re.Pattern[str], where: str) -> None:
-    if not pattern.fullmatch(text):
-        raise BundleError(f"{where} is {shown(text)}; expected {pattern.pattern}")
-
-
-def _check_date(text: str | None, where: str) -> None:
-    if text is None:
-        return
-    try:
-        datetime.date.fromisoformat(text if _DATE.fullmatch(text) else "")
-    except ValueError:
-        raise BundleError(f"{where} is {shown(text)}; expected a date as YYYY-MM-DD") from None

@@ -17,10 +17,10 @@ from flexctl.bundle.manifest import (
     Architecture,
     ExpertManifest,
     MergedManifest,
-    read_manifest,
 )
 from flexctl.bundle.names import PUBLIC
 from flexctl.bundle.tensors import Span, TensorType, check_agreement
+from flexctl.bundle.validation import read_manifest
 from flexctl.bundle.weights import Weights
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import Family, family_of

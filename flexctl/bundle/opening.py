@@ -13,10 +13,10 @@ from flexctl.bundle.manifest import (
     ExpertManifest,
     Manifest,
     MergedManifest,
-    read_manifest,
 )
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.router import RouterFile, open_router_file
+from flexctl.bundle.validation import read_manifest
 
 __all__ = ["open_bundle", "read_manifest_of"]
 

@@ -199,13 +199,14 @@ def _parents(target: Path) -> Iterator[None]:
     """Make missing parents; take them away again when the block fails."""
     missing = list(itertools.takewhile(lambda parent: not parent.exists(), target.parents))
     target.parent.mkdir(parents=True, exist_ok=True)
+    done = False
     try:
         yield
-    except BaseException:
-        for parent in missing:
+        done = True
+    finally:
+        for parent in () if done else missing:
             with suppress(OSError):
                 parent.rmdir()
-        raise
 
 
 @contextmanager
