@@ -53,7 +53,7 @@ docs: $(STAMP)
 	$(BIN)/python -m flexctl.cli.reference
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest tests/benchmarks -m ''
+	$(BIN)/python -m tests.benchmarks
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

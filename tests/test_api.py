@@ -32,7 +32,9 @@ def test_every_command_is_one_function_with_one_config_and_one_result(command: s
     config = getattr(flexctl, config_name(command))
     result = getattr(flexctl, config_name(command).replace("Config", "Result"))
     assert isinstance(function, types.FunctionType)
-    assert list(inspect.signature(function).parameters) == ["config", "reporter"]
+    config_parameter, reporter, *others = inspect.signature(function).parameters.values()
+    assert (config_parameter.name, reporter.name) == ("config", "reporter")
+    assert all(other.kind is other.KEYWORD_ONLY and other.default is not other.empty for other in others)
     for kind in (config, result):
         assert dataclasses.is_dataclass(kind)
         assert kind.__dataclass_params__.frozen

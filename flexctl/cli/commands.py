@@ -161,7 +161,7 @@ def embed_router(
     router: o.RouterKind = None,
     encoder: o.Encoder = None,
     expert: o.Expert = None,
-    output: o.Output = None,
+    output: o.OutputFile = None,
     compare: o.Compare = None,
     seed: o.Seed = None,
     threads: o.Threads = None,
@@ -214,7 +214,7 @@ def merge(
 def remove(
     names: o.Names,
     source: o.From = None,
-    output: o.Output = None,
+    output: o.OutputElsewhere = None,
     tombstone: o.Tombstone = None,
     trust_cache: o.TrustCache = None,
     overwrite: o.Overwrite = None,
@@ -237,7 +237,7 @@ def replace(
     name: o.OneName,
     expert: o.OneExpert,
     source: o.From = None,
-    output: o.Output = None,
+    output: o.OutputElsewhere = None,
     allow_expired: o.AllowExpired = None,
     trust_cache: o.TrustCache = None,
     overwrite: o.Overwrite = None,
@@ -261,11 +261,10 @@ def evaluate(
     anchor: o.Anchor = None,
     top_k: o.TopK = None,
     seq_len: o.SeqLen = None,
-    batch_tokens: o.BatchTokens = None,
+    batch_tokens: o.ScoredTokens = None,
     threads: o.Threads = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
-    allow_expired: o.AllowExpired = None,
     json: o.Json = None,
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
@@ -313,7 +312,7 @@ def inspect(
 ) -> Call:
     """Show what a bundle says about itself.
 
-    Sizes, experts, licences and how it was trained. Nothing is hashed: see verify.
+    Sizes, experts, licenses and how it was trained. Nothing is hashed: see verify.
     """
     return _call("inspect", locals())
 
@@ -353,7 +352,7 @@ def list_(
     "flexctl demo",
 )
 def demo(
-    output: o.Output = None,
+    output: o.OutputFolder = None,
     threads: o.Threads = None,
     overwrite: o.Overwrite = None,
     json: o.Json = None,

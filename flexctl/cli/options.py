@@ -39,8 +39,16 @@ Folder = Annotated[Path | None, Argument(metavar="PATH", help="A workspace; the 
 # Places.
 Anchor = Annotated[Path | None, Option("--anchor", metavar="DIR", help="The anchor (default: the workspace's anchor).")]
 Output = Annotated[
-    Path | None, Option("--output", "-o", metavar="PATH", help="Where to write; missing parents are made.")
+    Path | None, Option("--output", "-o", metavar="PATH", help="Where to write; by default its place in the workspace.")
 ]
+OutputFile = Annotated[
+    Path | None,
+    Option("--output", "-o", metavar="FILE.st", help="File to write; router.st unless --expert asks for one."),
+]
+OutputElsewhere = Annotated[
+    Path | None, Option("--output", "-o", metavar="DIR", help="Write the result here and leave the model as it is.")
+]
+OutputFolder = Annotated[Path | None, Option("--output", "-o", metavar="DIR", help="Directory to work in.")]
 From = Annotated[
     Path | None,
     Option("--from", metavar="DIR", help="The merged model to change (default: the workspace's)."),
@@ -93,6 +101,9 @@ AnnealTokens = Annotated[
 ]
 SeqLen = Annotated[str | None, Option("--seq-len", metavar="N", help="Tokens a sequence.")]
 BatchTokens = Annotated[str | None, Option("--batch-tokens", metavar="N", help="Tokens an optimiser step.")]
+ScoredTokens = Annotated[
+    str | None, Option("--batch-tokens", metavar="N", help="Tokens that go through the model together.")
+]
 MicroBatch = Annotated[
     str | None, Option("--micro-batch", metavar="N", help="Sequences in memory at once; filled up by default.")
 ]
@@ -100,7 +111,7 @@ Lr = Annotated[str | None, Option("--lr", metavar="X", help="Peak learning rate.
 WarmupSteps = Annotated[str | None, Option("--warmup-steps", metavar="N", help="Steps until the peak learning rate.")]
 Tether = Annotated[
     str | None,
-    Option("--tether", metavar="X", help="How strongly the router rows keep their logits on public text."),
+    Option("--tether", metavar="X", help="How strongly router rows are held to where they start."),
 ]
 FreezeRouter = Annotated[bool | None, Option("--freeze-router", help="Leave the router rows as they start.")]
 Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint.")]
@@ -120,8 +131,8 @@ Encoder = Annotated[str | None, Option("--encoder", metavar="MODEL", help="Sente
 TopK = Annotated[str | None, Option("--top-k", metavar="K", help="Experts active for a token.")]
 
 # What the owner says about an expert.
-Name = Annotated[str | None, Option("--name", metavar="NAME", help="The bundle's name (default: the folder's).")]
-License = Annotated[str | None, Option("--license", metavar="SPDX", help="Licence of the expert.")]
+Name = Annotated[str | None, Option("--name", metavar="NAME", help="Its name; made from the folder or file unless given.")]
+License = Annotated[str | None, Option("--license", metavar="SPDX", help="License of the expert, an SPDX id or text.")]
 Purpose = Annotated[
     list[str] | None, Option("--purpose", metavar="TEXT", help="What the expert may be used for; repeatable.")
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import flexctl
-from flexctl.cli.text import paint, printable, progress_figures, progress_line
+from flexctl.cli.text import local, paint, printable, progress_figures, progress_line
 from flexctl.cli.views import render
 from flexctl.errors import FlexctlError
 from flexctl.runtime import Progress, Reporter
@@ -92,7 +92,7 @@ class _PlainReporter(Reporter):
 
     def note(self, text: str) -> None:
         if self._notes:
-            _write(text, sys.stderr)
+            _write(printable(local(text)), sys.stderr)
 
     def warn(self, text: str) -> None:
         if self._warnings:
@@ -163,10 +163,10 @@ class _BarReporter(Reporter):
         self._running = 0
 
     def note(self, text: str) -> None:
-        self._bars.console.print(text)
+        self._bars.console.print(local(text))
 
     def warn(self, text: str) -> None:
-        self._bars.console.print("warning: " + text, style="yellow")
+        self._bars.console.print("warning: " + local(text), style="yellow")
 
     @contextmanager
     def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
@@ -206,7 +206,7 @@ def _write_labelled(label: str, text: str) -> None:
     shown = f"{label}:"
     if _has_colour(sys.stderr):
         shown = paint(shown, {"error": "1;31", "warning": "1;33", "hint": "1"}[label])
-    _write(f"{shown} {printable(text)}", sys.stderr)
+    _write(f"{shown} {printable(local(text))}", sys.stderr)
 
 
 def _has_colour(stream: TextIO) -> bool:

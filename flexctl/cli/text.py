@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from typing import Any
 __all__ = [
     "amount",
     "cell",
+    "local",
     "number",
     "paint",
     "pairs",
-    "place",
     "printable",
     "progress_figures",
     "progress_line",
@@ -53,10 +54,10 @@ def amount(value: float, unit: str) -> str:
     return f"{value / 1000**exponent:.1f} {' kMGT'[exponent]}B"
 
 
-def place(path: Path | str) -> str:
-    """Return a path as the user would type it here: relative below the current directory, else as it is."""
-    here = str(Path.cwd()) + os.sep
-    return printable(str(path).removeprefix(here))
+def local(text: str) -> str:
+    """Return text whose paths are as the user would type them here: relative below the current directory."""
+    here = re.escape(str(Path.cwd()) + os.sep)
+    return re.sub(rf"(?<![^\s'\"(]){here}", "", text)
 
 
 def cell(value: Any, *, name: str = "", whole: bool = False) -> str:
@@ -74,27 +75,27 @@ def cell(value: Any, *, name: str = "", whole: bool = False) -> str:
     if isinstance(value, (int, float)):
         return amount(value, "bytes") if "bytes" in name.split("_") else number(value)
     if isinstance(value, Path):
-        return place(value)
+        return printable(local(str(value)))
     if isinstance(value, (list, tuple)):
         return ", ".join(cell(item, whole=whole) for item in value) or "-"
     text = printable(str(value)).replace("\n", " ")
-    return text if whole or not text.startswith("sha256:") else text[:_DIGEST_SHOWN]
+    is_digest = text.startswith("sha256:") or name.endswith("sha256")
+    return text if whole or not is_digest else text[:_DIGEST_SHOWN]
 
 
 def pairs(values: Mapping[str, Any], *, whole: bool = False) -> list[str]:
     """Return names and values as two aligned columns; underscores in names become spaces."""
-    width = max(map(len, values), default=0)
-    return [
-        f"{name.replace('_', ' '):<{width}}  {cell(value, name=name, whole=whole)}" for name, value in values.items()
-    ]
+    width = max((len(_label(name)) for name in values), default=0)
+    return [f"{_label(name):<{width}}  {cell(value, name=name, whole=whole)}" for name, value in values.items()]
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, whole: bool = False) -> list[str]:
     """Return rows under headers as aligned columns, numbers to the right."""
     rows = [list(row) for row in rows]
     columns = range(len(headers))
-    right = [all(isinstance(row[c], (int, float, type(None))) for row in rows) for c in columns]
-    names = [header.replace("_", " ") for header in headers]
+    given = [[row[c] for row in rows if row[c] is not None] for c in columns]
+    right = [bool(values) and all(map(_is_number, values)) for values in given]
+    names = [_label(header) for header in headers]
     cells = [[cell(row[c], name=headers[c], whole=whole) for c in columns] for row in rows]
     widths = [max(len(line[c]) for line in [names, *cells]) for c in columns]
     return [
@@ -121,6 +122,14 @@ def progress_line(title: str, figures: list[str], share: float | None, left_s: f
     if left_s is not None and left_s >= 1:
         parts.append(f"{_duration(left_s)} left")
     return "  ".join(parts)
+
+
+def _label(name: str) -> str:
+    return name.removesuffix("_bytes").replace("_", " ")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _duration(seconds: float) -> str:

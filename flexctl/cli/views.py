@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexctl.cli.text import amount, cell, number, paint, pairs, place, printable, table
+from flexctl.cli.text import amount, cell, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         EvaluateResult,
         GenerateResult,
         InitAnchorResult,
+        InspectResult,
+        ListResult,
         MergeResult,
         RemoveResult,
         ReplaceResult,
@@ -45,12 +47,15 @@ def render(command: str, result: Any, *, verbose: bool, colour: bool) -> str:
     return "\n".join(_VIEWS[command](result))
 
 
-def _everything(fields: Mapping[str, Any]) -> list[str]:
-    """Return all fields: plain ones as a list, then each nested one under its name."""
+def _everything(fields: Mapping[str, Any], *, whole: bool = True) -> list[str]:
+    """Return all fields: plain ones as a list, then each nested one under its name.
+
+    Digests in tables are in full where ``whole`` says so; those in lists always are.
+    """
     nested = {name: value for name, value in fields.items() if value and _is_nested(value)}
     lines = pairs({name: value for name, value in fields.items() if not _is_nested(value)}, whole=True)
     for name, value in nested.items():
-        lines += ["", f"{name.replace('_', ' ')}:", *(f"  {line}" for line in _nested(value))]
+        lines += ["", f"{name.replace('_', ' ')}:", *(f"  {line}" for line in _nested(value, whole=whole))]
     return lines
 
 
@@ -60,15 +65,15 @@ def _is_nested(value: Any) -> bool:
     )
 
 
-def _nested(value: Any) -> list[str]:
+def _nested(value: Any, *, whole: bool) -> list[str]:
     if isinstance(value, Mapping):
         if value and all(
             isinstance(item, Mapping) and not any(map(_is_nested, item.values())) for item in value.values()
         ):
             return _matrix(value)
-        return _everything(value)
+        return _everything(value, whole=whole)
     headers = list(dict.fromkeys(name for item in value for name in item))
-    return table(headers, [[item.get(name) for name in headers] for item in value], whole=True)
+    return table(headers, [[item.get(name) for name in headers] for item in value], whole=whole)
 
 
 def _matrix(values: Mapping[str, Mapping[str, Any]], corner: str = "") -> list[str]:
@@ -90,13 +95,13 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
     trained = f"trained on {number(result.tokens)} tokens" if result.tokens else None
     loss = f"loss {number(result.loss)}" if result.loss is not None else None
     facts = (sizes, parameters, f"vocabulary {number(result.vocab_size)}", trained, loss)
-    return [_sentence(result, f"Made anchor {result.name} in {place(result.path)}", *facts)]
+    return [_sentence(result, f"Made anchor {result.name} in {cell(result.path)}", *facts)]
 
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
     speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
     amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
-    lines = [_sentence(result, f"Trained expert {result.name}: {place(result.path)}", amounts, speed)]
+    lines = [_sentence(result, f"Trained expert {result.name}: {cell(result.path)}", amounts, speed)]
     if result.held_out:
         lines += ["", *_matrix(result.held_out, "held-out loss")]
     if result.frozen_verified:
@@ -106,7 +111,7 @@ def _train_expert(result: TrainExpertResult) -> list[str]:
 
 def _embed_router(result: EmbedRouterResult) -> list[str]:
     documents = f"{number(result.documents)} passages"
-    lines = [_sentence(result, f"Made {result.router} rows in {place(result.path)}", documents)]
+    lines = [_sentence(result, f"Made {result.router} rows in {cell(result.path)}", documents)]
     if result.layers:
         headers = ("layer", "bias", "distance", "noise", "accuracy")
         others = list(result.layers[0].overlap)
@@ -120,27 +125,27 @@ def _embed_router(result: EmbedRouterResult) -> list[str]:
 def _merge(result: MergeResult) -> list[str]:
     names = ", ".join(expert["name"] for expert in result.experts)
     facts = (f"{result.num_experts_per_tok} active for a token", amount(result.bytes_written, "bytes"))
-    return [_sentence(result, f"Merged {names} into {place(result.path)}", *facts)]
+    return [_sentence(result, f"Merged {names} into {cell(result.path)}", *facts)]
 
 
 def _remove(result: RemoveResult) -> list[str]:
-    removed, remaining = cell(result.removed), cell(result.remaining)
-    facts = (f"{remaining} remain", f"{result.num_experts_per_tok} active for a token")
-    return [_sentence(result, f"Removed {removed}; {place(result.path)}", *facts)]
+    done = f"Removed {cell(result.removed)}; {cell(result.path)} holds {cell(('public', *result.remaining))}"
+    active = f"{result.num_experts_per_tok} active for a token"
+    return [_sentence(result, done, active, None if result.exact else "with a tombstone")]
 
 
 def _replace(result: ReplaceResult) -> list[str]:
     digests = f"{cell(result.old_digest)} by {cell(result.new_digest)}"
-    lines = [_sentence(result, f"Replaced {result.name} in {place(result.path)}", digests)]
+    lines = [_sentence(result, f"Replaced {result.name} in {cell(result.path)}", digests)]
     if result.changes:
-        lines += ["", *_nested(result.changes)]
+        lines += ["", *_nested(result.changes, whole=False)]
     return lines
 
 
 def _evaluate(result: EvaluateResult) -> list[str]:
     without = f" without {cell(result.without)}" if result.without else ""
     active = f"{result.num_experts_per_tok} active for a token"
-    lines = [f"{place(result.path)}: {cell(result.experts)}{without}, {active}, {cell(result.digest)}"]
+    lines = [f"{cell(result.path)}: {cell(result.experts)}{without}, {active}, {cell(result.digest)}"]
     headers = ("perplexity", "bits_per_byte", "nll", "tokens", "documents")
     rows = [[name, *(getattr(score, key) for key in headers)] for name, score in result.perplexity.items()]
     lines += ["", *table(["domain", *headers], rows)]
@@ -149,10 +154,42 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     return lines
 
 
+def _inspect(result: InspectResult) -> list[str]:
+    manifest = {
+        name: value for name, value in result.manifest.items() if name not in ("tensors", "files", "moe_config")
+    }
+    summary = dataclasses.asdict(result) | {"manifest": None}
+    shown = {name: value for name, value in {**summary, **manifest}.items() if value not in (None, [], {})}
+    return _everything(shown, whole=False)
+
+
 def _verify(result: VerifyResult) -> list[str]:
     rows = [["ok" if check["ok"] else "FAILED", check["name"], check["detail"]] for check in result.checks]
-    verdict = "holds" if result.ok else "does NOT hold"
-    return [*table(["", "check", ""], rows)[1:], "", f"{place(result.path)} {verdict}, {cell(result.digest)}"]
+    digest = f", {result.digest}" if result.digest else ""
+    return [*table(["", "", ""], rows)[1:], "", f"{cell(result.path)}: {'ok' if result.ok else 'FAILED'}{digest}"]
+
+
+def _list(result: ListResult) -> list[str]:
+    lines = [f"workspace {cell(result.path)}", ""]
+    if result.anchor is None:
+        lines.append("no anchor yet: flexctl init-anchor --data PATH")
+    else:
+        lines.append(_bundle_line("anchor", result.anchor, ("name", "model_type")))
+    if result.merged is None:
+        lines.append("no merged model yet: flexctl merge EXPERT.st")
+    else:
+        lines.append(_bundle_line("merged", result.merged, ("experts", "license")))
+    if not result.experts:
+        return [*lines, "no experts yet: flexctl train-expert --data PATH"]
+    headers = ("name", "path", "digest", "size_bytes", "license", "expires", "in_merged")
+    rows = [[expert[name] for name in headers] for expert in result.experts]
+    broken = [f"{cell(expert['path'])}: {cell(expert['error'])}" for expert in result.experts if expert["error"]]
+    return [*lines, "", *table(headers, rows), *broken]
+
+
+def _bundle_line(kind: str, bundle: Mapping[str, Any], fields: tuple[str, ...]) -> str:
+    facts = [bundle["error"]] if bundle["error"] else [*(bundle[name] for name in fields), bundle["digest"]]
+    return f"{kind}  {cell(bundle['path'])}: {'; '.join(map(cell, facts))}"
 
 
 def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
@@ -196,6 +233,8 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "remove": _remove,
     "replace": _replace,
     "evaluate": _evaluate,
+    "inspect": _inspect,
     "verify": _verify,
+    "list": _list,
     "demo": _demo,
 }

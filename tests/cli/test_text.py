@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flexctl.cli.text import amount, cell, number, place, printable, progress_figures, progress_line, table
+from flexctl.cli.text import amount, cell, local, number, printable, progress_figures, progress_line, table
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,10 @@ def test_text_from_a_manifest_cannot_drive_the_terminal() -> None:
 
 def test_paths_are_as_one_would_type_them_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert place(tmp_path / "merged") == "merged"
-    assert place(Path("/elsewhere/merged")) == "/elsewhere/merged"
+    assert cell(tmp_path / "merged") == "merged"
+    assert cell(Path("/elsewhere/merged")) == "/elsewhere/merged"
+    assert local(f"{tmp_path}/a: not '{tmp_path}/b' ({tmp_path}/c)") == "a: not 'b' (c)"
+    assert local(f"/mnt{tmp_path}/a") == f"/mnt{tmp_path}/a"
 
 
 def test_a_table_is_aligned_with_numbers_to_the_right() -> None:

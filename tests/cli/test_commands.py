@@ -1,0 +1,198 @@
+"""Every command over the real engine: it works, with --json too, and one failure has its exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Texts
+
+from flexctl.cli.app import main
+
+
+@dataclass
+class Terminal:
+    """Runs commands and keeps what they said."""
+
+    capture: pytest.CaptureFixture[str]
+
+    def text(self, *arguments: str | Path, code: int = 0) -> str:
+        """Return stdout of a command."""
+        found = main([*map(str, arguments), "-q"])
+        said = self.capture.readouterr()
+        assert found == code, said.err
+        return said.out
+
+    def json(self, *arguments: str | Path, code: int = 0) -> dict[str, Any]:
+        """Return the object that a command prints with --json."""
+        found = main([*map(str, arguments), "--json", "-q"])
+        said = self.capture.readouterr()
+        assert found == code, said.err
+        result = json.loads(said.out)
+        assert (result["schema_version"], result["command"]) == (1, arguments[0])
+        return dict(result)
+
+    def error(self, *arguments: str | Path, code: int) -> str:
+        """Return the message of a command that fails, as text and as JSON."""
+        assert main([*map(str, arguments), "-q"]) == code
+        out, err = self.capture.readouterr()
+        assert out == ""
+        assert main([*map(str, arguments), "-q", "--json"]) == code
+        out, as_json = self.capture.readouterr()
+        assert out == ""
+        error = json.loads(as_json)["error"]
+        assert error["exit_code"] == code
+        assert err.startswith("error: ")
+        return str(error["message"])
+
+
+@pytest.fixture
+def terminal(capsys: pytest.CaptureFixture[str], in_empty_folder: Path) -> Terminal:
+    assert in_empty_folder == Path.cwd()
+    return Terminal(capsys)
+
+
+@pytest.fixture
+def space(terminal: Terminal, anchor: Path, experts: dict[str, Path]) -> Terminal:
+    """The same, in a workspace whose anchor and experts are there and merged."""
+    Path("flexctl.toml").write_text(f"[workspace]\nanchor = '{anchor}'\nexperts = '{experts['code'].parent}'\n")
+    terminal.text("merge", *experts.values())
+    return terminal
+
+
+def test_init_anchor(terminal: Terminal, checkpoint: Path, texts: Texts) -> None:
+    flags = ("--data", texts.public, "--sample-tokens", "2000", "--seq-len", "64", "--threads", "1")
+    made = terminal.json("init-anchor", checkpoint, *flags)
+    assert Path(made["path"]) == Path("anchor").absolute()
+    assert made["model_type"] == "olmo2"
+    assert {"digest", "num_parameters", "vocab_size"} <= set(made)
+    assert Path("flexctl.toml").is_file()
+    assert "exists" in terminal.error("init-anchor", checkpoint, *flags, code=2)
+    again = terminal.text("init-anchor", checkpoint, *flags, "--overwrite")
+    assert re.fullmatch(r"Made anchor \S+ in anchor: olmo2, .* parameters, vocabulary .*, sha256:\w{12}\n", again)
+    assert terminal.error("init-anchor", checkpoint, code=2) == "init-anchor needs --data"
+
+
+def test_train_expert(terminal: Terminal, anchor: Path, texts: Texts) -> None:
+    flags = ("--anchor", anchor, "--max-steps", "2", "--seq-len", "64", "--batch-tokens", "512", "--threads", "1")
+    made = terminal.json("train-expert", "--data", texts.code, *flags, "--purpose", "research", "--purpose", "press")
+    assert (made["name"], made["steps"], made["frozen_verified"]) == ("code", 2, True)
+    assert {"anchor_digest", "tokens", "final_loss", "tokens_per_s", "privacy"} <= set(made)
+    assert terminal.json("inspect", made["path"])["manifest"]["data"]["purposes"] == ["research", "press"]
+    assert "exists" in terminal.error("train-expert", "--data", texts.code, *flags, code=2)
+    text = terminal.text("train-expert", "--data", texts.code, *flags, "--name", "other")
+    assert text.startswith("Trained expert other: experts/other.st: ")
+    assert "held-out loss" in text
+    assert "--lr is 'fast'" in terminal.error("train-expert", "--data", texts.code, "--lr", "fast", code=2)
+
+
+def test_embed_router(terminal: Terminal, anchor: Path, experts: dict[str, Path], texts: Texts) -> None:
+    flags = ("--data", texts.code, "--anchor", anchor, "--threads", "1")
+    made = terminal.json("embed-router", *flags, "-o", "rows.st", "--compare", experts["sums"])
+    assert (made["router"], made["encoder"]) == ("discriminant", None)
+    assert {"name", "documents", "hidden_size"} <= set(made)
+    text = terminal.text("embed-router", *flags, "-o", "copy.st", "--expert", experts["code"])
+    assert text.startswith("Made discriminant rows in copy.st: ")
+    assert "distance" in text
+    assert "exists" in terminal.error("embed-router", *flags, "-o", "rows.st", code=2)
+
+
+def test_merge(terminal: Terminal, anchor: Path, experts: dict[str, Path]) -> None:
+    flags = (*experts.values(), "--anchor", anchor)
+    made = terminal.json("merge", *flags, "--top-k", "2")
+    assert [expert["name"] for expert in made["experts"]] == ["public", "code", "sums"]
+    assert (made["num_experts"], made["num_experts_per_tok"]) == (3, 2)
+    assert made["bytes_written"] > 0
+    assert made["peak_rss_bytes"] > 0
+    assert terminal.text("merge", *flags, "-o", "deep/down").startswith("Merged public, code, sums into deep/down: ")
+    assert "exists" in terminal.error("merge", *flags, code=2)
+    Path("broken.st").write_bytes(experts["code"].read_bytes()[:-1])
+    assert "broken.st" in terminal.error("merge", "broken.st", "--anchor", anchor, "-o", "new", code=3)
+    assert not Path("new").exists()
+
+
+def test_remove(space: Terminal) -> None:
+    assert "no expert 'law'" in space.error("remove", "law", code=2)
+    assert space.text("remove", "code", "--dry-run").startswith("Dry run, nothing written. Removed code; ")
+    gone = space.json("remove", "code")
+    assert (gone["removed"], gone["remaining"], gone["exact"]) == (["code"], ["sums"], True)
+    assert space.json("verify", "merged", "--absent", "code")["ok"]
+
+
+def test_replace(space: Terminal, experts: dict[str, Path], texts: Texts) -> None:
+    copy = ("--data", texts.code, "--router", "hidden", "--expert", experts["code"], "-o", "new.st", "--threads", "1")
+    space.text("embed-router", *copy)
+    made = space.json("replace", "code", "new.st", "-o", "other")
+    assert made["name"] == "code"
+    assert made["old_digest"] != made["new_digest"]
+    assert "router.kind" in space.text("replace", "code", "new.st")
+    assert "name is 'sums'" in space.error("replace", "code", experts["sums"], code=3)
+
+
+def test_evaluate(space: Terminal, texts: Texts) -> None:
+    flags = ("--data", f"code={texts.code_test}", "--data", f"sums={texts.sums_test}", "--threads", "1")
+    found = space.json("evaluate", *flags)
+    assert found["experts"] == ["public", "code", "sums"]
+    assert list(found["perplexity"]) == ["code", "sums"]
+    assert set(found["perplexity"]["code"]) == {"nll", "perplexity", "bits_per_byte", "tokens", "bytes", "documents"}
+    assert sum(found["routing"]["code"].values()) == pytest.approx(1)
+    text = space.text("evaluate", *flags, "--without", "code")
+    assert "without code" in text
+    assert "bits per byte" in text
+    message = space.error("evaluate", "--data", texts.code_test, code=2)
+    assert "NAME=PATH" in message
+
+
+def test_generate(space: Terminal) -> None:
+    flags = ("generate", "--prompt", "def ", "--max-new-tokens", "4", "--threads", "1")
+    made = space.json(*flags)
+    assert (made["prompt"], made["tokens"]) == ("def ", 4)
+    assert sum(made["experts"].values()) == pytest.approx(1)
+    assert space.text(*flags) == f"def {made['text']}\n"
+    table = space.text(*flags, "--explain").splitlines()
+    assert any(line.split()[:2] == ["piece", "leading"] for line in table)
+    assert space.error("generate", code=2) == "generate needs --prompt"
+
+
+def test_inspect(space: Terminal, experts: dict[str, Path]) -> None:
+    assert space.json("inspect", "merged")["kind"] == "merged"
+    assert "frozen verified  yes" in space.text("inspect", experts["code"])
+    assert space.error("inspect", "nothing", code=2)
+
+
+def test_verify(space: Terminal) -> None:
+    assert space.text("verify", "merged").splitlines()[-1].startswith("merged: ok, sha256:")
+    file = Path("merged/model-expert-code.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    found = space.json("verify", "merged", code=3)
+    assert not found["ok"]
+    assert any(not check["ok"] and "code" in check["detail"] for check in found["checks"])
+    assert space.error("verify", "nothing", code=2)
+
+
+def test_list(space: Terminal, anchor: Path) -> None:
+    found = space.json("list")
+    assert Path(found["anchor"]["path"]) == anchor
+    assert [expert["name"] for expert in found["experts"]] == ["code", "sums"]
+    assert all(expert["in_merged"] for expert in found["experts"])
+    assert "public, code, sums" in space.text("list")
+
+
+def test_list_of_nothing_says_what_to_do(terminal: Terminal) -> None:
+    text = terminal.text("list")
+    for command in ("init-anchor", "train-expert", "merge"):
+        assert f"flexctl {command}" in text
+    Path("flexctl.toml").write_text("[marge]\n")
+    assert "unknown table [marge]" in terminal.error("list", code=2)
+
+
+def test_demo_refuses_a_directory_that_is_not_its_own(terminal: Terminal) -> None:
+    Path("demo").mkdir()
+    assert "demo exists" in terminal.error("demo", code=2)
+    assert "no earlier demo" in terminal.error("demo", "--overwrite", code=2)
