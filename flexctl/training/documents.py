@@ -7,9 +7,12 @@ import hashlib
 import heapq
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import Any
+
+import zstandard
 
 from flexctl.errors import UsageError
 
@@ -19,6 +22,7 @@ PASSAGE_CHARACTERS = 1000
 
 _JSONL = (".jsonl", ".ndjson")
 _PACKED = (".gz", ".zst")
+_READ_BYTES = 65_536
 _BINARY = frozenset(
     """.7z .a .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy .npz
     .o .parquet .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl
@@ -66,11 +70,7 @@ def read_documents(paths: Sequence[Path]) -> Iterator[str]:
     for path in text_files(paths):
         try:
             yield from _read_file(path)
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{path}: not UTF-8 at byte {error.start}", hint="convert it, or leave it out of --data"
-            ) from error
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(f"{path}: cannot be read: {error}") from error
 
 
@@ -79,10 +79,20 @@ def _read_file(path: Path) -> Iterator[str]:
     with _open(path) as stream:
         if inner.suffix.lower() in _JSONL:
             for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield from _kept(_text_of(path, number, line))
+                where = f"{path}, line {number}"
+                if decoded := _decoded(where, line).strip():
+                    yield from _kept(_text_of(where, decoded))
         else:
-            yield from _kept(stream.read())
+            yield from _kept(_decoded(str(path), stream.read()))
+
+
+def _decoded(where: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{where}: not UTF-8 at byte {error.start}", hint="convert it, or leave it out of --data"
+        ) from error
 
 
 def _kept(text: str) -> Iterator[str]:
@@ -90,28 +100,64 @@ def _kept(text: str) -> Iterator[str]:
         yield text
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path) -> io.BufferedIOBase:
+    """Return the unpacked bytes: lines then end at newlines alone, and line ends stay as they are."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
+        return gzip.open(path, "rb")
     if suffix == ".zst":
-        import zstandard
-
-        try:
-            return zstandard.open(path, "rt", encoding="utf-8", newline="")  # type: ignore[no-any-return]
-        except zstandard.ZstdError as error:
-            raise UsageError(f"{path}: not a zstandard file: {error}") from error
-    return io.open(path, encoding="utf-8", newline="")  # noqa: UP020
+        return io.BufferedReader(_Unzstd(path))
+    return path.open("rb")
 
 
-def _text_of(path: Path, number: int, line: str) -> str:
+class _Unzstd(io.RawIOBase):
+    """A .zst file's unpacked bytes, frame after frame; the library takes a file that was cut short for a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._packed, self._unpacked = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked and self._unpack():
+            pass
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count], self._unpacked = self._unpacked[:count], self._unpacked[count:]
+        return count
+
+    def _unpack(self) -> bool:
+        packed = self._packed or self._file.read(_READ_BYTES)
+        if not packed:
+            if self._frame is not None:
+                raise EOFError("it ends inside a zstandard frame")
+            return False
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._packed, self._unpacked = b"", self._frame.decompress(packed)
+        if self._frame.eof:
+            self._packed, self._frame = self._frame.unused_data, None
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _text_of(where: str, line: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UsageError(f"{path}, line {number}: not JSON: {error}") from error
+        raise UsageError(f"{where}: not JSON: {error}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise UsageError(f'{path}, line {number}: no "text" field with a string', hint='a line is {"text": "..."}')
+        raise UsageError(f'{where}: no "text" field with a string', hint='a line is {"text": "..."}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f'{where}: "text" holds half a surrogate pair at character {error.start}') from error
     return text
 
 

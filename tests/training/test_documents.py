@@ -1,0 +1,157 @@
+"""One reader of text: what is a document, what is left out, and one line of error that names file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexctl.errors import UsageError
+from flexctl.training.documents import PASSAGE_CHARACTERS, read_documents, sample_passages, text_files
+
+
+def put(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def lines(*texts: str) -> str:
+    return "".join(json.dumps({"text": text, "source": "here"}) + "\n" for text in texts)
+
+
+def read(*paths: Path) -> list[str]:
+    return list(read_documents(list(paths)))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        read(path)
+    assert "\n" not in caught.value.message
+    assert str(path) in caught.value.message
+    return caught.value.message
+
+
+def test_folder_is_read_by_name_and_hidden_and_binary_files_are_not(tmp_path: Path) -> None:
+    put(tmp_path / "b.txt", "second")
+    put(tmp_path / "a.md", "first")
+    put(tmp_path / "sub" / "c.py", "third")
+    put(tmp_path / "sub" / "d.jsonl", lines("fourth", "fifth"))
+    put(tmp_path / "no-ending", "zero")
+    for name in (".hidden", ".git/config", "sub/.cache/x.txt", "x.PNG", "model.safetensors", "y.pyc", "z.st"):
+        put(tmp_path / name, b"\xff\xfe not text")
+    assert read(tmp_path) == ["first", "second", "zero", "third", "fourth", "fifth"]
+    assert [path.name for path in text_files([tmp_path])] == ["a.md", "b.txt", "no-ending", "c.py", "d.jsonl"]
+
+
+def test_paths_keep_the_order_given_and_a_named_file_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    late, early = put(tmp_path / "z.txt", "late"), put(tmp_path / ".a.bin", "early")
+    assert read(late, early) == ["late", "early"]
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path: Path) -> None:
+    put(tmp_path / ".text" / "a.txt", "inside")
+    assert read(tmp_path / ".text") == ["inside"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.jsonl.gz", "a.ndjson.ZST", "a.JSONL"])
+def test_every_container_gives_the_same_text(tmp_path: Path, name: str) -> None:
+    text = "caf\u00e9\r\nline two\rline three\n\u2028 still the same line \U0001f600\n\n"
+    raw = (lines(text, text + "2") if "json" in name.lower() else text).encode()
+    if name.lower().endswith(".gz"):
+        raw = gzip.compress(raw)
+    if name.lower().endswith(".zst"):
+        raw = zstandard.ZstdCompressor().compress(raw)
+    expected = [text, text + "2"] if "json" in name.lower() else [text]
+    assert read(put(tmp_path / name, raw)) == expected
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_packed_files_in_several_frames_are_read_to_their_end(tmp_path: Path, ending: str) -> None:
+    pack = gzip.compress if ending == "gz" else zstandard.ZstdCompressor().compress
+    path = put(tmp_path / f"a.jsonl.{ending}", b"".join(pack(lines(text).encode()) for text in ("one", "two", "three")))
+    assert read(path) == ["one", "two", "three"]
+
+
+def test_jsonl_with_crlf_and_blank_lines(tmp_path: Path) -> None:
+    assert read(put(tmp_path / "a.jsonl", '{"text": "one"}\r\n\r\n   \n{"text": "two"}')) == ["one", "two"]
+
+
+def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
+    put(tmp_path / "a.txt", " \n\t\n")
+    put(tmp_path / "b.txt", "")
+    put(tmp_path / "c.jsonl", lines("", "  ", "real"))
+    assert read(tmp_path) == ["real"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"text": "unclosed', "line 2: not JSON"),
+        ('["text"]', 'line 2: no "text" field'),
+        ('{"content": "x"}', 'line 2: no "text" field'),
+        ('{"text": null}', 'line 2: no "text" field'),
+        ('{"text": 5}', 'line 2: no "text" field'),
+        ('{"text": "half a pair: \\ud83d"}', "line 2: "),
+        ("plain words", "line 2: not JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, says: str) -> None:
+    assert says in refused(put(tmp_path / "a.jsonl", lines("fine") + line + "\n"))
+
+
+def test_text_that_is_not_utf_8_is_named_with_its_byte(tmp_path: Path) -> None:
+    assert "not UTF-8 at byte 3" in refused(put(tmp_path / "a.txt", b"abc\xff\xfe"))
+    assert "not UTF-8" in refused(put(tmp_path / "a.jsonl", b'{"text": "\xff"}\n'))
+
+
+@pytest.mark.parametrize("ending", ["txt.gz", "jsonl.gz", "txt.zst", "jsonl.zst"])
+def test_packed_files_that_are_broken_are_refused(tmp_path: Path, ending: str) -> None:
+    pack = gzip.compress if ending.endswith("gz") else zstandard.ZstdCompressor().compress
+    whole = pack(lines(*(f"document {i * i} of many" for i in range(400))).encode())
+    assert len(whole) > 200
+    refused(put(tmp_path / f"not-packed.{ending}", b"plain text"))
+    refused(put(tmp_path / f"cut.{ending}", whole[: len(whole) // 2]))
+    middle = len(whole) // 2
+    refused(put(tmp_path / f"garbled.{ending}", whole[:middle] + bytes(64) + whole[middle + 64 :]))
+
+
+def test_paths_without_text_are_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    put(tmp_path / "empty" / ".hidden", "x")
+    assert "no text file" in refused(tmp_path / "empty")
+
+
+def test_passages_of_long_documents_cover_them() -> None:
+    text = "".join(chr(ord("a") + i % 26) for i in range(5 * PASSAGE_CHARACTERS + 700))
+    passages = sample_passages([text], 100, seed=0)
+    assert len(passages) == 6
+    assert sum(map(len, passages)) == len(text)
+    assert all(passage in text for passage in passages)
+
+
+def test_short_documents_are_one_passage_each() -> None:
+    assert sorted(sample_passages(["a", "b" * 1400, "  "], 100, seed=0)) == ["a", "b" * 1000]
+
+
+documents = st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=20, unique=True)
+
+
+@given(texts=documents, count=st.integers(1, 25), seed=st.integers(0, 5), shuffle=st.randoms())
+def test_passages_are_a_seeded_sample_whatever_the_order(texts: list[str], count: int, seed: int, shuffle) -> None:
+    found = sample_passages(texts, count, seed)
+    shuffled = list(texts)
+    shuffle.shuffle(shuffled)
+    assert sample_passages(shuffled, count, seed) == found
+    assert len(found) == min(count, sum(bool(text.strip()) for text in texts))
+    assert sample_passages(texts, count + 3, seed)[: len(found)] == found
+
+
+def test_other_seeds_give_other_samples() -> None:
+    texts = [f"document {i}" for i in range(100)]
+    assert set(sample_passages(texts, 10, seed=0)) != set(sample_passages(texts, 10, seed=1))
