@@ -1,8 +1,12 @@
-"""Makers of tiny random anchors and experts on disk, in well under a second and without torch."""
+"""Makers of tiny random anchors and experts on disk, in well under a second and without torch, and of broken ones."""
 
 from __future__ import annotations
 
 import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,16 @@ from flexctl.bundle import (
     write_expert,
 )
 from flexctl.bundle.anchor import write_tensors
+from flexctl.bundle.codec import canonical_json, encode
+from flexctl.bundle.hashing import hash_raw
+from flexctl.bundle.headers import header_bytes
 from flexctl.bundle.layout import ROUTER_TENSOR, expert_layout
+from flexctl.bundle.manifest import MANIFEST_KEY, digest_of
 from flexctl.bundle.tensors import from_float32
 from flexctl.families import family_of
+
+# The cache of hashed files is the user's own; tests have one that nobody else reads.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="flexctl-test-cache-")
 
 _NORMS = {
     "olmo2": {"self_attn.q_norm": "hidden", "self_attn.k_norm": "hidden", "post_feedforward_layernorm": "hidden"},
@@ -91,12 +102,10 @@ def make_checkpoint(
     return path
 
 
-def make_anchor(path: Path, *, name: str = "tiny-anchor", license: str | None = "Apache-2.0", **sizes: Any) -> Anchor:
-    """Write an anchor over ``make_checkpoint(**sizes)``; its mixture config is the dense one with counts."""
-    checkpoint = make_checkpoint(path.with_name(path.name + "-checkpoint"), **sizes)
-    config = json.loads((checkpoint / "config.json").read_text())
+def simple_moe_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dense config with the mixture's fields; the real resolution needs Transformers."""
     family = family_of(config["model_type"])
-    moe_config = {
+    return {
         **config,
         **family.fixed,
         **{field: config[source] for field, source in family.copied.items()},
@@ -105,6 +114,19 @@ def make_anchor(path: Path, *, name: str = "tiny-anchor", license: str | None = 
         family.count_field: 1,
         "num_experts_per_tok": 1,
     }
+
+
+def make_anchor(
+    path: Path,
+    *,
+    name: str = "tiny-anchor",
+    license: str | None = "Apache-2.0",
+    resolve: Callable[[Mapping[str, Any]], Mapping[str, Any]] = simple_moe_config,
+    **sizes: Any,
+) -> Anchor:
+    """Write an anchor over ``make_checkpoint(**sizes)``."""
+    checkpoint = make_checkpoint(path.with_name(path.name + "-checkpoint"), **sizes)
+    config = json.loads((checkpoint / "config.json").read_text())
     rng = np.random.default_rng(1)
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     space = {}
@@ -119,7 +141,7 @@ def make_anchor(path: Path, *, name: str = "tiny-anchor", license: str | None = 
         path,
         checkpoint=checkpoint,
         name=name,
-        moe_config=moe_config,
+        moe_config=resolve(config),
         router_space=space,
         public_sample={
             "offsets": RawTensor("I64", (3,), offsets.view(np.uint8)),
@@ -168,6 +190,57 @@ def make_expert(
         run={"tokens_per_s": 12.5},
         overwrite=overwrite,
     )
+
+
+def forge_expert(path: Path, expert: Expert, tensors: Mapping[str, RawTensor] | None = None, **changes: Any) -> Path:
+    """Write a file like an expert's with other tensors or manifest fields, as a careless or hostile owner might.
+
+    The digest fits the tensors unless it is among the changes, whose names are dotted: ``anchor__digest``.
+    """
+    tensors = {name: expert.tensor(name) for name in expert.spans} if tensors is None else tensors
+    infos = {name: hash_raw(tensor) for name, tensor in tensors.items()}
+    manifest = encode(replace(expert.manifest, tensors=infos, digest=digest_of(infos)))
+    for field, value in changes.items():
+        *parents, last = field.split("__")
+        place = manifest
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    text = canonical_json(manifest).decode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(header_bytes(tensors, {MANIFEST_KEY: text}))
+        for tensor in tensors.values():
+            file.write(tensor.view())
+    return path
+
+
+def read_directory(path: Path) -> dict[str, bytes]:
+    """Return every file below a directory: relative name -> bytes."""
+    return {str(item.relative_to(path)): item.read_bytes() for item in sorted(path.rglob("*")) if item.is_file()}
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """An anchor and experts in a folder of their own."""
+
+    root: Path
+    anchor: Anchor
+    experts: dict[str, Expert]
+
+    def files(self, *names: str) -> tuple[Path, ...]:
+        """Return the files of some experts; of all without names."""
+        return tuple(self.experts[name].path for name in names or self.experts)
+
+
+def make_world(root: Path, names: tuple[str, ...] = ("code", "law", "math"), **sizes: Any) -> World:
+    """Return an anchor in ``root``/anchor and experts in ``root``/experts; a name starting with "low" has rank 2."""
+    anchor = make_anchor(root / "anchor", **sizes)
+    experts = {
+        name: make_expert(root / f"experts/{name}.st", anchor, name, rank=2 if name.startswith("low") else None)
+        for name in names
+    }
+    return World(root, anchor, experts)
 
 
 def _dense_shapes(
