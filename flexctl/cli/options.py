@@ -131,7 +131,9 @@ Encoder = Annotated[str | None, Option("--encoder", metavar="MODEL", help="Sente
 TopK = Annotated[str | None, Option("--top-k", metavar="K", help="Experts active for a token.")]
 
 # What the owner says about an expert.
-Name = Annotated[str | None, Option("--name", metavar="NAME", help="Its name; made from the folder or file unless given.")]
+Name = Annotated[
+    str | None, Option("--name", metavar="NAME", help="Its name; made from the folder or file unless given.")
+]
 License = Annotated[str | None, Option("--license", metavar="SPDX", help="License of the expert, an SPDX id or text.")]
 Purpose = Annotated[
     list[str] | None, Option("--purpose", metavar="TEXT", help="What the expert may be used for; repeatable.")
