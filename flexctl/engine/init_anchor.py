@@ -48,6 +48,7 @@ class InitAnchorConfig:
         threads: CPU threads; None is torch's choice.
         device: auto, cpu or cuda.
         dtype: Of the matrix products: auto, float32 or bfloat16.
+        license: SPDX id or text of the anchor, for the manifest; None is unknown.
         resume: Go on with an interrupted training.
         overwrite: Replace an existing anchor.
         dry_run: Check everything, write nothing.
@@ -68,6 +69,7 @@ class InitAnchorConfig:
     threads: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    license: str | None = None
     resume: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -188,7 +190,7 @@ def _checkpoint(
     preset = PRESETS[config.preset]
     if source is None:
         reporter.note(f"training a tokenizer of {preset.vocab_size} entries")
-        tokenizer = train_tokenizer(read_documents(config.data), preset.vocab_size, 4 * preset.seq_len)
+        tokenizer = train_tokenizer(read_documents(config.data), preset.vocab_size, preset.seq_len)
         model = new_model(preset, tokenizer, config.seed)
     elif config.anneal_tokens:
         tokenizer, model = load_tokenizer(source), load_dense(source)
@@ -276,6 +278,7 @@ def _calibrate_and_write(
             "loss": trained[1],
             "software": software_versions(),
         },
+        license=config.license,
         overwrite=config.overwrite,
     )
     return InitAnchorResult(

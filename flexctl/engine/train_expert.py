@@ -43,6 +43,9 @@ _SCORE_BATCH_TOKENS = 8192
 _MICRO_BATCH_TOKENS = 8192
 _MAX_SEQ_LEN = 1024
 _WARMUP_SHARE = 0.05
+_STEPS = 600
+_FEWEST_BATCH_TOKENS = 1024
+_MOST_BATCH_TOKENS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +65,8 @@ class TrainExpertConfig:
         lr: Peak learning rate; None scales with the model's width.
         warmup_steps: None is a twentieth of the steps.
         seq_len: Tokens a sequence; None is 1024, or what the anchor can hold.
-        batch_tokens: Tokens an optimiser step, public ones counted.
+        batch_tokens: Tokens an optimiser step, public ones counted; None is about a six-hundredth of all, from 1024 to
+            65,536.
         micro_batch: Sequences at once; None fills about 8192 tokens.
         public_mix: Share of public text in each step, from 0 to below 1.
         public: Public text to use in place of the anchor's sample.
@@ -95,7 +99,7 @@ class TrainExpertConfig:
     lr: float | None = None
     warmup_steps: int | None = None
     seq_len: int | None = None
-    batch_tokens: int = 2048
+    batch_tokens: int | None = None
     micro_batch: int | None = None
     public_mix: float = 0.25
     public: Path | None = None
@@ -285,18 +289,20 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
     corpus = prepare_corpus(config.data, tokenizer, work, seed=config.seed, reporter=reporter)
     public = _public_sample(config, anchor, tokenizer)
     kept = [d for i, d in enumerate(public.documents) if i % _PUBLIC_HELD_OUT_EVERY]
-    longest = int(anchor.config.get("max_position_embeddings", _MAX_SEQ_LEN))
+    longest = int(anchor.config.get("max_position_embeddings") or _MAX_SEQ_LEN)
     seq_len = config.seq_len or min(_MAX_SEQ_LEN, longest)
+    own_tokens = config.epochs * len(corpus.stream)
+    own_tokens = int(min(own_tokens, config.max_tokens or own_tokens))
+    batch_tokens = config.batch_tokens or _batch_tokens(own_tokens / (1 - config.public_mix))
     data = Mixture(
         corpus.stream,
         PublicSample(kept).stream() if kept else None,
         seq_len=seq_len,
-        batch_size=max(1, config.batch_tokens // seq_len),
+        batch_size=max(1, batch_tokens // seq_len),
         public_share=config.public_mix,
         seed=config.seed,
     )
-    wanted = config.epochs * len(corpus.stream)
-    most = data.steps_for(int(min(wanted, config.max_tokens or wanted)))
+    most = data.steps_for(own_tokens)
     steps = min(most, config.max_steps or most)
     device = pick_device(config.device)
     model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
@@ -318,9 +324,15 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
     )
 
 
+def _batch_tokens(all_tokens: float) -> int:
+    """Return the power of two below a six-hundredth of all tokens: small budgets gain more from steps than from size."""
+    wanted = int(all_tokens / _STEPS)
+    return min(max(1 << max(0, wanted.bit_length() - 1), _FEWEST_BATCH_TOKENS), _MOST_BATCH_TOKENS)
+
+
 def default_lr(hidden_size: int) -> float:
     """Return the peak learning rate for a model's width: measured on small anchors, falling with the root of width."""
-    return 2e-3 * (192 / hidden_size) ** 0.5
+    return float(2e-3 * (192 / hidden_size) ** 0.5)
 
 
 def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) -> PublicSample:

@@ -40,8 +40,8 @@ PRESETS = {
         vocab_size=2048,
         max_tokens=600_000,
         seq_len=256,
-        batch_tokens=2048,
-        lr=4e-3,
+        batch_tokens=512,
+        lr=3e-3,
     ),
     "micro": Preset(
         hidden_size=192,
@@ -51,7 +51,7 @@ PRESETS = {
         vocab_size=4096,
         max_tokens=1_200_000,
         seq_len=256,
-        batch_tokens=4096,
+        batch_tokens=1024,
         lr=3e-3,
     ),
     "small": Preset(
@@ -82,7 +82,7 @@ def new_model(preset: Preset, tokenizer: Any, seed: int) -> Any:
         num_hidden_layers=preset.num_hidden_layers,
         num_attention_heads=preset.num_attention_heads,
         num_key_value_heads=preset.num_attention_heads,
-        max_position_embeddings=4 * preset.seq_len,
+        max_position_embeddings=preset.seq_len,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,

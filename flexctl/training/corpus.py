@@ -86,7 +86,7 @@ def prepare_corpus(paths: Sequence[Path], tokenizer: Any, work: Path, *, seed: i
     else:
         reporter.warn("--data is a single document: nothing is held out, so no gain can be reported")
     file, mark = work / "own.tokens", work / "own.json"
-    identity = json.dumps({**asdict(survey), "vocabulary": len(tokenizer), "seed": seed}, sort_keys=True)
+    identity = json.dumps({**asdict(survey), "vocabulary": _vocabulary(tokenizer), "seed": seed}, sort_keys=True)
     if not (file.exists() and mark.exists() and mark.read_text() == identity):
         mark.unlink(missing_ok=True)
         with reporter.progress("tokenising", survey.num_bytes, "bytes") as bar:
@@ -121,6 +121,11 @@ def _survey(paths: Sequence[Path], seed: int) -> Survey:
         threshold=threshold,
         digest=digest.hexdigest(),
     )
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Return a digest of the vocabulary: another anchor's may be as large and mean other words."""
+    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
 
 def _rank(text: str, seed: int) -> int:

@@ -1,0 +1,124 @@
+"""Measurements, as ratios against a baseline in the same run: ``make bench``. They never fail on time.
+
+Machines differ and are shared, so read the ratios and not the seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.builders import make_anchor, make_expert
+
+REPEATS = 5
+SIZES = {"layers": 8, "hidden": 512, "inner": 2048, "vocab": 4096, "dtype": "BF16"}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return the median wall time of ``work`` over REPEATS runs after one that is not counted."""
+    work()
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def show(name: str, value: str, against: str) -> None:
+    """Print one row."""
+    print(f"{name:<44} {value:>12}   {against}", flush=True)
+
+
+def copy_and_hash(sources: list[Path], target: Path) -> None:
+    """The least that any verified merge must do: copy the bytes in the kernel and hash them once."""
+    target.mkdir(exist_ok=True)
+    for source in sources:
+        shutil.copyfile(source, target / source.name)
+        with (target / source.name).open("rb") as file:
+            hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
+        os.sync()
+
+
+def bench_merge(root: Path) -> None:
+    """Merge and remove against copying and hashing the same bytes; resident memory of both."""
+    anchor = make_anchor(root / "anchor", **SIZES)
+    names = ("code", "law", "math", "news")
+    experts = [make_expert(root / f"{name}.st", anchor, name=name, seed=i) for i, name in enumerate(names)]
+    sources = [root / "anchor" / "model.safetensors", *(expert.path for expert in experts)]
+    size = sum(source.stat().st_size for source in sources)
+    baseline = seconds(lambda: copy_and_hash(sources, root / "copied"))
+    files = [str(expert.path) for expert in experts]
+    command = ["merge", *files, "--anchor", str(root / "anchor"), "-o", str(root / "merged"), "--overwrite", "--json"]
+    merged = seconds(lambda: run(command))
+    start = seconds(lambda: run(["--help"]))
+    show("merge / (copy + hash)", f"{(merged - start) / baseline:.2f}", f"{size / 1e6:.0f} MB, {baseline:.2f} s")
+    remove = ["remove", "law", "--from", str(root / "merged"), "-o", str(root / "less"), "--overwrite", "--json"]
+    removed = seconds(lambda: run(remove))
+    show("remove one of four / (copy + hash)", f"{(removed - start) / baseline:.2f}", "the same bytes")
+    show("--help", f"{start:.2f} s", "whole process")
+    for name, arguments in (("merge", command), ("remove", remove)):
+        show(f"{name}: peak resident", f"{peak_bytes(arguments) / 1e6:.0f} MB", "limit 250 MB")
+
+
+def run(arguments: list[str]) -> None:
+    """Run flexctl in a process of its own."""
+    subprocess.run([sys.executable, "-m", "flexctl", *arguments], check=True, capture_output=True)
+
+
+def peak_bytes(arguments: list[str]) -> int:
+    """Return the largest resident size of a flexctl process."""
+    code = (
+        "import resource, sys\nfrom flexctl.cli.app import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return int(done.stderr.strip().splitlines()[-1]) * scale
+
+
+def bench_training(root: Path) -> None:
+    """A training step of the pair against a full fine-tuning step of the same anchor; scoring against Transformers."""
+    import torch
+
+    from flexctl.evaluation.scoring import score_documents
+    from flexctl.model.building import build_model, load_dense
+    from flexctl.model.losses import training_loss
+    from flexctl.model.space import RouterSpace
+    from flexctl.training.pair import Pair
+    from flexctl.training.tokens import Framed
+
+    anchor = make_anchor(root / "small", layers=6, hidden=192, inner=768, vocab=4096, dtype="F32")
+    ids = torch.randint(0, 4096, (8, 257))
+    dense = load_dense(anchor.path).requires_grad_(True)
+    whole = seconds(lambda: training_loss(dense, ids[:, :-1], ids[:, 1:], 1e-5).backward())
+    model = build_model(anchor.weights(), device=torch.device("cpu"), dtype=torch.float32)
+    space = RouterSpace.from_tensors(anchor.router_space())
+    Pair(model, space, torch.zeros(6, 192), tether=1.0)
+    pair = seconds(lambda: training_loss(model, ids[:, :-1], ids[:, 1:], 1e-5).backward())
+    show("training step, pair / whole dense model", f"{pair / whole:.2f}", f"{whole:.2f} s, 2048 tokens")
+    documents = [Framed(tokens=row.numpy(), num_bytes=1) for row in ids]
+    plain = seconds(lambda: dense(ids[:, :-1], labels=ids[:, :-1]))
+    ours = seconds(lambda: score_documents(model, documents, seq_len=256, batch_tokens=2048))
+    show("scoring a pair / dense forward", f"{ours / plain:.2f}", f"{plain:.2f} s, 2048 tokens")
+
+
+def main() -> None:
+    """Run every measurement."""
+    print(f"medians of {REPEATS} runs on {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as folder:
+        bench_merge(Path(folder))
+        bench_training(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
