@@ -160,7 +160,7 @@ class Mixture:
         return (steps * self.batch_size - self.public_before(steps)) * self.seq_len
 
     def steps_for(self, own_tokens: int) -> int:
-        """Return the fewest steps that hold at least ``own_tokens`` of the owner's tokens, at least one."""
+        """Return the number of steps that comes nearest to ``own_tokens`` of the owner's tokens, at least one."""
         per_step = self.batch_size * (1 - self.public_share) * self.seq_len
         return max(1, round(own_tokens / per_step))
 
