@@ -1,0 +1,135 @@
+"""An owner's text: split by its content alone, what is held out never trained on, tokenised once."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from flexctl.errors import UsageError
+from flexctl.runtime import SILENT, SilentReporter
+from flexctl.training import corpus as module
+from flexctl.training.corpus import Corpus, prepare_corpus
+from flexctl.training.tokenizer import train_tokenizer
+
+TEXTS = tiny.make_texts("code", 60)
+
+
+class Listener(SilentReporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def prepare(path: Path, tokenizer: Any, work: Path, seed: int = 0) -> Corpus:
+    work.mkdir(exist_ok=True)
+    return prepare_corpus([path], tokenizer, work, seed=seed, reporter=SILENT)
+
+
+def held_out_texts(corpus: Corpus, tokenizer: Any) -> set[str]:
+    assert corpus.held_out is not None
+    return {tokenizer.decode(document.tokens[1:-1]) for document in corpus.held_out}
+
+
+def test_every_document_is_trained_on_or_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    corpus = prepare(write(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "work")
+    training, held_out = list(corpus.documents()), held_out_texts(corpus, tokenizer)
+    assert len(held_out) == corpus.survey.held_out == 3
+    assert sorted([*training, *held_out]) == sorted(TEXTS)
+    assert corpus.survey.documents == len(training) == 57
+    assert corpus.survey.num_bytes == sum(len(text.encode()) for text in training)
+    stream = tokenizer.decode(corpus.stream.sequence(0, len(corpus.stream) - 1))
+    assert stream == "<|endoftext|>" + "".join(text + "<|endoftext|>" for text in training)
+
+
+def test_held_out_documents_stay_out_when_they_occur_twice(tmp_path: Path, tokenizer: Any) -> None:
+    corpus = prepare(write(tmp_path / "a.jsonl", TEXTS * 2), tokenizer, tmp_path / "work")
+    assert not set(corpus.documents()) & held_out_texts(corpus, tokenizer)
+    assert corpus.survey.documents + corpus.survey.held_out == 120
+
+
+def test_split_depends_on_text_and_seed_alone(tmp_path: Path, tokenizer: Any) -> None:
+    shuffled = list(TEXTS)
+    random.Random(1).shuffle(shuffled)
+    one = prepare(write(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "1")
+    other = prepare(write(tmp_path / "b.jsonl", shuffled), tokenizer, tmp_path / "2")
+    reseeded = prepare(tmp_path / "a.jsonl", tokenizer, tmp_path / "3", seed=1)
+    assert held_out_texts(one, tokenizer) == held_out_texts(other, tokenizer)
+    assert held_out_texts(one, tokenizer) != held_out_texts(reseeded, tokenizer)
+    assert one.survey.digest != other.survey.digest
+
+
+def test_two_documents_hold_one_out_and_a_single_one_none(tmp_path: Path, tokenizer: Any) -> None:
+    two = prepare(write(tmp_path / "a.jsonl", TEXTS[:2]), tokenizer, tmp_path / "1")
+    assert (two.survey.documents, two.survey.held_out) == (1, 1)
+    listener = Listener()
+    (tmp_path / "2").mkdir()
+    single = write(tmp_path / "b.jsonl", TEXTS[:1])
+    one = prepare_corpus([single], tokenizer, tmp_path / "2", seed=0, reporter=listener)
+    assert (one.survey.documents, one.survey.held_out, one.held_out) == (1, 0, None)
+    assert len(listener.warnings) == 1
+    assert "single document" in listener.warnings[0]
+    assert list(one.documents()) == TEXTS[:1]
+
+
+def test_text_without_documents_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match=r"no document with text in .*a\.jsonl"):
+        prepare(write(tmp_path / "a.jsonl", ["", "  "]), tokenizer, tmp_path / "work")
+
+
+@pytest.fixture
+def packings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every file that tokens are packed into."""
+    found: list[Path] = []
+    pack = module.pack
+
+    def counting(path: Path, documents: Any) -> Any:
+        found.append(path)
+        return pack(path, documents)
+
+    monkeypatch.setattr(module, "pack", counting)
+    return found
+
+
+def test_tokens_of_the_same_text_are_used_again(tmp_path: Path, tokenizer: Any, packings: list[Path]) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    first = prepare(path, tokenizer, tmp_path / "work")
+    again = prepare(path, tokenizer, tmp_path / "work")
+    assert len(packings) == 1
+    assert np.array_equal(first.stream.sequence(0, 500), again.stream.sequence(0, 500))
+
+
+def test_tokens_of_other_text_seed_or_tokenizer_are_not(tmp_path: Path, tokenizer: Any, packings: list[Path]) -> None:
+    path, work = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "work"
+    other = train_tokenizer(tiny.make_texts("public", 30), len(tokenizer), tiny.CONTEXT)
+    assert len(other) == len(tokenizer)
+    prepare(path, tokenizer, work)
+    prepare(path, tokenizer, work, seed=1)
+    prepare(path, tokenizer, work)
+    corpus = prepare(path, other, work)
+    assert len(packings) == 4
+    assert other.decode(corpus.stream.sequence(0, 60)) in "<|endoftext|>" + "<|endoftext|>".join(corpus.documents())
+    write(path, TEXTS[:-1])
+    prepare(path, other, work)
+    assert len(packings) == 5
+
+
+def test_a_token_file_that_was_not_finished_is_made_again(tmp_path: Path, tokenizer: Any) -> None:
+    path, work = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "work"
+    whole = prepare(path, tokenizer, work)
+    expected = len(whole.stream)
+    (work / "own.json").unlink()
+    (work / "own.tokens").write_bytes(b"\0" * 8)
+    assert len(prepare(path, tokenizer, work).stream) == expected
