@@ -82,6 +82,7 @@ def init_anchor(
     seq_len: o.SeqLen = None,
     batch_tokens: o.BatchTokens = None,
     lr: o.Lr = None,
+    license: o.License = None,
     seed: o.Seed = None,
     threads: o.Threads = None,
     device: o.Device = None,

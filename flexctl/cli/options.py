@@ -130,11 +130,11 @@ Router = Annotated[
 Encoder = Annotated[str | None, Option("--encoder", metavar="MODEL", help="Sentence encoder for --router encoder.")]
 TopK = Annotated[str | None, Option("--top-k", metavar="K", help="Experts active for a token.")]
 
-# What the owner says about an expert.
+# What a bundle says about itself.
 Name = Annotated[
     str | None, Option("--name", metavar="NAME", help="Its name; made from the folder or file unless given.")
 ]
-License = Annotated[str | None, Option("--license", metavar="SPDX", help="License of the expert, an SPDX id or text.")]
+License = Annotated[str | None, Option("--license", metavar="SPDX", help="Its license, an SPDX id or text.")]
 Purpose = Annotated[
     list[str] | None, Option("--purpose", metavar="TEXT", help="What the expert may be used for; repeatable.")
 ]

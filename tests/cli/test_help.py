@@ -23,7 +23,7 @@ from flexctl.workspace import COMMANDS
 
 GROUP = cast(TyperGroup, get_command(app))
 MANNERS = {"json", "quiet", "verbose"}
-DOCS = Path(flexctl.__file__).parent.parent / "docs" / "cli.md"
+DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
 SCRIPT = """
 import json, sys
