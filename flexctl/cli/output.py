@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -42,14 +43,17 @@ class Output:
 
     def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self._json = json
+        self._quiet = quiet
         self._verbose = verbose
-        self.reporter: Reporter
-        if quiet or json:
-            self.reporter = _PlainReporter(warnings=not quiet)
-        elif sys.stderr.isatty():
-            self.reporter = _BarReporter()
-        else:
-            self.reporter = _PlainReporter(notes=True, progress=True)
+
+    @cached_property
+    def reporter(self) -> Reporter:
+        """Where the engine says what it is doing."""
+        if self._quiet or self._json:
+            return _PlainReporter(warnings=not self._quiet)
+        if sys.stderr.isatty():
+            return _BarReporter()
+        return _PlainReporter(notes=True, progress=True)
 
     def result(self, command: str, result: Any) -> None:
         """Print a command's Result."""
@@ -163,10 +167,10 @@ class _BarReporter(Reporter):
         self._running = 0
 
     def note(self, text: str) -> None:
-        self._bars.console.print(local(text))
+        self._bars.console.print(printable(local(text)))
 
     def warn(self, text: str) -> None:
-        self._bars.console.print("warning: " + local(text), style="yellow")
+        self._bars.console.print(f"warning: {printable(local(text))}", style="yellow")
 
     @contextmanager
     def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
