@@ -239,6 +239,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"flexctl {flexctl.__version__}\n"
 
 
+def test_python_m_flexctl_is_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "flexctl", "marge"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: No such command 'marge'")
+
+
 SCRIPT = """
 import sys, time
 from dataclasses import dataclass
