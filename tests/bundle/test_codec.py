@@ -107,9 +107,9 @@ def test_a_missing_field_is_named() -> None:
 
 
 def test_missing_and_huge_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="none.json: is missing"):
+    with pytest.raises(BundleError, match=r"none\.json: is missing"):
         read_bytes(tmp_path / "none.json")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(BundleError, match="huge.json: has more than"):
+    with pytest.raises(BundleError, match=r"huge\.json: has more than"):
         read_bytes(tmp_path / "huge.json")

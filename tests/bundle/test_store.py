@@ -1,0 +1,206 @@
+"""Writing: nothing half done is ever seen, and nothing of somebody else's is ever lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexctl.bundle import store
+from flexctl.bundle.store import copy_range, new_directory, new_file, place_of_change, require_space
+from flexctl.errors import BundleError, FlexctlError, UsageError
+
+
+def make_bundle(path: Path, kind: str = "merged", **files: str) -> Path:
+    path.mkdir(parents=True)
+    (path / "flexctl.json").write_text(f'{{"kind":"{kind}","files":{{"config.json":""}}}}')
+    for name, text in files.items():
+        (path / name.replace("__", ".")).write_text(text)
+    return path
+
+
+def test_a_file_appears_whole_and_with_its_parents(tmp_path: Path) -> None:
+    target = tmp_path / "a/b/x.st"
+    with new_file(target, overwrite=False) as temporary:
+        temporary.write_bytes(b"new")
+        assert not target.exists()
+    assert target.read_bytes() == b"new"
+    assert os.listdir(target.parent) == ["x.st"]
+
+
+def test_a_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "a/b/x.st", overwrite=False) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_exists_is_refused_and_overwritten_when_told(tmp_path: Path) -> None:
+    target = tmp_path / "x.st"
+    target.write_bytes(b"old")
+    with pytest.raises(UsageError, match="exists already"), new_file(target, overwrite=False):
+        pytest.fail("the block must not run")
+    with new_file(target, overwrite=True) as temporary:
+        temporary.write_bytes(b"new")
+        assert target.read_bytes() == b"old"
+    assert target.read_bytes() == b"new"
+    with pytest.raises(UsageError, match="is a directory"), new_file(tmp_path, overwrite=True):
+        pytest.fail("the block must not run")
+
+
+def test_a_file_that_appears_meanwhile_is_not_lost(tmp_path: Path) -> None:
+    target = tmp_path / "x.st"
+    with pytest.raises(UsageError, match="exists already"), new_file(target, overwrite=False) as temporary:
+        temporary.write_bytes(b"mine")
+        target.write_bytes(b"theirs")
+    assert target.read_bytes() == b"theirs"
+
+
+def test_a_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a/merged"
+    with new_directory(target, kind="merged", overwrite=False) as temporary:
+        (temporary / "x").write_text("new")
+        assert not target.exists()
+    assert (target / "x").read_text() == "new"
+    assert os.listdir(target.parent) == ["merged"]
+
+
+def test_a_directory_is_swapped_and_the_old_one_goes(tmp_path: Path) -> None:
+    target = make_bundle(tmp_path / "merged", config__json="old", run__json="{}")
+    with new_directory(target, kind="merged", overwrite=True) as temporary:
+        (temporary / "x").write_text("new")
+        assert os.listdir(temporary) == ["x"]
+        assert (target / "config.json").read_text() == "old"
+    assert os.listdir(target) == ["x"]
+    assert os.listdir(tmp_path) == ["merged"]
+
+
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "disk/v1")
+    (tmp_path / "merged").symlink_to("disk/v1")
+    with new_directory(tmp_path / "merged", kind="merged", overwrite=True) as temporary:
+        (temporary / "x").write_text("new")
+    assert (tmp_path / "merged").is_symlink()
+    assert os.listdir(tmp_path / "disk/v1") == ["x"]
+    (tmp_path / "link.st").symlink_to("disk/a.st")
+    (tmp_path / "disk/a.st").write_text("old")
+    with new_file(tmp_path / "link.st", overwrite=True) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link.st").is_symlink()
+    assert (tmp_path / "disk/a.st").read_text() == "new"
+
+
+def test_only_bundles_of_the_same_kind_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "file").write_text("x")
+    make_bundle(tmp_path / "anchor", kind="anchor")
+    for name in ("photos", "file", "anchor"):
+        with (
+            pytest.raises(UsageError, match="holds no merged bundle"),
+            new_directory(tmp_path / name, kind="merged", overwrite=True),
+        ):
+            pytest.fail("the block must not run")
+    assert sorted(os.listdir(tmp_path)) == ["anchor", "file", "photos"]
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", ".git"])
+def test_what_is_no_part_of_the_bundle_is_not_deleted_with_it(tmp_path: Path, mine: str) -> None:
+    target = make_bundle(tmp_path / "merged")
+    (target / mine).mkdir() if mine == ".git" else (target / mine).write_text("x")
+    with (
+        pytest.raises(UsageError, match=rf"merged/{mine}: would be deleted"),
+        new_directory(target, kind="merged", overwrite=True),
+    ):
+        pytest.fail("the block must not run")
+    assert (target / mine).exists()
+
+
+def test_new_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with new_file(tmp_path / "x.st", overwrite=False) as temporary:
+            temporary.write_text("x")
+        with new_directory(tmp_path / "merged", kind="merged", overwrite=False) as temporary:
+            (temporary / "y").write_text("y")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.st").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "merged").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "merged/y").stat().st_mode) == 0o640
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead = tmp_path / f".merged.{store._MACHINE}-{int(done.stdout)}-0.tmp"
+    dead.mkdir()
+    (dead / "x").write_text("left")
+    living = tmp_path / f".merged.{store._MACHINE}-{os.getppid()}-0.tmp"
+    elsewhere = tmp_path / f".merged.00000000-{int(done.stdout)}-0.tmp"
+    other = tmp_path / f".other.{store._MACHINE}-{int(done.stdout)}-0.tmp"
+    for path in (living, elsewhere, other):
+        path.mkdir()
+    with new_directory(tmp_path / "merged", kind="merged", overwrite=False):
+        pass
+    assert sorted(tmp_path.iterdir()) == sorted([living, elsewhere, other, tmp_path / "merged"])
+
+
+def test_where_directories_cannot_be_swapped_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = make_bundle(tmp_path / "merged")
+    monkeypatch.setattr(store.sys, "platform", "sunos5")
+    with (
+        pytest.raises(FlexctlError, match="cannot replace a directory in one step"),
+        new_directory(target, kind="merged", overwrite=True),
+    ):
+        pytest.fail("the block must not run")
+    assert os.listdir(tmp_path) == ["merged"]
+    assert os.listdir(target) == ["flexctl.json"]
+
+
+def no_kernel_copy(*_: Any) -> int:
+    raise OSError(errno.EXDEV, "other file system")
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_ranges_are_copied_in_the_kernel_or_by_hand(
+    tmp_path: Path, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(os, "copy_file_range", no_kernel_copy, raising=False)
+    source = tmp_path / "source"
+    source.write_bytes(bytes(range(256)) * 10_000)
+    with (tmp_path / "target").open("wb") as target:
+        copy_range(source, 100, target.fileno(), 7, 2_000_000)
+    assert (tmp_path / "target").read_bytes() == bytes(7) + source.read_bytes()[100:2_000_100]
+    with (tmp_path / "target").open("wb") as target, pytest.raises(BundleError, match="source: is truncated"):
+        copy_range(source, 100, target.fileno(), 0, 2_560_000)
+
+
+def test_other_errors_of_the_kernel_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full, raising=False)
+    (tmp_path / "source").write_bytes(b"x")
+    with (tmp_path / "target").open("wb") as target, pytest.raises(OSError, match="No space left"):
+        copy_range(tmp_path / "source", 0, target.fileno(), 0, 1)
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:
+    require_space(tmp_path / "not/yet/there", 1)
+    with pytest.raises(FlexctlError, match="the disk has"):
+        require_space(tmp_path / "not/yet/there", 10**18)
+
+
+def test_a_workspace_s_own_model_changes_in_place(in_empty_folder: Path) -> None:
+    elsewhere = in_empty_folder / "elsewhere/other"
+    assert place_of_change(Path("merged"), None) == (Path("merged"), True)
+    assert place_of_change(in_empty_folder / "merged", Path("merged")) == (Path("merged"), True)
+    assert place_of_change(Path("merged"), Path("new")) == (Path("new"), False)
+    assert place_of_change(elsewhere, None) == (elsewhere, False)
+    assert place_of_change(elsewhere.with_name("merged"), None) == (elsewhere.with_name("merged"), True)
