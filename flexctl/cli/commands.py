@@ -123,6 +123,7 @@ def train_expert(
     batch_tokens: o.BatchTokens = None,
     micro_batch: o.MicroBatch = None,
     public_mix: o.PublicMix = None,
+    public_match: o.PublicMatch = None,
     public: o.Public = None,
     freeze_router: o.FreezeRouter = None,
     tether: o.Tether = None,

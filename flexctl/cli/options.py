@@ -113,6 +113,10 @@ Tether = Annotated[
     str | None,
     Option("--tether", metavar="X", help="How strongly router rows are held to where they start."),
 ]
+PublicMatch = Annotated[
+    str | None,
+    Option("--public-match", metavar="X", help="How strongly the expert is held to the public one on public text."),
+]
 FreezeRouter = Annotated[bool | None, Option("--freeze-router", help="Leave the router rows as they start.")]
 Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint.")]
 CheckpointSteps = Annotated[

@@ -69,6 +69,7 @@ class TrainExpertConfig:
             65,536.
         micro_batch: Sequences at once; None fills about 8192 tokens.
         public_mix: Share of public text in each step, from 0 to below 1.
+        public_match: How strongly the expert is held to the public expert's output on public text.
         public: Public text to use in place of the anchor's sample.
         freeze_router: Leave the router rows as they start.
         tether: How strongly router rows are held to where they start.
@@ -101,7 +102,8 @@ class TrainExpertConfig:
     seq_len: int | None = None
     batch_tokens: int | None = None
     micro_batch: int | None = None
-    public_mix: float = 0.25
+    public_mix: float = 0.3
+    public_match: float = 1.0
     public: Path | None = None
     freeze_router: bool = False
     tether: float = 1.0
@@ -217,8 +219,10 @@ def _run(
 
     setup = _set_up(config, anchor, work, reporter)
     before = _held_out_losses(setup)
-    pair = Pair(setup.model, setup.space, setup.rows, tether=None if config.freeze_router else config.tether)
+    tether = None if config.freeze_router else config.tether
+    pair = Pair(setup.model, setup.space, setup.rows, tether=tether, public_match=config.public_match)
     outcome = _train(config, anchor, setup, pair, work, reporter)
+    pair.close()
     tensors = pair.round_weights(anchor.manifest.architecture.dtype) | {"router.weight": pair.rows}
     after = _held_out_losses(setup)
     moved = moved_tensors(setup.model, anchor.weights())
@@ -325,7 +329,7 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
 
 
 def _batch_tokens(all_tokens: float) -> int:
-    """Return the power of two below a six-hundredth of all tokens: small budgets gain more from steps than from size."""
+    """Return the power of two below a six-hundredth of all tokens: small budgets gain more from steps than size."""
     wanted = int(all_tokens / _STEPS)
     return min(max(1 << max(0, wanted.bit_length() - 1), _FEWEST_BATCH_TOKENS), _MOST_BATCH_TOKENS)
 
@@ -428,7 +432,8 @@ def _train(
         setup.data,
         settings,
         reporter=reporter,
-        penalty=None if config.freeze_router or config.tether == 0 else pair.penalty,
+        match=pair.match if config.public_match and config.public_mix else None,
+        penalty=None if config.freeze_router else pair.penalty,
         after_step=None if config.freeze_router else pair.after_step,
         checkpoints=checkpoints,
     )
@@ -443,6 +448,7 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
         "seq_len": setup.seq_len,
         "batch_size": setup.data.batch_size,
         "public_mix": config.public_mix,
+        "public_match": config.public_match,
         "freeze_router": config.freeze_router,
         "tether": config.tether,
         "seed": config.seed,

@@ -60,7 +60,7 @@ class Outcome:
     """What a run did.
 
     Attributes:
-        losses: Mean cross-entropy (with z-loss) of each step in nats a token.
+        losses: Mean cross-entropy (with z-loss, without penalties) of each step in nats a token.
         tokens_per_s: Targets a second, public ones counted, of this run's own steps; None when it had none.
     """
 
@@ -83,6 +83,7 @@ def train(
     settings: LoopSettings,
     *,
     reporter: Reporter,
+    match: Callable[[Tensor], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
     checkpoints: Checkpoints | None = None,
@@ -95,7 +96,8 @@ def train(
         data: Batches by step.
         settings: How.
         reporter: Gets loss, tokens a second and the time left.
-        penalty: Added to the loss of each step, once.
+        match: Penalty on the forward pass just made, summed over its tokens; given which sequences are public, (B,).
+        penalty: Penalty added once a step.
         after_step: Called after each optimiser step (projections such as a clamped bias).
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
 
@@ -118,7 +120,7 @@ def train(
         bar.advance(first * per_step)
         for step in range(first, settings.steps):
             _set_rate(optimiser, learning_rate(step, settings))
-            losses.append(_step(model, parameters, data.batch(step), settings, optimiser, penalty))
+            losses.append(_step(model, parameters, data, step, settings, optimiser, match, penalty))
             _refuse_nonfinite(losses[-1], step)
             if after_step is not None:
                 after_step()
@@ -133,19 +135,23 @@ def train(
 def _step(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
-    batch: Tensor,
+    data: Mixture,
+    step: int,
     settings: LoopSettings,
     optimiser: torch.optim.Optimizer,
+    match: Callable[[Tensor], Tensor] | None,
     penalty: Callable[[], Tensor] | None,
 ) -> float:
     device = parameters[0].device
+    batch, public = data.batch(step).to(device), data.is_public(step).to(device)
     total = torch.zeros((), device=device)
-    count = batch.shape[0] * (batch.shape[1] - 1)
-    for rows in batch.to(device).split(settings.micro_batch):
+    count = data.batch_size * data.seq_len
+    for rows, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
         with _autocast(device, settings.autocast):
-            loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss) / count
-        loss.backward()
-        total += loss.detach()
+            loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss)
+            penalised = loss if match is None else loss + match(which)
+        (penalised / count).backward()
+        total += loss.detach() / count
     if penalty is not None:
         penalty().backward()
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)

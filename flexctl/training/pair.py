@@ -5,6 +5,8 @@ Shapes: L num_hidden_layers, H hidden_size.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -32,14 +34,19 @@ class Pair:
         space: The anchor's router space.
         rows: Router rows to start from, (L, H), float32.
         tether: Weight of the mean squared change of the rows' logits on public text; None freezes the rows.
+        public_match: Weight of the expert's relative squared distance from the public expert's output on public text.
 
-    Source: FlexOlmo section 3.3 for the pair; method.md sections 2 and 4 for the tether and the bias.
+    Source: FlexOlmo section 3.3 for the pair; method.md sections 2 and 4 for the tether and the bias; the match is
+    ours (docs/how-it-works.md, section 2).
     """
 
-    def __init__(self, model: nn.Module, space: RouterSpace, rows: Tensor, *, tether: float | None) -> None:
+    def __init__(
+        self, model: nn.Module, space: RouterSpace, rows: Tensor, *, tether: float | None, public_match: float
+    ) -> None:
         self.experts = add_expert(model, rows)
-        self._routers = [block.router.closed for block in routed_layers(model)]
-        self._tether = tether
+        blocks = routed_layers(model)
+        self._routers = [block.router.closed for block in blocks]
+        self._tether, self._match = tether, public_match
         device = self._routers[0].device
         self._start = rows.to(device)
         self._mean = space.mean.to(device)
@@ -49,6 +56,22 @@ class Pair:
         ).to(device, torch.float32)
         for row in self._routers:
             row.requires_grad_(tether is not None)
+        self._outputs: list[dict[str, Tensor]] = [{} for _ in blocks]
+        self._watching = [
+            block.experts[index].register_forward_hook(partial(self._keep, layer, name))
+            for layer, block in enumerate(blocks)
+            for index, name in enumerate(("public", "own"))
+        ]
+
+    def _keep(self, layer: int, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._outputs[layer][name] = output
+
+    def close(self) -> None:
+        """Stop watching the experts' outputs."""
+        for watch in self._watching:
+            watch.remove()
+        self._outputs.clear()
 
     @property
     def rows(self) -> Tensor:
@@ -63,14 +86,33 @@ class Pair:
             groups.append(ParameterGroup(parameters=self._routers, lr_factor=ROUTER_LR_FACTOR))
         return groups
 
+    def match(self, public: Tensor) -> Tensor:
+        """Return the match: mean over layers of ||own - public||^2 / ||public||^2 on public tokens, times their number.
+
+        An expert that speaks like the public one on public text does no harm there, however many are merged.
+
+        Args:
+            public: Which sequences of the forward pass just made are public, (B,), bool.
+        """
+        if self._match == 0 or not bool(public.any()):
+            return torch.zeros((), device=public.device)
+        parts = []
+        for outputs in self._outputs:
+            theirs = outputs["public"].detach().unflatten(0, (len(public), -1))[public].float()
+            own = outputs["own"].unflatten(0, (len(public), -1))[public].float()
+            parts.append((own - theirs).square().sum() / theirs.square().sum())
+        tokens = theirs.shape[0] * theirs.shape[1]
+        distance: Tensor = torch.stack(parts).mean()
+        return distance * (self._match * tokens)
+
     def penalty(self) -> Tensor:
         """Return the tether: mean over layers of (r - r_start)' S2 (r - r_start), weighted.
 
         S2 is the second moment of public router inputs, so this is the mean squared change of public logits.
         """
         change = torch.cat(list(self._routers)) - self._start
-        moved = torch.einsum("lh,lhk,lk->l", change, self._second, change).mean()
-        return (self._tether or 0.0) * moved
+        moved: Tensor = torch.einsum("lh,lhk,lk->l", change, self._second, change).mean()
+        return moved * (self._tether or 0.0)
 
     @torch.no_grad()
     def after_step(self) -> None:

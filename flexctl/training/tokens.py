@@ -165,7 +165,7 @@ class Mixture:
         return max(1, round(own_tokens / per_step))
 
     def batch(self, step: int) -> Tensor:
-        """Return the sequences of one step, (batch_size, seq_len + 1), int64."""
+        """Return the sequences of one step, public ones last, (batch_size, seq_len + 1), int64."""
         public_from, public_to = self.public_before(step), self.public_before(step + 1)
         own_from = step * self.batch_size - public_from
         own_to = (step + 1) * self.batch_size - public_to
@@ -173,6 +173,11 @@ class Mixture:
         if self._public is not None:
             rows += [self._pick(1, self._public, i) for i in range(public_from, public_to)]
         return torch.from_numpy(np.stack(rows))
+
+    def is_public(self, step: int) -> Tensor:
+        """Return which sequences of one step are public, (batch_size,), bool."""
+        count = self.public_before(step + 1) - self.public_before(step)
+        return torch.arange(self.batch_size) >= self.batch_size - count
 
     def _pick(self, stream: int, source: TokenStream, position: int) -> Tokens:
         count = source.num_sequences(self.seq_len)

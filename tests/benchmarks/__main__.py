@@ -103,7 +103,7 @@ def bench_training(root: Path) -> None:
     whole = seconds(lambda: training_loss(dense, ids[:, :-1], ids[:, 1:], 1e-5).backward())
     model = build_model(anchor.weights(), device=torch.device("cpu"), dtype=torch.float32)
     space = RouterSpace.from_tensors(anchor.router_space())
-    Pair(model, space, torch.zeros(6, 192), tether=1.0)
+    Pair(model, space, torch.zeros(6, 192), tether=1.0, public_match=1.0)
     pair = seconds(lambda: training_loss(model, ids[:, :-1], ids[:, 1:], 1e-5).backward())
     show("training step, pair / whole dense model", f"{pair / whole:.2f}", f"{whole:.2f} s, 2048 tokens")
     documents = [Framed(tokens=row.numpy(), num_bytes=1) for row in ids]
