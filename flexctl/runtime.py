@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from typing import Protocol
 
@@ -22,16 +20,28 @@ class Progress(Protocol):
 class Reporter(Protocol):
     """Where the engine says what it is doing. The command line shows it; the Python API is silent."""
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, /) -> None:
         """Say one line that a person may want to read."""
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, /) -> None:
         """Say one line that a person should act on."""
 
-    @contextmanager
-    def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
+    def progress(self, title: str, total: float, unit: str, /) -> AbstractContextManager[Progress]:
         """Show a task of ``total`` units ("tokens", "bytes", "documents") while the block runs."""
-        yield _SilentProgress()
+
+
+class SilentReporter:
+    """A reporter that says nothing."""
+
+    def note(self, _text: str, /) -> None:
+        """Say nothing."""
+
+    def warn(self, _text: str, /) -> None:
+        """Say nothing."""
+
+    def progress(self, _title: str, _total: float, _unit: str, /) -> AbstractContextManager[Progress]:
+        """Show nothing."""
+        return nullcontext(_SilentProgress())
 
 
 class _SilentProgress:
@@ -39,26 +49,13 @@ class _SilentProgress:
         del amount, figures
 
 
-class SilentReporter(Reporter):
-    """Say nothing."""
-
-    def note(self, text: str) -> None:
-        del text
-
-    def warn(self, text: str) -> None:
-        del text
-
-    @contextmanager
-    def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
-        del title, total, unit
-        yield _SilentProgress()
-
-
 SILENT = SilentReporter()
 
 
 def peak_rss_bytes() -> int:
     """Return the largest resident size that this process has had so far, in bytes."""
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -125,6 +126,27 @@ def make_dense(config: Mapping[str, Any], seed: int = 0) -> Any:
             else:
                 parameter.normal_(0, 0.15)
     return model.eval()
+
+
+def scrambled(shape: Sequence[int], start: int, size: float) -> Any:
+    """Return numbers between -size and size that are the same on every machine and in every version of torch."""
+    import torch
+
+    numbers = (torch.arange(math.prod(shape)) + start) * 2654435761 % 2**32
+    numbers = (numbers ^ (numbers >> 15)) * 2246822519 % 2**32
+    numbers = numbers ^ (numbers >> 13)
+    return ((numbers.double() / 2**31 - 1) * size).float().reshape(tuple(shape))
+
+
+def make_golden_model() -> Any:
+    """Return a stock dense model whose weights never change, for losses that are written down."""
+    import torch
+
+    model = make_dense(dense_config())
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(scrambled(parameter.shape, 100_000 * i, 0.2) + (1 if parameter.ndim == 1 else 0))
+    return model
 
 
 def make_weights(

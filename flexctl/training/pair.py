@@ -101,7 +101,7 @@ class Pair:
             theirs = outputs["public"].detach().unflatten(0, (len(public), -1))[public].float()
             own = outputs["own"].unflatten(0, (len(public), -1))[public].float()
             parts.append((own - theirs).square().sum() / theirs.square().sum())
-        tokens = theirs.shape[0] * theirs.shape[1]
+        tokens = int(theirs.shape[0] * theirs.shape[1])
         distance: Tensor = torch.stack(parts).mean()
         return distance * (self._match * tokens)
 

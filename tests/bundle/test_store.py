@@ -35,9 +35,13 @@ def test_a_file_appears_whole_and_with_its_parents(tmp_path: Path) -> None:
 
 
 def test_a_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "a/b/x.st", overwrite=False) as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with new_file(tmp_path / "a/b/x.st", overwrite=False) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert os.listdir(tmp_path) == []
 
 
@@ -56,9 +60,14 @@ def test_a_file_that_exists_is_refused_and_overwritten_when_told(tmp_path: Path)
 
 def test_a_file_that_appears_meanwhile_is_not_lost(tmp_path: Path) -> None:
     target = tmp_path / "x.st"
-    with pytest.raises(UsageError, match="exists already"), new_file(target, overwrite=False) as temporary:
-        temporary.write_bytes(b"mine")
-        target.write_bytes(b"theirs")
+
+    def race() -> None:
+        with new_file(target, overwrite=False) as temporary:
+            temporary.write_bytes(b"mine")
+            target.write_bytes(b"theirs")
+
+    with pytest.raises(UsageError, match="exists already"):
+        race()
     assert target.read_bytes() == b"theirs"
 
 
