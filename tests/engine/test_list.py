@@ -1,0 +1,89 @@
+"""list: what a workspace holds, whole or broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from builders import World, make_anchor, make_expert, make_world
+
+from flexctl import workspace
+from flexctl.bundle import RouterInfo, write_router_file
+from flexctl.engine.list import ListConfig
+from flexctl.engine.list import list as list_
+from flexctl.engine.merge import MergeConfig, merge
+
+
+@pytest.fixture
+def world(in_empty_folder: Path) -> World:
+    return make_world(in_empty_folder, ("code", "law"))
+
+
+def test_an_empty_folder_holds_nothing(in_empty_folder: Path) -> None:
+    result = list_(ListConfig())
+    assert (result.path, result.anchor, result.experts, result.merged) == (in_empty_folder, None, (), None)
+
+
+def test_a_workspace_is_listed_from_wherever_one_stands_in_it(world: World) -> None:
+    workspace.ensure(world.root)
+    merge(MergeConfig(experts=world.files("code")))
+    make_expert(world.root / "experts/law.st", world.anchor, "law", seed=3, license="MIT", overwrite=True)
+    result = list_(ListConfig(path=world.root / "experts"))
+    assert result.path == world.root
+    assert result.anchor == {
+        "path": world.root / "anchor",
+        "name": "tiny-anchor",
+        "digest": world.anchor.digest,
+        "model_type": "olmo2",
+        "error": None,
+    }
+    code, law = result.experts
+    assert code == {
+        "name": "code",
+        "path": world.experts["code"].path,
+        "digest": world.experts["code"].digest,
+        "size_bytes": world.experts["code"].path.stat().st_size,
+        "license": "Apache-2.0",
+        "expires": None,
+        "in_merged": True,
+        "error": None,
+    }
+    assert (law["license"], law["in_merged"]) == ("MIT", False)
+    assert result.merged is not None
+    assert result.merged["experts"] == ("public", "code")
+    assert result.merged["num_experts_per_tok"] == 2
+
+
+def test_an_old_version_of_an_expert_is_not_the_one_inside(world: World) -> None:
+    merge(MergeConfig(experts=world.files()))
+    make_expert(world.root / "experts/law.st", world.anchor, "law", seed=3, overwrite=True)
+    assert [expert["in_merged"] for expert in list_(ListConfig()).experts] == [True, False]
+
+
+def test_what_is_broken_is_listed_with_its_error(world: World) -> None:
+    (world.root / "experts/bad.st").write_bytes(b"short")
+    (world.root / "anchor/flexctl.json").write_bytes(b"{}")
+    (world.root / "merged").mkdir()
+    info = RouterInfo(kind="hidden", samples=1, encoder=None, trained=False, bias=(0.0, -1.0))
+    rows = world.experts["code"].router()
+    write_router_file(
+        world.root / "experts/rows.st", anchor=world.anchor, name="rows", rows=rows, router=info, overwrite=False
+    )
+    result = list_(ListConfig())
+    assert [expert["name"] for expert in result.experts] == ["bad", "code", "law"]
+    assert "is truncated" in result.experts[0]["error"]
+    assert result.anchor is not None
+    assert "schema_version" in result.anchor["error"]
+    assert result.merged is not None
+    assert "is missing" in result.merged["error"]
+
+
+def test_places_that_hold_another_kind_are_said_to(world: World) -> None:
+    make_anchor(world.root / "merged")
+    (world.root / "anchor").rename(world.root / "x")
+    merge(MergeConfig(anchor=world.root / "x", output=world.root / "anchor"))
+    result = list_(ListConfig())
+    assert result.merged is not None
+    assert "expected 'merged'" in result.merged["error"]
+    assert result.anchor is not None
+    assert "expected 'anchor'" in result.anchor["error"]
