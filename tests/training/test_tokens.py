@@ -169,7 +169,9 @@ def test_batch_depends_on_its_step_alone(mixture: Mixture, order: list[int]) -> 
 def test_counts_add_up_and_epochs_are_complete(mixture: Mixture, steps: int) -> None:
     batches = [mixture.batch(step) for step in range(steps)]
     assert all(batch.shape == (mixture.batch_size, mixture.seq_len + 1) for batch in batches)
+    public = torch.cat([mixture.is_public(step) for step in range(steps)])
     first = torch.cat(batches)[:, 0]
+    assert torch.equal(public, first >= PUBLIC)
     own = first[first < PUBLIC].tolist()
     public = first[first >= PUBLIC].tolist()
     assert len(public) == mixture.public_before(steps)

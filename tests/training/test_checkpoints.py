@@ -1,0 +1,183 @@
+"""Checkpoints: whole or passed over, of the same run or refused, never more than two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flexctl.errors import UsageError
+from flexctl.runtime import SilentReporter
+from flexctl.training.checkpoints import Checkpoints, TrainingState
+
+SETTINGS = {"lr": 0.1, "seed": 0, "rows": [0.5, 1.5], "dtype": None}
+
+
+class Listener(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def make_state(seed: int = 0, steps: int = 3) -> TrainingState:
+    torch.manual_seed(seed)
+    parameters = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5).bfloat16())]
+    optimiser = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    for _ in range(steps):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimiser.step()
+    return TrainingState(parameters=parameters, optimiser=optimiser)
+
+
+def open_checkpoints(folder: Path, *, resume: bool, reporter: Any = None, **changes: Any) -> Checkpoints:
+    settings = {**SETTINGS, **changes}
+    return Checkpoints(folder, settings, every_steps=2, resume=resume, reporter=reporter or Listener())
+
+
+def save(folder: Path, steps: list[int], state: TrainingState) -> None:
+    checkpoints = open_checkpoints(folder, resume=True)
+    for step in steps:
+        checkpoints.save_when_due(step, 100, state, [0.1 * i for i in range(step)])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same(one: TrainingState, other: TrainingState) -> bool:
+    mine, theirs = one.tensors(), other.tensors()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_state_comes_back_bit_for_bit_and_goes_on_alike(tmp_path: Path) -> None:
+    saved, fresh = make_state(), make_state(seed=9, steps=0)
+    save(tmp_path, [4], saved)
+    losses = open_checkpoints(tmp_path, resume=True).restore(fresh)
+    assert losses == [0.1 * i for i in range(4)]
+    assert same(saved, fresh)
+    for state in (saved, fresh):
+        torch.manual_seed(1)
+        for parameter in state.parameters:
+            parameter.grad = torch.randn_like(parameter)
+        state.optimiser.step()
+    assert same(saved, fresh)
+
+
+def test_losses_are_kept_exactly(tmp_path: Path) -> None:
+    state, losses = make_state(), [1 / 3, 2.0**-40, 1e300]
+    open_checkpoints(tmp_path, resume=True).save_when_due(2, 100, state, losses)
+    assert open_checkpoints(tmp_path, resume=True).restore(make_state(1)) == losses
+
+
+def test_only_due_steps_are_written_and_only_two_kept(tmp_path: Path) -> None:
+    save(tmp_path, [1, 2, 3, 4, 5, 6, 7], make_state())
+    assert names(tmp_path) == ["checkpoint-00000004.safetensors", "checkpoint-00000006.safetensors"]
+
+
+def test_the_last_step_needs_none(tmp_path: Path) -> None:
+    open_checkpoints(tmp_path, resume=False).save_when_due(4, 4, make_state(), [1.0] * 4)
+    assert names(tmp_path) == []
+
+
+def test_never_means_never(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, SETTINGS, every_steps=None, resume=False, reporter=Listener())
+    checkpoints.save_when_due(2, 100, make_state(), [1.0, 1.0])
+    assert names(tmp_path) == []
+
+
+def test_nothing_there_means_from_the_start(tmp_path: Path) -> None:
+    fresh = make_state(steps=0)
+    assert open_checkpoints(tmp_path / "new", resume=True).restore(fresh) == []
+    assert same(fresh, make_state(steps=0))
+
+
+def test_without_resume_old_checkpoints_go(tmp_path: Path) -> None:
+    save(tmp_path, [2, 4], make_state())
+    assert open_checkpoints(tmp_path, resume=False).restore(make_state()) == []
+    assert names(tmp_path) == []
+
+
+def break_by_cutting(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def break_by_emptying(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def break_one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def break_the_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+@pytest.mark.parametrize("damage", [break_by_cutting, break_by_emptying, break_one_bit, break_the_header])
+def test_broken_newest_is_passed_over_with_a_warning(tmp_path: Path, damage: Any) -> None:
+    older, newer = make_state(0), make_state(1)
+    save(tmp_path, [2], older)
+    save(tmp_path, [4], newer)
+    damage(tmp_path / "checkpoint-00000004.safetensors")
+    fresh, listener = make_state(9), Listener()
+    losses = open_checkpoints(tmp_path, resume=True, reporter=listener).restore(fresh)
+    assert len(losses) == 2
+    assert same(fresh, older)
+    assert len(listener.warnings) == 1
+    assert "checkpoint-00000004" in listener.warnings[0]
+    assert "after step 2" in listener.notes[0]
+
+
+def test_all_broken_means_from_the_start(tmp_path: Path) -> None:
+    save(tmp_path, [2, 4], make_state())
+    for path in tmp_path.iterdir():
+        break_one_bit(path)
+    fresh = make_state(9)
+    assert open_checkpoints(tmp_path, resume=True).restore(fresh) == []
+    assert same(fresh, make_state(9))
+
+
+def test_a_file_that_was_being_written_is_no_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, [2], make_state())
+    (tmp_path / "checkpoint-00000004.partial").write_bytes(b"half")
+    assert len(open_checkpoints(tmp_path, resume=True).restore(make_state(9))) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr": 0.2}, "lr = 0.1"),
+        ({"rows": [0.5, 1.6]}, "rows"),
+        ({"extra": 1}, "extra"),
+        ({"dtype": "bfloat16"}, "dtype"),
+    ],
+)
+def test_other_settings_are_refused_and_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    save(tmp_path, [2], make_state())
+    fresh = make_state(9)
+    with pytest.raises(UsageError, match="that run had") as caught:
+        open_checkpoints(tmp_path, resume=True, **changes).restore(fresh)
+    assert named in caught.value.message
+    assert "\n" not in caught.value.message
+    assert same(fresh, make_state(9))
+
+
+def test_settings_may_hold_tuples(tmp_path: Path) -> None:
+    """JSON makes lists of them; that is not another setting."""
+    Checkpoints(tmp_path, {"a": (1, 2)}, every_steps=1, resume=False, reporter=Listener()).save_when_due(
+        1, 9, make_state(), [1.0]
+    )
+    again = Checkpoints(tmp_path, {"a": (1, 2)}, every_steps=1, resume=True, reporter=Listener())
+    assert again.restore(make_state()) == [1.0]

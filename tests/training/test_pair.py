@@ -1,0 +1,253 @@
+"""The pair: what is frozen stays, the rows stay near their start, and the bias stays at or below zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from flexctl.model.building import moved_tensors, route
+from flexctl.model.routed import routed_layers
+from flexctl.model.rows import bias_of, row_logits
+from flexctl.model.space import RouterSpace, fit_space, measure_inputs
+from flexctl.runtime import SILENT
+from flexctl.training.loop import LoopSettings, Outcome, train
+from flexctl.training.pair import ROUTER_LR_FACTOR, Pair
+from flexctl.training.tokens import Mixture, TokenStream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Of ``test_golden_losses``. A change that means no change must reproduce them.
+GOLDEN = [6.002079, 5.982425, 6.055069, 6.138408, 5.860896, 6.101737]
+
+WEIGHTS = tiny.make_weights(tiny.dense_config())
+BATCHES = [tiny.some_tokens(8, 24, seed=3)]
+
+
+@pytest.fixture(scope="module")
+def space() -> RouterSpace:
+    return fit_space(measure_inputs(tiny.build(WEIGHTS), BATCHES))
+
+
+def start_rows(space: RouterSpace, bias: float) -> Tensor:
+    """Random rows moved along u so that their mean logit on public text is ``bias``."""
+    rows = 0.2 * torch.randn(2, 32, generator=torch.Generator().manual_seed(5)).double()
+    missing = bias - (rows * space.mean.double()).sum(dim=1, keepdim=True)
+    return (rows + missing * space.constant()).float()
+
+
+def make_pair(
+    space: RouterSpace, *, tether: float | None = 1.0, bias: float = -0.5, match: float = 0.0
+) -> tuple[Any, Pair]:
+    model = tiny.build(WEIGHTS)
+    return model, Pair(model, space, start_rows(space, bias), tether=tether, public_match=match)
+
+
+def make_data(public_share: float = 0.25) -> Mixture:
+    own = TokenStream(np.array([(i * i + 3 * i) % 300 + 2 for i in range(400)], dtype=np.int32))
+    public = TokenStream(np.array([(i * 7) % 300 + 2 for i in range(200)], dtype=np.int32))
+    return Mixture(own, public, seq_len=16, batch_size=4, public_share=public_share, seed=0)
+
+
+def run(
+    model: Any,
+    pair: Pair,
+    *,
+    steps: int = 6,
+    lr: float = 5e-3,
+    public_share: float = 0.25,
+    after_step: Callable[[], None] | None = None,
+) -> Outcome:
+    settings = LoopSettings(steps=steps, lr=lr, warmup_steps=1, micro_batch=4)
+    extras = {"match": pair.match, "penalty": pair.penalty, "after_step": after_step or pair.after_step}
+    return train(model, pair.groups(), make_data(public_share), settings, reporter=SILENT, **extras)
+
+
+def trained_names(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+EXPERT = {f"model.layers.{i}.mlp.experts.1.{name}_proj.weight" for i in range(2) for name in ("gate", "up", "down")}
+ROWS = {f"model.layers.{i}.mlp.router.closed" for i in range(2)}
+
+
+@pytest.mark.parametrize(("tether", "expected"), [(1.0, EXPERT | ROWS), (0.0, EXPERT | ROWS), (None, EXPERT)])
+def test_only_the_expert_and_its_rows_have_gradients(
+    space: RouterSpace, tether: float | None, expected: set[str]
+) -> None:
+    model, pair = make_pair(space, tether=tether)
+    assert trained_names(model) == expected
+    grouped = {id(parameter) for group in pair.groups() for parameter in group.parameters}
+    assert grouped == {id(parameter) for name, parameter in model.named_parameters() if name in expected}
+    model(BATCHES[0], labels=BATCHES[0]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in expected), name
+        assert name not in expected or parameter.grad.abs().sum() > 0, name
+
+
+def test_frozen_tensors_do_not_move_and_the_others_do(space: RouterSpace) -> None:
+    model, pair = make_pair(space)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model, pair)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == EXPERT | ROWS
+    assert moved_tensors(model, WEIGHTS) == []
+
+
+def test_pair_begins_as_the_anchor(space: RouterSpace) -> None:
+    model, _ = make_pair(space)
+    with torch.no_grad():
+        difference = model(BATCHES[0]).logits - tiny.build(WEIGHTS)(BATCHES[0]).logits
+    assert difference.abs().max() <= 1e-4
+
+
+def test_rows_train_more_slowly(space: RouterSpace) -> None:
+    _, pair = make_pair(space)
+    assert [group.lr_factor for group in pair.groups()] == [1.0, ROUTER_LR_FACTOR]
+    assert ROUTER_LR_FACTOR < 1
+
+
+def test_tether_is_the_mean_squared_change_of_public_logits(space: RouterSpace) -> None:
+    model, pair = make_pair(space, tether=3.0)
+    assert float(pair.penalty().detach()) == 0.0
+    start, change = pair.rows, 0.1 * torch.randn(2, 32, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        for block, row in zip(routed_layers(model), start + change, strict=True):
+            block.router.closed.copy_(row[None])
+    direct = 0.0
+    for layer, moved in enumerate(change.double()):
+        second = space.covariance(layer) + torch.outer(space.mean[layer], space.mean[layer]).double()
+        direct += 3.0 * float(moved @ second @ moved) / 2
+    penalty = float(pair.penalty().detach())
+    assert penalty == pytest.approx(direct, rel=1e-4)
+
+    documents = list(BATCHES[0])
+    logits = row_logits(tiny.build(WEIGHTS), [start, start + change], documents)
+    measured = sum(float((layer[:, 1] - layer[:, 0]).square().mean()) for layer in logits) / 2
+    assert measured <= penalty / 3 <= 1.3 * measured
+
+
+def test_tether_holds_the_rows(space: RouterSpace) -> None:
+    moved = {}
+    for tether in (0.0, 1.0, 1e4):
+        model, pair = make_pair(space, tether=tether)
+        start = pair.rows
+        run(model, pair, steps=15)
+        moved[tether] = float((pair.rows - start).norm())
+    assert moved[0.0] > moved[1e4] > 0
+    assert moved[0.0] > moved[1.0]
+
+
+def test_frozen_rows_stay_bit_for_bit(space: RouterSpace) -> None:
+    """Even where their bias is above zero, as a router file's may be."""
+    model, pair = make_pair(space, tether=None, bias=0.5)
+    settings = LoopSettings(steps=3, lr=5e-3, warmup_steps=1, micro_batch=4)
+    train(model, pair.groups(), make_data(), settings, reporter=SILENT, match=pair.match)
+    assert torch.equal(pair.rows, start_rows(space, 0.5))
+
+
+def test_bias_is_at_most_zero_after_every_step(space: RouterSpace) -> None:
+    """From a bias of zero a row that trains on its own text alone would rise."""
+    model, pair = make_pair(space, tether=0.0, bias=0.0)
+    seen: list[Tensor] = []
+
+    def after_step() -> None:
+        pair.after_step()
+        seen.append(bias_of(pair.rows, space))
+
+    run(model, pair, steps=10, lr=0.05, public_share=0.0, after_step=after_step)
+    assert len(seen) == 10
+    assert torch.stack(seen).max() <= 1e-5
+
+    model, unclamped = make_pair(space, tether=0.0, bias=0.0)
+    run(model, unclamped, steps=10, lr=0.05, public_share=0.0, after_step=lambda: None)
+    assert bias_of(unclamped.rows, space).max() > 1e-3
+
+
+@torch.no_grad()
+def feed_forward_outputs(model: Any, tokens: Tensor, expert: int) -> list[Tensor]:
+    """Outputs of one expert in every layer, (B, S, H) each."""
+    found: list[Tensor] = []
+    watches = [
+        block.experts[expert].register_forward_hook(
+            lambda _module, _given, output: found.append(output.reshape(*tokens.shape, -1))
+        )
+        for block in routed_layers(model)
+    ]
+    model(tokens)
+    for watch in watches:
+        watch.remove()
+    return found
+
+
+def test_match_is_the_relative_distance_from_public_on_public_sequences(space: RouterSpace) -> None:
+    model, pair = make_pair(space, match=2.0)
+    run(model, pair, steps=3, public_share=0.0)
+    tokens, public = tiny.some_tokens(4, 9), torch.tensor([False, True, False, True])
+    model.base_model(tokens)
+    found = float(pair.match(public).detach())
+    direct = 0.0
+    outputs = zip(feed_forward_outputs(model, tokens, 0), feed_forward_outputs(model, tokens, 1), strict=True)
+    for theirs, own in outputs:
+        direct += float((own[public] - theirs[public]).square().sum() / theirs[public].square().sum()) / 2
+    assert found == pytest.approx(2.0 * 18 * direct, rel=1e-4)
+    assert found > 0.01
+    assert float(pair.match(torch.zeros(4, dtype=torch.bool))) == 0.0
+
+
+def test_match_holds_the_expert_on_public_text_and_moves_nothing_frozen(space: RouterSpace) -> None:
+    distance = {}
+    public = torch.from_numpy(np.array([[(i * 7) % 300 + 2 for i in range(100)]]))
+    for match in (0.0, 100.0):
+        model, pair = make_pair(space, match=match)
+        run(model, pair, steps=15)
+        outputs = zip(feed_forward_outputs(model, public, 0), feed_forward_outputs(model, public, 1), strict=True)
+        distance[match] = sum(float((own - theirs).square().sum()) for theirs, own in outputs)
+        assert moved_tensors(model, WEIGHTS) == []
+    assert distance[100.0] < 0.5 * distance[0.0]
+
+
+def test_closed_pair_watches_nothing(space: RouterSpace) -> None:
+    model, pair = make_pair(space, match=1.0)
+    pair.close()
+    model.base_model(tiny.some_tokens())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_rows_are_read_in_layer_order(space: RouterSpace) -> None:
+    model, pair = make_pair(space)
+    expected = torch.stack([block.router.rows[1] for block in routed_layers(model)])
+    assert torch.equal(pair.rows, expected)
+    assert pair.rows.dtype == torch.float32
+    assert not pair.rows.requires_grad
+
+
+@pytest.mark.parametrize("name", ["F32", "BF16", "F16"])
+def test_weights_are_rounded_once_in_the_model_too(space: RouterSpace, name: str) -> None:
+    model, pair = make_pair(space)
+    run(model, pair, steps=2)
+    exact = {key: value.clone() for key, value in model.state_dict().items()}
+    tensors = pair.round_weights(name)
+    assert list(tensors) == [f"layers.{i}.mlp.{part}_proj.weight" for i in range(2) for part in ("gate", "up", "down")]
+    for key, tensor in tensors.items():
+        inside = f"model.{key}".replace(".mlp.", ".mlp.experts.1.")
+        assert torch.equal(tensor, exact[inside].to(tensor.dtype))
+        assert tensor.dtype == {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[name]
+        assert torch.equal(model.state_dict()[inside], tensor.float())
+    assert (name == "F32") == all(torch.equal(value, exact[key]) for key, value in model.state_dict().items())
+    again = pair.round_weights(name)
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+def test_golden_losses() -> None:
+    """Of the pair with its tether, its match and its clamp, on public router inputs of its own."""
+    model = route(tiny.make_golden_model())
+    batch = torch.from_numpy(np.array([[(i * i + 5 * i) % 300 + 2 for i in range(200)]]))
+    space = fit_space(measure_inputs(model, [batch]))
+    pair = Pair(model, space, tiny.scrambled((2, 32), 7, 0.3), tether=1.0, public_match=5.0)
+    assert run(model, pair, steps=6, lr=4e-3).losses == pytest.approx(GOLDEN, abs=1e-4)
