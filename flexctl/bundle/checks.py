@@ -263,8 +263,10 @@ def _absence(merged: Merged, name: str, expert: Expert | None) -> tuple[Iterator
     facts = ["no expert, file or manifest entry has this name"]
     if buried:
         facts = ["a tombstone has this name, no expert or file"]
-    if expert is not None:
+    if expert is not None and expert.manifest.rank is None:
         facts.append(f"nor are any of the {len(expert.manifest.tensors)} tensors of {expert.path} inside")
+    elif expert is not None:
+        facts.append(f"nor are the router rows of {expert.path}; its low-rank matrices were not expanded to compare")
     return _presence(merged, name, expert), "; ".join(facts)
 
 

@@ -30,6 +30,7 @@ COPY_BYTES = 1 << 20
 KERNEL_COPY_BYTES = 1 << 28
 # What copy_file_range says where the two files' places do not support it.
 _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
+_WEIGHTS = ("model*.safetensors", "router-*.safetensors", "model.safetensors.index.json")
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 _counter = itertools.count()
 
@@ -110,7 +111,7 @@ def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
         raise UsageError(
             f"{target}: holds no {kind} bundle; flexctl replaces nothing else", hint="choose another place with -o"
         )
-    known = (*map(str, manifest.get("files") or ()), MANIFEST_FILE, *TOLERATED, "*.safetensors", "*.index.json")
+    known = (*map(str, manifest.get("files") or ()), MANIFEST_FILE, *TOLERATED, *_WEIGHTS)
     for item in sorted(target.iterdir()):
         if item.is_dir() or not any(fnmatch.fnmatchcase(item.name, pattern) for pattern in known):
             raise UsageError(f"{item}: would be deleted with the bundle that is replaced", hint="move it away first")
