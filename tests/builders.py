@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -42,9 +43,11 @@ _NORMS = {
 }
 
 
-def random_tensor(rng: np.random.Generator, dtype: str, shape: tuple[int, ...], scale: float = 0.5) -> RawTensor:
-    """Return normal numbers rounded to ``dtype``."""
-    return RawTensor(dtype, shape, from_float32(dtype, rng.normal(0, scale, shape).astype(np.float32)))
+def random_tensor(rng: np.random.PCG64, dtype: str, shape: tuple[int, ...]) -> RawTensor:
+    """Return numbers between -1 and 1 rounded to ``dtype``; the same on every machine and with every numpy."""
+    raw = np.asarray(rng.random_raw(math.prod(shape)), np.uint64) >> np.uint64(40)
+    values = (raw.astype(np.float64) / 2**23 - 1).astype(np.float32)
+    return RawTensor(dtype, shape, from_float32(dtype, values))
 
 
 def make_checkpoint(
@@ -80,7 +83,7 @@ def make_checkpoint(
         "eos_token_id": 2,
     }
     config["architectures"] = [config["architectures"][0] + "ForCausalLM"]
-    rng = np.random.default_rng(seed)
+    rng = np.random.PCG64(seed)
     shapes = _dense_shapes(model_type, layers, hidden, inner, vocab, tied)
     names = list(shapes)
     tensors = {name: random_tensor(rng, dtype, shape) for name, shape in shapes.items()}
@@ -127,7 +130,7 @@ def make_anchor(
     """Write an anchor over ``make_checkpoint(**sizes)``."""
     checkpoint = make_checkpoint(path.with_name(path.name + "-checkpoint"), **sizes)
     config = json.loads((checkpoint / "config.json").read_text())
-    rng = np.random.default_rng(1)
+    rng = np.random.PCG64(1)
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     space = {}
     for layer in range(layers):
@@ -135,7 +138,7 @@ def make_anchor(
         space[f"layers.{layer}.covariance_factor"] = random_tensor(rng, "F32", (min(hidden, 256), hidden))
         ones = np.ones(hidden, np.float32)
         space[f"layers.{layer}.covariance_diagonal"] = RawTensor("F32", (hidden,), from_float32("F32", ones))
-    tokens = rng.integers(3, config["vocab_size"], 100).astype("<u4")
+    tokens = (np.asarray(rng.random_raw(100)) % config["vocab_size"]).astype("<u4")
     offsets = np.array([0, 40, 100], "<i8")
     write_anchor(
         path,
@@ -155,7 +158,7 @@ def make_anchor(
 
 def make_tensors(anchor: Anchor, seed: int, rank: int | None = None) -> dict[str, RawTensor]:
     """Return random tensors of an expert for ``anchor``."""
-    rng = np.random.default_rng([seed, rank or 0])
+    rng = np.random.PCG64([seed, rank or 0])
     layout = expert_layout(anchor.manifest.architecture, rank)
     return {name: random_tensor(rng, tensor.dtype, tensor.shape) for name, tensor in layout.items()}
 
