@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.errors import UsageError
+from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
 
@@ -59,7 +60,8 @@ def embed_rows(
     if encoder is None:
         raise UsageError("--router encoder: no sentence encoder given", hint="add --encoder DIRECTORY_OR_HUB_ID")
     theirs = measure_documents(model, frame(public))
-    directions = encoder_direction(_embed(own, encoder), _embed(public, encoder), theirs)
+    embedded = _embed([*own, *public], encoder)
+    directions = encoder_direction(embedded[: len(own)], embedded[len(own) :], theirs)
     return finish_rows(space, domain, directions)
 
 
@@ -93,7 +95,8 @@ def _embed(texts: Sequence[str], encoder: str) -> Tensor:
     from sentence_transformers import SentenceTransformer
 
     try:
-        loaded = SentenceTransformer(encoder, device="cpu", trust_remote_code=False)
+        with silenced():
+            loaded = SentenceTransformer(encoder, device="cpu", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--encoder: {encoder} cannot be loaded: {error}", hint="give a model's directory") from error
     found = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
