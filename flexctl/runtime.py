@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
+from pathlib import Path
 from typing import Protocol
 
 __all__ = ["SILENT", "Progress", "Reporter", "SilentReporter", "peak_rss_bytes", "software_versions"]
@@ -53,7 +55,15 @@ SILENT = SilentReporter()
 
 
 def peak_rss_bytes() -> int:
-    """Return the largest resident size that this process has had so far, in bytes."""
+    """Return the largest resident size that this process has had so far, in bytes.
+
+    Linux says it in /proc; getrusage there starts from what the parent had before the fork.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
