@@ -12,14 +12,14 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flexctl import workspace
 from flexctl.errors import UsageError
 
-__all__ = ["config_name", "flag_name", "resolve"]
+__all__ = ["config_name", "flag_name", "refuse_out_of_range", "resolve"]
 
 Config = TypeVar("Config")
 
@@ -73,6 +73,25 @@ def resolve(config_class: type[Config], command: str, given: Mapping[str, Any]) 
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise _missing(command, name, flags[name])
     return config_class(**values)
+
+
+def refuse_out_of_range(config: object, *, above_zero: Sequence[str], from_zero: Sequence[str] = ()) -> None:
+    """Refuse numbers that no run can use. None means "not given" and passes.
+
+    Args:
+        config: A command's Config.
+        above_zero: Fields that must be above 0.
+        from_zero: Fields that must not be below 0.
+
+    Raises:
+        UsageError: One is out of range, or not a number.
+    """
+    for name in (*above_zero, *from_zero):
+        value = getattr(config, name)
+        allowed = value is None or value > 0 or (name in from_zero and value == 0)
+        if not allowed:
+            limit = "is below 0" if name in from_zero else "is not above 0"
+            raise UsageError(f"--{name.replace('_', '-')}: {value} {limit}")
 
 
 def config_name(command: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flexctl import workspace
 from flexctl.bundle import RawTensor, read_dense_config, write_anchor
+from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.runtime import SILENT, Reporter, software_versions
 
@@ -117,24 +118,32 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         BundleError: The source is no checkpoint of a supported family.
     """
     from flexctl.model.building import set_threads
-    from flexctl.training.documents import text_files
+    from flexctl.training.checkpoints import working_folder
 
     target = config.output or workspace.find().anchor
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
-    text_files(config.data)
+    _refuse_bad_settings(config, target)
     set_threads(config.threads)
     source = _source_directory(config)
     if config.dry_run:
         return _planned(config, target, source)
-    work = target.parent / f".{target.name}.work"
-    work.mkdir(parents=True, exist_ok=True)
-    checkpoint, trained = _checkpoint(config, source, work, reporter)
-    result = _calibrate_and_write(config, checkpoint, target, trained, reporter)
-    shutil.rmtree(work)
+    with working_folder(target.parent / f".{target.name}.work") as work:
+        checkpoint, trained = _checkpoint(config, source, work, reporter)
+        result = _calibrate_and_write(config, checkpoint, target, trained, reporter)
     if config.output is None:
         workspace.ensure(target.parent)
     return result
+
+
+def _refuse_bad_settings(config: InitAnchorConfig, target: Path) -> None:
+    from flexctl.model.building import autocast_dtype, pick_device
+    from flexctl.training.documents import text_files
+
+    if target.exists() and not config.overwrite:
+        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+    sizes = ("max_tokens", "sample_tokens", "seq_len", "batch_tokens", "lr", "threads")
+    refuse_out_of_range(config, above_zero=sizes, from_zero=("anneal_tokens",))
+    autocast_dtype(config.dtype, pick_device(config.device))
+    text_files(config.data)
 
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
@@ -182,7 +191,7 @@ def _checkpoint(
     config: InitAnchorConfig, source: Path | None, work: Path, reporter: Reporter
 ) -> tuple[Path, tuple[int, float | None]]:
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
-    from flexctl.model.building import load_dense, load_tokenizer
+    from flexctl.model.building import load_dense, load_tokenizer, silenced
     from flexctl.model.presets import PRESETS, new_model
     from flexctl.training.documents import read_documents
     from flexctl.training.tokenizer import train_tokenizer
@@ -200,7 +209,8 @@ def _checkpoint(
     trained = _train(config, model, tokenizer, work, reporter)
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    model.to(device="cpu", dtype=stored).save_pretrained(folder)
+    with silenced():
+        model.to(device="cpu", dtype=stored).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, trained
 

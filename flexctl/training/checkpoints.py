@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexctl.errors import UsageError
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.model.tensors import to_bytes
 from flexctl.runtime import Reporter
 
-__all__ = ["Checkpoints", "TrainingState"]
+__all__ = ["Checkpoints", "TrainingState", "working_folder"]
 
 _KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -50,6 +52,22 @@ class TrainingState:
                 name: tensors[f"{i}.{name}"].clone().to("cpu" if name == "step" else parameter.device)
                 for name in _MOMENTS
             }
+
+
+@contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """Make ``path`` for what a run needs on the way, its checkpoints in ``path``/checkpoints.
+
+    The folder goes when the run is done, and when it fails with nothing that --resume could go on from.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except FlexctlError:
+        if not any(path.glob("checkpoints/*")):
+            shutil.rmtree(path)
+        raise
+    shutil.rmtree(path)
 
 
 class Checkpoints:

@@ -183,6 +183,6 @@ class Mixture:
         count = source.num_sequences(self.seq_len)
         epoch, offset = divmod(position, count)
         if self._orders.get(stream, (-1,))[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, stream, epoch]))
+            generator = np.random.Generator(np.random.PCG64([self.seed % 2**64, stream, epoch]))
             self._orders[stream] = (epoch, generator.permutation(count))
         return source.sequence(int(self._orders[stream][1][offset]), self.seq_len)
