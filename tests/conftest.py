@@ -140,6 +140,16 @@ def experts(anchor: Path, texts: Texts) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def merged(anchor: Path, experts: dict[str, Path]) -> Path:
+    """The anchor merged with both experts."""
+    from flexctl.engine.merge import MergeConfig, merge
+
+    path = anchor.parent / "merged"
+    merge(MergeConfig(experts=tuple(experts.values()), anchor=anchor, output=path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def tokenizer(checkpoint: Path) -> Any:
     from flexctl.model.building import load_tokenizer
 

@@ -1,0 +1,285 @@
+"""init-anchor: the checkpoint stays what it was, the rest follows from the public text, and refusals leave nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from flexctl.bundle import open_anchor
+from flexctl.engine.init_anchor import InitAnchorConfig, InitAnchorResult, init_anchor
+from flexctl.errors import BundleError, FlexctlError, UsageError
+from flexctl.model import presets
+from flexctl.model.building import load_tokenizer
+from flexctl.model.space import RouterSpace, fit_space, measure_inputs
+from flexctl.model.tensors import to_torch
+from flexctl.training import whole
+from flexctl.training.documents import read_documents
+from flexctl.training.sample import PublicSample
+
+pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
+
+
+def make(texts: Any, output: Path | None, **settings: Any) -> InitAnchorResult:
+    defaults = {"data": (texts.public,), "sample_tokens": 3000, "threads": 1}
+    return init_anchor(InitAnchorConfig(output=output, **{**defaults, **settings}))
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    return dict(model.state_dict())
+
+
+def same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, checkpoint: Path) -> Path:
+    """The same checkpoint in bfloat16 and several files."""
+    folder = tmp_path / "sharded"
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    load_tokenizer(checkpoint).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def test_stock_checkpoint_is_taken_as_it_is(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    result = make(texts, tmp_path / "anchor", source=str(checkpoint))
+    assert same_state(state_of(tmp_path / "anchor"), state_of(checkpoint))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "anchor" / name).read_bytes() == (checkpoint / name).read_bytes()
+    anchor = open_anchor(tmp_path / "anchor")
+    assert (result.digest, result.path) == (anchor.digest, tmp_path / "anchor")
+    assert result.name == anchor.manifest.name == "tiny-olmo2"
+    assert (result.model_type, result.vocab_size) == ("olmo2", tiny.VOCAB_SIZE)
+    assert (result.hidden_size, result.num_hidden_layers) == (32, 2)
+    assert result.num_parameters == sum(value.numel() for value in state_of(checkpoint).values())
+    assert (result.tokens, result.loss) == (0, None)
+    assert anchor.manifest.architecture.dtype == "F32"
+    assert anchor.manifest.moe_config["model_type"] == "flex_olmo"
+
+
+def test_sharded_bfloat16_checkpoint_keeps_its_files_and_dtype(tmp_path: Path, texts: Any, sharded: Path) -> None:
+    make(texts, tmp_path / "anchor", source=str(sharded))
+    anchor = open_anchor(tmp_path / "anchor")
+    assert anchor.manifest.architecture.dtype == "BF16"
+    assert anchor.manifest.moe_config["dtype"] == "bfloat16"
+    weights = sorted(path.name for path in sharded.glob("model*"))
+    assert [path.name for path in sorted((tmp_path / "anchor").glob("model*"))] == weights
+    assert same_state(state_of(tmp_path / "anchor"), state_of(sharded))
+    assert all(raw.dtype == "BF16" for raw in anchor.weights().shared.values())
+    assert {raw.dtype for raw in anchor.router_space().values()} == {"F32"}
+
+
+def test_same_inputs_give_the_same_digest_and_others_do_not(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    def digest(name: str, **settings: Any) -> str | None:
+        return make(texts, tmp_path / name, source=str(checkpoint), **settings).digest
+
+    first = digest("a")
+    assert digest("b") == first
+    assert digest("c", seed=1) != first
+    assert digest("d", data=(texts.public_test,)) != first
+
+
+def test_sample_and_router_space_are_of_the_public_text(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    result = make(texts, tmp_path / "anchor", source=str(checkpoint))
+    anchor = open_anchor(tmp_path / "anchor")
+    kept = {name: to_torch(raw).numpy() for name, raw in anchor.public_sample().items()}
+    sample = PublicSample.from_arrays(kept["tokens"], kept["offsets"])
+    documents = set(read_documents([texts.public]))
+    drawn = list(sample.texts(load_tokenizer(checkpoint)))
+    assert set(drawn) <= documents
+    assert 3000 <= result.sample_tokens == len(kept["tokens"]) < 3600
+
+    model = tiny.build(anchor.weights())
+    stream = sample.stream()
+    rows = [torch.from_numpy(stream.sequence(i, 256)[:-1]) for i in range(stream.num_sequences(256))]
+    expected = fit_space(measure_inputs(model, [torch.stack(rows)]))
+    found = RouterSpace.from_tensors(anchor.router_space())
+    for part in ("mean", "diagonal"):
+        torch.testing.assert_close(getattr(found, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
+    for layer in range(2):
+        torch.testing.assert_close(found.covariance(layer), expected.covariance(layer), rtol=1e-4, atol=1e-4)
+    assert len(result.constant_std) == 2
+    assert all(0 < std < 1 for std in result.constant_std)
+
+
+def test_annealing_trains_the_source_on_the_public_text(anchor: Path, checkpoint: Path) -> None:
+    """The session's anchor was made so."""
+    run = json.loads((anchor / "run.json").read_text())
+    assert run["tokens"] == 78 * 512
+    assert run["loss"] < 3.5
+    assert not same_state(state_of(anchor), state_of(checkpoint))
+    assert (anchor / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+
+
+def test_annealing_keeps_the_dtype_and_stays_silent(
+    tmp_path: Path, texts: Any, sharded: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    settings = {"anneal_tokens": 600, "seq_len": 32, "batch_tokens": 128, "lr": 1e-3}
+    result = make(texts, tmp_path / "anchor", source=str(sharded), **settings)
+    assert capfd.readouterr() == ("", "")
+    assert result.tokens == 640
+    assert result.loss is not None
+    state = state_of(tmp_path / "anchor")
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    assert open_anchor(tmp_path / "anchor").config["dtype"] == "bfloat16"
+    assert not same_state(state, state_of(sharded))
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    nano = dataclasses.replace(
+        presets.PRESETS["nano"],
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        vocab_size=300,
+        seq_len=32,
+        batch_tokens=128,
+        max_tokens=1500,
+    )
+    monkeypatch.setitem(presets.PRESETS, "nano", nano)
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_from_scratch_in_a_new_workspace(tmp_path: Path, texts: Any) -> None:
+    result = make(texts, None, preset="nano")
+    assert result.path == tmp_path / "anchor"
+    assert (result.name, result.model_type, result.vocab_size) == ("nano-anchor", "olmo2", 300)
+    assert result.tokens == 12 * 128
+    assert result.loss is not None
+    assert 3 < result.loss < 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anchor", "flexctl.toml"]
+    assert 'anchor = "anchor"' in (tmp_path / "flexctl.toml").read_text()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "anchor")
+    assert model.config.model_type == "olmo2"
+    assert not model.config.tie_word_embeddings
+    assert model.config.rms_norm_eps == 1e-5
+    loaded = load_tokenizer(tmp_path / "anchor")
+    assert loaded.decode(loaded("Some text.")["input_ids"]) == "Some text."
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_from_scratch_repeats_itself_and_a_given_place_needs_no_workspace(tmp_path: Path, texts: Any) -> None:
+    one = make(texts, tmp_path / "one", preset="nano", name="mine")
+    other = make(texts, tmp_path / "other", preset="nano", name="mine")
+    assert one.digest == other.digest
+    assert make(texts, tmp_path / "third", preset="nano", seed=1).digest != one.digest
+    assert not (tmp_path / "flexctl.toml").exists()
+
+
+@pytest.mark.usefixtures("tiny_preset")
+def test_stopped_and_resumed_gives_the_same_digest(tmp_path: Path, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = make(texts, tmp_path / "straight", preset="nano").digest
+    monkeypatch.setattr(whole, "_CHECKPOINT_STEPS", 4)
+    loop_report, steps = whole.train.__globals__["_report"], iter(range(1, 100))
+
+    def stop(*args: Any) -> None:
+        loop_report(*args)
+        if next(steps) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(whole.train.__globals__, "_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(texts, tmp_path / "anchor", preset="nano")
+    assert not (tmp_path / "anchor").exists()
+    result = make(texts, tmp_path / "anchor", preset="nano", resume=True)
+    assert result.digest == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anchor", "straight"]
+
+
+def test_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    scratch = make(texts, None, preset="micro", dry_run=True)
+    assert (scratch.path, scratch.digest, scratch.dry_run) == (tmp_path / "anchor", None, True)
+    assert scratch.tokens == presets.PRESETS["micro"].max_tokens
+    assert scratch.vocab_size == presets.PRESETS["micro"].vocab_size
+    taken = make(texts, None, source=str(checkpoint), dry_run=True)
+    assert (taken.tokens, taken.vocab_size, taken.name) == (0, tiny.VOCAB_SIZE, "tiny-olmo2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_anchor_is_replaced_only_when_told(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    first = make(texts, tmp_path / "anchor", source=str(checkpoint))
+    with pytest.raises(UsageError, match="exists") as caught:
+        make(texts, tmp_path / "anchor", source=str(checkpoint), seed=1)
+    assert "--overwrite" in str(caught.value.hint)
+    assert open_anchor(tmp_path / "anchor").digest == first.digest
+    second = make(texts, tmp_path / "anchor", source=str(checkpoint), seed=1, overwrite=True)
+    assert open_anchor(tmp_path / "anchor").digest == second.digest != first.digest
+
+
+def only_config(folder: Path, **config: Any) -> str:
+    """A checkpoint of a config and nothing else: who reads on fails with another message."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "olmo2", "quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ],
+)
+def test_unfit_source_is_refused_by_its_field_before_anything_is_read(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, texts: Any, config: dict[str, Any], field: str
+) -> None:
+    source = only_config(tmp_path_factory.mktemp("unfit"), **config)
+    with pytest.raises(BundleError) as caught:
+        make(texts, None, source=source)
+    assert "config.json" in caught.value.message
+    assert field in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"anneal_tokens": 5}, "--anneal-tokens"),
+        ({"source": "SOURCE", "max_tokens": 5}, "--max-tokens"),
+        ({"data": (Path("nowhere"),)}, "nowhere does not exist"),
+        ({"preset": "nano", "threads": 0}, "--threads"),
+        ({"preset": "nano", "lr": -1.0}, "--lr: -1.0 is not above 0"),
+        ({"preset": "nano", "sample_tokens": 0}, "--sample-tokens"),
+        ({"anneal_tokens": -1}, "--anneal-tokens: -1 is below 0"),
+        ({"preset": "nano", "device": "toaster"}, "--device"),
+        ({"preset": "nano", "dtype": "int4"}, "--dtype"),
+    ],
+)
+@pytest.mark.usefixtures("tiny_preset")
+def test_wrong_settings_are_refused_in_one_line_and_leave_nothing(
+    tmp_path: Path, texts: Any, checkpoint: Path, settings: dict[str, Any], says: str
+) -> None:
+    if settings.get("source") == "SOURCE":
+        settings = {**settings, "source": str(checkpoint)}
+    with pytest.raises(FlexctlError) as caught:
+        make(texts, None, **settings)
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+    assert not (tmp_path / "anchor").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_leave_nothing(tmp_path: Path, texts: Any, sharded: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(sharded, dtype="auto")
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    load_tokenizer(sharded).save_pretrained(broken)
+    with pytest.raises(BundleError):
+        make(texts, tmp_path / "anchor", source=str(broken))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "sharded"]
