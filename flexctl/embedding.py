@@ -17,7 +17,7 @@ from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
 
-__all__ = ["embed_rows", "encoder_direction", "encoder_name"]
+__all__ = ["check_kind", "embed_rows", "encoder_direction", "encoder_name"]
 
 RIDGE = 1.0
 """Ridge penalty of the map from embeddings to router inputs, in units of documents; embeddings have length 1."""
@@ -52,17 +52,26 @@ def embed_rows(
 
     Source: method.md section 3.
     """
-    if kind not in ROUTER_KINDS:
-        raise UsageError(f"--router: {kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file")
+    check_kind(kind, encoder)
     domain = Domain.from_documents(measure_documents(model, frame(own)), space)
-    if kind != "encoder":
+    if kind != "encoder" or encoder is None:
         return finish_rows(space, domain, direction(kind, space, domain.mean))
-    if encoder is None:
-        raise UsageError("--router encoder: no sentence encoder given", hint="add --encoder DIRECTORY_OR_HUB_ID")
     theirs = measure_documents(model, frame(public))
     embedded = _embed([*own, *public], encoder)
     directions = encoder_direction(embedded[: len(own)], embedded[len(own) :], theirs)
     return finish_rows(space, domain, directions)
+
+
+def check_kind(kind: str, encoder: str | None) -> None:
+    """Refuse a kind of router row that there is not, or that has no encoder to work with.
+
+    Raises:
+        UsageError: The kind is unknown, or is ``encoder`` and no encoder is given.
+    """
+    if kind not in ROUTER_KINDS:
+        raise UsageError(f"--router: {kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file")
+    if kind == "encoder" and encoder is None:
+        raise UsageError("--router encoder: no sentence encoder given", hint="add --encoder DIRECTORY_OR_HUB_ID")
 
 
 def encoder_name(kind: str, encoder: str | None) -> str | None:

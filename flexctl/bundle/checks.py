@@ -132,7 +132,8 @@ def _file_problems(bundle: Anchor | Merged) -> Iterator[str]:
 def _unknown_files(bundle: Anchor | Merged) -> Iterator[str]:
     known = {MANIFEST_FILE, *bundle.manifest.files, *(path.name for path in _tensor_files(bundle))}
     if isinstance(bundle, Anchor):
-        known.add(INDEX_FILE)
+        # An anchor's card is made for the Hub; a download by other means than flexctl has it too.
+        known |= {INDEX_FILE, CARD_FILE}
     for item in sorted(bundle.path.iterdir()):
         tolerated = item.is_file() and any(fnmatch.fnmatchcase(item.name, pattern) for pattern in TOLERATED)
         if item.name not in known and not tolerated:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -22,10 +21,12 @@ from flexctl.bundle import (
     write_expert,
 )
 from flexctl.bundle.names import check_expert_name
+from flexctl.config import refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from flexctl.model.space import RouterSpace
@@ -161,14 +162,21 @@ class _Setup:
     model: nn.Module
     space: RouterSpace
     corpus: Corpus
-    public_held_out: Sequence[Framed]
+    public: PublicSample
     data: Mixture
     steps: int
     warmup_steps: int
     seq_len: int
+    micro_batch: int
     lr: float
     rows: Tensor
     router: RouterInfo
+    autocast: torch.dtype | None
+
+    @property
+    def public_held_out(self) -> Sequence[Framed]:
+        """Public documents kept out of training."""
+        return self.public.documents[::_PUBLIC_HELD_OUT_EVERY]
 
 
 def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> TrainExpertResult:
@@ -186,11 +194,13 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         BundleError: The anchor or the router file is not valid, or they do not belong together.
         FlexctlError: Training failed.
     """
+    from flexctl.training.checkpoints import working_folder
+
     place = workspace.find()
     anchor = open_anchor(config.anchor or place.anchor)
     name = check_expert_name(config.name or slug(config.data[0].resolve().name.split(".")[0]), "--name")
     target = config.output or place.experts / f"{name}.st"
-    _refuse_bad_settings(config, target)
+    _refuse_bad_settings(config, anchor, target)
     if config.dry_run:
         return TrainExpertResult(
             path=target,
@@ -202,11 +212,8 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
             steps=0,
             dry_run=True,
         )
-    work = target.parent / f".{name}.work"
-    work.mkdir(parents=True, exist_ok=True)
-    result = _run(config, anchor, name, target, work, reporter)
-    shutil.rmtree(work)
-    return result
+    with working_folder(target.parent / f".{name}.work") as work:
+        return _run(config, anchor, name, target, work, reporter)
 
 
 def _run(
@@ -282,7 +289,7 @@ def _run(
 
 
 def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Reporter) -> _Setup:
-    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+    from flexctl.model.building import autocast_dtype, build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.space import RouterSpace
     from flexctl.training.corpus import prepare_corpus
     from flexctl.training.sample import PublicSample
@@ -317,14 +324,16 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
         model=model,
         space=space,
         corpus=corpus,
-        public_held_out=public.documents[::_PUBLIC_HELD_OUT_EVERY],
+        public=public,
         data=data,
         steps=steps,
         warmup_steps=max(1, round(steps * _WARMUP_SHARE)) if config.warmup_steps is None else config.warmup_steps,
         seq_len=seq_len,
+        micro_batch=config.micro_batch or max(1, _MICRO_BATCH_TOKENS // seq_len),
         lr=config.lr or default_lr(int(anchor.config["hidden_size"])),
         rows=rows,
         router=router,
+        autocast=autocast_dtype(config.dtype, device),
     )
 
 
@@ -352,7 +361,11 @@ def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) ->
     return draw_sample(documents, len(kept["tokens"]), config.seed)
 
 
-def _refuse_bad_settings(config: TrainExpertConfig, target: Path) -> None:
+def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path) -> None:
+    from flexctl.embedding import check_kind
+    from flexctl.model.building import autocast_dtype, pick_device
+    from flexctl.training.documents import text_files
+
     if target.exists() and not config.overwrite:
         raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
     if not 0 <= config.public_mix < 1:
@@ -362,10 +375,19 @@ def _refuse_bad_settings(config: TrainExpertConfig, target: Path) -> None:
             date.fromisoformat(config.expires)
         except ValueError as error:
             raise UsageError(f"--expires: {config.expires!r} is no date", hint="write YYYY-MM-DD") from error
-    for flag in ("max_tokens", "max_steps", "epochs", "lr", "seq_len", "batch_tokens", "micro_batch"):
-        value = getattr(config, flag)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{flag.replace('_', '-')}: {value} is not above 0")
+    sizes = ("max_tokens", "max_steps", "epochs", "seq_len", "batch_tokens", "micro_batch", "checkpoint_steps")
+    weights = ("warmup_steps", "tether", "public_match")
+    refuse_out_of_range(config, above_zero=(*sizes, "lr", "threads"), from_zero=weights)
+    autocast_dtype(config.dtype, pick_device(config.device))
+    if _names_a_file(config.router):
+        open_router_file(Path(config.router), anchor)
+    else:
+        check_kind(config.router, config.encoder)
+    text_files([*config.data, *([config.public] if config.public else [])])
+
+
+def _names_a_file(router: str) -> bool:
+    return router.endswith(".st") or Path(router).exists()
 
 
 def _start_rows(
@@ -382,9 +404,8 @@ def _start_rows(
     from flexctl.training.documents import sample_passages
     from flexctl.training.tokens import frame_passages
 
-    file = Path(config.router)
-    if file.suffix == ".st" or file.exists():
-        given = open_router_file(file, anchor)
+    if _names_a_file(config.router):
+        given = open_router_file(Path(config.router), anchor)
         return to_torch(given.rows), given.info
     own = sample_passages(corpus.documents(), _ROUTER_PASSAGES, config.seed)
     theirs = sample_passages(public.texts(tokenizer), _ROUTER_PASSAGES, config.seed)
@@ -402,7 +423,6 @@ def _start_rows(
 def _train(
     config: TrainExpertConfig, anchor: Anchor, setup: _Setup, pair: Pair, work: Path, reporter: Reporter
 ) -> Outcome:
-    from flexctl.model.building import autocast_dtype
     from flexctl.training.checkpoints import Checkpoints
     from flexctl.training.loop import LoopSettings, train
 
@@ -410,6 +430,7 @@ def _train(
         **_identity(config, setup),
         "anchor": anchor.digest,
         "data": setup.corpus.survey.digest,
+        "public": setup.public.digest,
         "rows": [float(row) for row in setup.rows.sum(dim=1)],
     }
     checkpoints = Checkpoints(
@@ -423,8 +444,8 @@ def _train(
         steps=setup.steps,
         lr=setup.lr,
         warmup_steps=setup.warmup_steps,
-        micro_batch=config.micro_batch or max(1, _MICRO_BATCH_TOKENS // setup.seq_len),
-        autocast=autocast_dtype(config.dtype, setup.rows.device),
+        micro_batch=setup.micro_batch,
+        autocast=setup.autocast,
     )
     return train(
         setup.model,
@@ -447,6 +468,7 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
         "warmup_steps": setup.warmup_steps,
         "seq_len": setup.seq_len,
         "batch_size": setup.data.batch_size,
+        "micro_batch": setup.micro_batch,
         "public_mix": config.public_mix,
         "public_match": config.public_match,
         "freeze_router": config.freeze_router,
@@ -457,12 +479,14 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
 
 
 def _held_out_losses(setup: _Setup) -> dict[str, float]:
+    import torch
+
     from flexctl.evaluation.scoring import score_documents
 
     parts = {"public": setup.public_held_out}
     if setup.corpus.held_out is not None:
         parts["own"] = setup.corpus.held_out
-    return {
-        name: score_documents(setup.model, documents, seq_len=setup.seq_len, batch_tokens=_SCORE_BATCH_TOKENS).nll
-        for name, documents in sorted(parts.items())
-    }
+    sizes = {"seq_len": setup.seq_len, "batch_tokens": _SCORE_BATCH_TOKENS}
+    device = next(setup.model.parameters()).device.type
+    with torch.autocast(device, dtype=setup.autocast, enabled=setup.autocast is not None):
+        return {name: score_documents(setup.model, parts[name], **sizes).nll for name in sorted(parts)}

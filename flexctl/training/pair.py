@@ -47,6 +47,7 @@ class Pair:
         blocks = routed_layers(model)
         self._routers = [block.router.closed for block in blocks]
         self._tether, self._match = tether, public_match
+        self._runs_in = next(blocks[0].experts[0].parameters()).dtype
         device = self._routers[0].device
         self._start = rows.to(device)
         self._mean = space.mean.to(device)
@@ -124,13 +125,17 @@ class Pair:
 
     @torch.no_grad()
     def round_weights(self, dtype_name: str) -> dict[str, Tensor]:
-        """Round the expert once to ``dtype_name`` ("BF16"), in the model too, and return its tensors by name."""
+        """Round the expert once to ``dtype_name`` ("BF16") and return its tensors by name.
+
+        In the model it is rounded too, and takes the dtype that the model runs in.
+        """
         dtype = DTYPES[dtype_name]
         tensors = {}
         for layer, expert in enumerate(self.experts):
             for name in PROJECTIONS:
                 weight = getattr(expert, name).weight
-                rounded = weight.to(dtype)
+                rounded = weight.detach().to(dtype, copy=True)
                 weight.copy_(rounded)
                 tensors[f"layers.{layer}.mlp.{name}.weight"] = rounded.cpu()
+            expert.to(self._runs_in)
         return tensors

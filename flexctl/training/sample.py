@@ -42,6 +42,14 @@ class PublicSample:
         tokens = np.concatenate([document.tokens for document in self.documents])
         return {"tokens": torch.from_numpy(tokens.astype(np.int32)), "offsets": torch.from_numpy(lengths)}
 
+    @property
+    def digest(self) -> str:
+        """sha256 of all documents in order, in hex."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.tokens.tobytes())
+        return digest.hexdigest()
+
     def texts(self, tokenizer: Any) -> Iterator[str]:
         """Yield each document's text."""
         for document in self.documents:
