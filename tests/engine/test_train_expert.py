@@ -1,0 +1,447 @@
+"""train-expert: what it writes, what it must leave alone, how it goes on after being killed, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from flexctl.bundle import Expert, open_anchor, open_expert
+from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
+from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
+from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
+from flexctl.errors import BundleError, FlexctlError, UsageError
+from flexctl.families import feed_forward_names
+from flexctl.model.rows import bias_of
+from flexctl.model.space import RouterSpace
+from flexctl.model.tensors import to_torch
+from flexctl.runtime import SilentReporter
+from flexctl.training import checkpoints, pair
+
+pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
+
+SMALL = {"max_steps": 6, "seq_len": 32, "batch_tokens": 256, "threads": 1}
+
+
+class Listener(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def train(anchor: Path, data: Path, output: Path | None = None, **settings: Any) -> TrainExpertResult:
+    return train_expert(TrainExpertConfig(data=(data,), anchor=anchor, output=output, **{**SMALL, **settings}))
+
+
+def feed_forward(expert: Expert) -> dict[str, torch.Tensor]:
+    return {name: to_torch(expert.tensor(name)) for _, _, name in feed_forward_names(2)}
+
+
+def rows_of(path: Path) -> torch.Tensor:
+    return to_torch(open_expert(path).router())
+
+
+def test_result_says_what_the_file_says(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    settings = {"license": "MIT", "purpose": ("research",), "expires": "2031-05-06", "label": "l", "contact": "c@d"}
+    result = train(anchor, texts.code, tmp_path / "x.st", name="mine", **settings)
+    expert = open_expert(tmp_path / "x.st")
+    manifest = expert.manifest
+    assert (result.path, result.digest, result.name) == (tmp_path / "x.st", expert.digest, "mine")
+    assert manifest.name == "mine"
+    assert result.anchor_digest == manifest.anchor.digest == open_anchor(anchor).digest
+    assert result.steps == manifest.training["steps"] == 6
+    assert result.tokens + result.public_tokens == 6 * 256
+    assert manifest.training["tokens"] == result.tokens
+    assert manifest.training["public_tokens"] == result.public_tokens
+    assert result.public_tokens == pytest.approx(0.3 * 6 * 256, abs=32)
+    assert manifest.training["losses"] == {"final": result.final_loss, "held_out": result.held_out}
+    assert result.frozen_verified is manifest.training["frozen_verified"] is True
+    assert (manifest.data.license, manifest.data.purposes, manifest.data.expires) == (
+        "MIT",
+        ("research",),
+        "2031-05-06",
+    )
+    assert (manifest.data.label, manifest.data.contact) == ("l", "c@d")
+    assert manifest.data.documents == 38
+    assert manifest.data.tokens > 2000
+    assert (manifest.router.kind, manifest.router.trained, manifest.privacy) == ("discriminant", True, None)
+    assert list(manifest.router.bias) == pytest.approx(result.bias)
+    assert result.bytes_written == (tmp_path / "x.st").stat().st_size
+    assert json.loads((tmp_path / "x.run.json").read_text())["tokens_per_s"] == result.tokens_per_s
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.run.json", "x.st"]
+
+
+def test_manifest_holds_nothing_of_the_machine(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    train(anchor, texts.code, tmp_path / "x.st", public=texts.public_test)
+    text = open_expert(tmp_path / "x.st").manifest_text
+    for place in (tmp_path, anchor, texts.code, texts.public_test, Path.home(), Path(sys.executable).parent):
+        assert str(place) not in text
+
+
+def test_it_learns_its_own_text_and_keeps_public_text(experts: dict[str, Path], anchor: Path) -> None:
+    public = {name: to_torch(raw) for name, raw in open_anchor(anchor).weights().experts["public"].items()}
+    for path in experts.values():
+        expert = open_expert(path)
+        before_after = expert.manifest.training["losses"]["held_out"]
+        assert before_after["own"]["after"] < before_after["own"]["before"] - 0.02
+        assert before_after["public"]["after"] < before_after["public"]["before"] + 0.05
+        assert not any(torch.equal(tensor, public[name]) for name, tensor in feed_forward(expert).items())
+
+
+def test_bias_is_at_most_zero_and_is_that_of_the_rows(experts: dict[str, Path], anchor: Path) -> None:
+    space = RouterSpace.from_tensors(open_anchor(anchor).router_space())
+    for path in experts.values():
+        bias = bias_of(rows_of(path), space)
+        assert bias.max() <= 1e-5
+        assert bias.min() < -0.05
+        assert list(open_expert(path).manifest.router.bias) == pytest.approx(bias.tolist(), abs=1e-6)
+
+
+def test_same_inputs_give_the_same_digest_and_another_seed_does_not(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    """Law 5. The name of file and expert do not count."""
+    first = train(anchor, texts.code, tmp_path / "a" / "x.st")
+    assert train(anchor, texts.code, tmp_path / "b" / "y.st", name="other").digest == first.digest
+    assert train(anchor, texts.code, tmp_path / "c" / "x.st", seed=1).digest != first.digest
+    assert train(anchor, texts.code, tmp_path / "d" / "x.st", seed=-1).digest != first.digest
+
+
+def test_jsonl_in_a_workspace_makes_an_expert_of_its_name(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    (tmp_path / "flexctl.toml").write_text(f'[workspace]\nanchor = "{anchor}"\n')
+    result = train_expert(TrainExpertConfig(data=(texts.sums,), **SMALL))
+    assert result.path == tmp_path / "experts" / "sums.st"
+    assert result.name == "sums"
+    assert sorted(path.name for path in (tmp_path / "experts").iterdir()) == ["sums.run.json", "sums.st"]
+
+
+def test_folder_name_is_slugged(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    assert train(anchor, texts.public_test, tmp_path / "x.st").name == "public-test"
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "share"),
+    [
+        ({"public_mix": 0.0}, 6, 0.0),
+        ({"public_mix": 0.5}, 6, 0.5),
+        ({"max_steps": None, "max_tokens": 1000, "public_mix": 0.0}, 4, 0.0),
+        ({"max_steps": 2, "max_tokens": 100_000}, 2, 0.3),
+    ],
+)
+def test_budget_counts_the_owner_s_tokens(
+    tmp_path: Path, anchor: Path, texts: Any, settings: dict[str, Any], steps: int, share: float
+) -> None:
+    result = train(anchor, texts.code, tmp_path / "x.st", **settings)
+    assert result.steps == steps
+    assert result.public_tokens == int(steps * 8 * share + 1e-9) * 32
+    assert result.tokens == steps * 256 - result.public_tokens
+
+
+def test_epochs_are_passes_over_the_owner_s_text(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    once, thrice = (
+        train(anchor, texts.code_test, tmp_path / f"{n}.st", epochs=n, max_steps=None, batch_tokens=64, public_mix=0.0)
+        for n in (1, 3)
+    )
+    size = open_expert(once.path).manifest.data.tokens
+    assert once.tokens == pytest.approx(size, abs=64)
+    assert thrice.tokens == pytest.approx(3 * size, abs=64)
+
+
+def test_other_public_text_is_used_when_given(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    anchors_own = train(anchor, texts.code, tmp_path / "a.st")
+    given = train(anchor, texts.code, tmp_path / "b.st", public=texts.public_test)
+    assert given.digest != anchors_own.digest
+    assert given.public_tokens == anchors_own.public_tokens
+    assert given.held_out["public"]["before"] != anchors_own.held_out["public"]["before"]
+
+
+def test_a_single_document_holds_nothing_out_and_says_so(tmp_path: Path, anchor: Path) -> None:
+    (tmp_path / "one.txt").write_text(" ".join(tiny.make_texts("code", 30)))
+    listener = Listener()
+    config = TrainExpertConfig(data=(tmp_path / "one.txt",), anchor=anchor, output=tmp_path / "x.st", **SMALL)
+    result = train_expert(config, listener)
+    assert set(result.held_out) == {"public"}
+    assert any("single document" in warning for warning in listener.warnings)
+
+
+@pytest.mark.parametrize("tether", [0.0, 1.0])
+def test_frozen_rows_stay_as_the_router_file_has_them(tmp_path: Path, anchor: Path, texts: Any, tether: float) -> None:
+    embed_router(EmbedRouterConfig(data=(texts.code,), anchor=anchor, router="hidden", output=tmp_path / "rows.st"))
+    settings = {"router": str(tmp_path / "rows.st"), "tether": tether}
+    frozen = train(anchor, texts.code, tmp_path / "x.st", freeze_router=True, **settings)
+    trained = train(anchor, texts.code, tmp_path / "y.st", **settings)
+    given = tmp_path / "rows.st"
+    from flexctl.bundle import open_router_file
+
+    rows = to_torch(open_router_file(given).rows)
+    assert torch.equal(rows_of(tmp_path / "x.st"), rows)
+    assert not torch.equal(rows_of(tmp_path / "y.st"), rows)
+    assert open_expert(frozen.path).manifest.router.trained is False
+    assert open_expert(trained.path).manifest.router.trained is True
+    assert open_expert(frozen.path).manifest.router.kind == "hidden"
+
+
+def test_router_file_of_another_anchor_is_refused(tmp_path: Path, anchor: Path, texts: Any, checkpoint: Path) -> None:
+    other = tmp_path / "other"
+    init_anchor(InitAnchorConfig(data=(texts.public_test,), source=str(checkpoint), output=other, sample_tokens=2000))
+    embed_router(EmbedRouterConfig(data=(texts.code,), anchor=other, output=tmp_path / "rows.st"))
+    with pytest.raises(BundleError, match=r"rows\.st: anchor\.digest"):
+        train(anchor, texts.code, tmp_path / "x.st", router=str(tmp_path / "rows.st"))
+    assert not list(tmp_path.glob("x*")) + list(tmp_path.glob(".*"))
+
+
+@pytest.fixture
+def bfloat16_anchor(tmp_path: Path, checkpoint: Path, texts: Any) -> Path:
+    import transformers
+
+    from flexctl.model.building import load_tokenizer
+
+    source = tmp_path / "bfloat16"
+    transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(source)
+    load_tokenizer(checkpoint).save_pretrained(source)
+    path = tmp_path / "bfloat16-anchor"
+    init_anchor(InitAnchorConfig(data=(texts.public_test,), source=str(source), output=path, sample_tokens=2000))
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_expert_of_a_bfloat16_anchor_is_rounded_once_at_the_end(
+    tmp_path: Path, bfloat16_anchor: Path, texts: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact: dict[str, torch.Tensor] = {}
+    rounding = pair.Pair.round_weights
+
+    def watched(which: pair.Pair, name: str) -> dict[str, torch.Tensor]:
+        for layer, module in enumerate(which.experts):
+            for part, parameter in module.named_parameters():
+                exact[f"layers.{layer}.mlp.{part}"] = parameter.detach().clone()
+        return rounding(which, name)
+
+    monkeypatch.setattr(pair.Pair, "round_weights", watched)
+    result = train(bfloat16_anchor, texts.code, tmp_path / "x.st", dtype=dtype)
+    expert = open_expert(tmp_path / "x.st")
+    for name, tensor in feed_forward(expert).items():
+        assert tensor.dtype == torch.bfloat16
+        assert exact[name].dtype == torch.float32
+        assert not torch.equal(exact[name], exact[name].bfloat16().float())
+        assert torch.equal(tensor, exact[name].bfloat16())
+    assert expert.router().dtype == "F32"
+    assert result.held_out["own"]["after"] < result.held_out["own"]["before"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from flexctl.engine.train_expert import TrainExpertConfig, train_expert
+from flexctl.training import checkpoints
+
+save, steps = checkpoints.Checkpoints.save_when_due, []
+
+def killing(self, *args):
+    save(self, *args)
+    steps.append(args[0])
+    if len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints.Checkpoints.save_when_due = killing
+data, anchor, output = map(Path, sys.argv[1:])
+train_expert(TrainExpertConfig(data=(data,), anchor=anchor, output=output, checkpoint_steps=2, **SETTINGS))
+"""
+
+
+@pytest.fixture
+def killed(tmp_path: Path, anchor: Path, texts: Any) -> Path:
+    """Where a run was killed after its fifth of six steps, the last checkpoint being the fourth's."""
+    output = tmp_path / "killed" / "x.st"
+    script = KILLED.replace("SETTINGS", repr(SMALL))
+    command = [sys.executable, "-c", script, str(texts.code), str(anchor), str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    assert not output.exists()
+    return output
+
+
+def test_killed_and_resumed_gives_the_same_digest(tmp_path: Path, anchor: Path, texts: Any, killed: Path) -> None:
+    """Law 6, also past a newest checkpoint that is broken, and only with the same settings."""
+    expected = train(anchor, texts.code, tmp_path / "straight.st")
+    work = killed.parent / ".code.work" / "checkpoints"
+    assert [path.name for path in sorted(work.iterdir())] == [
+        "checkpoint-00000002.safetensors",
+        "checkpoint-00000004.safetensors",
+    ]
+    for changes in ({"lr": 1e-3}, {"micro_batch": 3}, {"public": texts.public_test}, {"tether": 2.0}, {"seed": 3}):
+        with pytest.raises(UsageError, match="that run had"):
+            train(anchor, texts.code, killed, resume=True, checkpoint_steps=2, **changes)
+    with pytest.raises(UsageError, match="that run had"):
+        train(anchor, texts.public_test, killed, resume=True, checkpoint_steps=2, name="code")
+    assert len(list(work.iterdir())) == 2
+
+    newest = work / "checkpoint-00000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    listener = Listener()
+    config = TrainExpertConfig(
+        data=(texts.code,), anchor=anchor, output=killed, resume=True, checkpoint_steps=2, **SMALL
+    )
+    result = train_expert(config, listener)
+    assert any("passed over" in warning for warning in listener.warnings)
+    assert any("after step 2" in note for note in listener.notes)
+    assert result.digest == expected.digest
+    assert open_expert(killed).manifest.training == open_expert(expected.path).manifest.training
+    assert sorted(path.name for path in killed.parent.iterdir()) == ["x.run.json", "x.st"]
+
+
+def test_interrupted_run_keeps_its_checkpoints(
+    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train(anchor, texts.code, tmp_path / "straight.st").digest
+    save = checkpoints.Checkpoints.save_when_due
+
+    def stopping(self: Any, step: int, *args: Any) -> None:
+        save(self, step, *args)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save_when_due", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1)
+    assert not (tmp_path / "x.st").exists()
+    assert train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, resume=True).digest == expected
+    assert sorted(path.name for path in tmp_path.iterdir() if "straight" not in path.name) == ["x.run.json", "x.st"]
+
+
+def test_dry_run_checks_and_writes_nothing(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    result = train(anchor, texts.code, None, dry_run=True)
+    assert (result.path, result.digest, result.dry_run) == (tmp_path / "experts" / "code.st", None, True)
+    assert result.anchor_digest == open_anchor(anchor).digest
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_expert_is_replaced_only_when_told(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    first = train(anchor, texts.code, tmp_path / "x.st")
+    with pytest.raises(UsageError, match="exists") as caught:
+        train(anchor, texts.code, tmp_path / "x.st", seed=1)
+    assert "--overwrite" in str(caught.value.hint)
+    assert open_expert(tmp_path / "x.st").digest == first.digest
+    second = train(anchor, texts.code, tmp_path / "x.st", seed=1, overwrite=True)
+    assert open_expert(tmp_path / "x.st").digest == second.digest != first.digest
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({"anchor": Path("nowhere")}, "nowhere"),
+    ({"data": (Path("nowhere"),)}, "nowhere does not exist"),
+    ({"name": "public"}, "public"),
+    ({"name": "Not A Name"}, "Not A Name"),
+    ({"expires": "next year"}, "--expires: 'next year'"),
+    ({"expires": "2027-02-30"}, "--expires"),
+    ({"public_mix": 1.0}, "--public-mix"),
+    ({"public_mix": -0.1}, "--public-mix"),
+    ({"max_tokens": 0}, "--max-tokens"),
+    ({"max_steps": -1}, "--max-steps"),
+    ({"epochs": 0}, "--epochs"),
+    ({"lr": float("nan")}, "--lr"),
+    ({"seq_len": 0}, "--seq-len"),
+    ({"batch_tokens": 0}, "--batch-tokens"),
+    ({"micro_batch": 0}, "--micro-batch"),
+    ({"checkpoint_steps": 0}, "--checkpoint-steps"),
+    ({"threads": 0}, "--threads"),
+    ({"warmup_steps": -1}, "--warmup-steps"),
+    ({"tether": -1.0}, "--tether"),
+    ({"public_match": -1.0}, "--public-match"),
+    ({"router": "magic"}, "--router"),
+    ({"router": "missing.st"}, "missing.st"),
+    ({"router": "encoder"}, "encoder"),
+    ({"public": Path("nowhere")}, "nowhere does not exist"),
+    ({"device": "toaster"}, "--device"),
+    ({"dtype": "int4"}, "--dtype"),
+]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(("settings", "says"), REFUSALS, ids=[says for _, says in REFUSALS])
+def test_wrong_settings_are_refused_in_one_line_and_leave_nothing(
+    tmp_path: Path, anchor: Path, texts: Any, settings: dict[str, Any], says: str, dry_run: bool
+) -> None:
+    defaults = {"data": (texts.code,), "anchor": anchor, "dry_run": dry_run, **SMALL}
+    with pytest.raises(FlexctlError) as caught:
+        train_expert(TrainExpertConfig(**{**defaults, **settings}))
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == (3 if "name" in settings else 2)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_too_little_text_is_refused(tmp_path: Path, anchor: Path) -> None:
+    (tmp_path / "a.txt").write_text("too short")
+    with pytest.raises(UsageError, match="do not fill one sequence"):
+        train(anchor, tmp_path / "a.txt", tmp_path / "out" / "x.st")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_diverging_run_is_refused_and_writes_no_expert(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    with pytest.raises(FlexctlError, match=r"loss became|NaN|infinity") as caught:
+        train(anchor, texts.code, tmp_path / "x.st", lr=1e30, warmup_steps=0)
+    assert caught.value.exit_code in (1, 3)
+    assert not (tmp_path / "x.st").exists()
+
+
+def test_frozen_tensors_that_moved_are_noticed(
+    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law 4: nothing is written."""
+    after_step = pair.Pair.after_step
+
+    def moving(self: pair.Pair) -> None:
+        after_step(self)
+        with torch.no_grad():
+            frozen.model.norm.weight[0] += 1e-6
+
+    built: list[Any] = []
+    adding = pair.add_expert
+
+    def watching(model: Any, rows: torch.Tensor) -> Any:
+        nonlocal frozen
+        frozen = model
+        built.append(model)
+        return adding(model, rows)
+
+    frozen: Any = None
+    monkeypatch.setattr(pair, "add_expert", watching)
+    monkeypatch.setattr(pair.Pair, "after_step", moving)
+    with pytest.raises(FlexctlError, match=r"1 frozen tensors moved in training, model\.norm\.weight"):
+        train(anchor, texts.code, tmp_path / "x.st")
+    assert built
+    assert not (tmp_path / "x.st").exists()
+
+
+def test_training_says_nothing_without_a_reporter(
+    tmp_path: Path, anchor: Path, texts: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    train(anchor, texts.code, tmp_path / "x.st")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_training_on_a_gpu(tmp_path: Path, anchor: Path, texts: Any, dtype: str) -> None:
+    result = train(anchor, texts.code, tmp_path / "x.st", device="cuda", dtype=dtype)
+    assert result.frozen_verified
+    assert result.held_out["own"]["after"] < result.held_out["own"]["before"]
+
+
+def test_training_in_bfloat16_writes_the_anchor_s_dtype(tmp_path: Path, anchor: Path, texts: Any) -> None:
+    result = train(anchor, texts.code, tmp_path / "code.st", dtype="bfloat16", lr=5e-3, max_steps=12)
+    expert = open_expert(result.path)
+    assert {info.dtype for info in expert.manifest.tensors.values()} == {"F32"}
+    assert result.held_out["own"]["after"] < result.held_out["own"]["before"]
