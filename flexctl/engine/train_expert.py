@@ -479,14 +479,10 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
 
 
 def _held_out_losses(setup: _Setup) -> dict[str, float]:
-    import torch
-
     from flexctl.evaluation.scoring import score_documents
 
     parts = {"public": setup.public_held_out}
     if setup.corpus.held_out is not None:
         parts["own"] = setup.corpus.held_out
     sizes = {"seq_len": setup.seq_len, "batch_tokens": _SCORE_BATCH_TOKENS}
-    device = next(setup.model.parameters()).device.type
-    with torch.autocast(device, dtype=setup.autocast, enabled=setup.autocast is not None):
-        return {name: score_documents(setup.model, parts[name], **sizes).nll for name in sorted(parts)}
+    return {name: score_documents(setup.model, parts[name], **sizes).nll for name in sorted(parts)}
