@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from flexctl.engine.inspect import InspectConfig, InspectResult, inspect
     from flexctl.engine.list import ListConfig, ListResult, list
     from flexctl.engine.merge import MergeConfig, MergeResult, merge
+    from flexctl.engine.pull import PullConfig, PullResult, pull
+    from flexctl.engine.push import PushConfig, PushResult, push
     from flexctl.engine.remove import RemoveConfig, RemoveResult, remove
     from flexctl.engine.replace import ReplaceConfig, ReplaceResult, replace
     from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
@@ -43,6 +45,8 @@ _NAMES = {
     "engine.inspect": ("InspectConfig", "InspectResult", "inspect"),
     "engine.list": ("ListConfig", "ListResult", "list"),
     "engine.merge": ("MergeConfig", "MergeResult", "merge"),
+    "engine.pull": ("PullConfig", "PullResult", "pull"),
+    "engine.push": ("PushConfig", "PushResult", "push"),
     "engine.remove": ("RemoveConfig", "RemoveResult", "remove"),
     "engine.replace": ("ReplaceConfig", "ReplaceResult", "replace"),
     "engine.train_expert": ("TrainExpertConfig", "TrainExpertResult", "train_expert"),
@@ -71,6 +75,10 @@ __all__ = [
     "MergeConfig",
     "MergeResult",
     "Progress",
+    "PullConfig",
+    "PullResult",
+    "PushConfig",
+    "PushResult",
     "RemoveConfig",
     "RemoveResult",
     "ReplaceConfig",
@@ -92,6 +100,8 @@ __all__ = [
     "inspect",
     "list",
     "merge",
+    "pull",
+    "push",
     "remove",
     "replace",
     "train_expert",

@@ -34,6 +34,8 @@ _EXCEPTIONS: Mapping[str, Mapping[str, str | None]] = {
     "inspect": {"path": None},
     "verify": {"path": None},
     "list": {"path": None},
+    "push": {"path": None, "repository": None},
+    "pull": {"repository": None},
 }
 
 
@@ -215,7 +217,8 @@ def _path(value: Any, source: _Source) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise _refuse(value, "a path in quotes", source)
     path = Path(value).expanduser()
-    return path if source.base is None else source.base / path
+    # An address on the Hub, hf://owner/name, counts from nowhere.
+    return path if source.base is None or path.parts[:1] == ("hf:",) else source.base / path
 
 
 _TRUTHS = {

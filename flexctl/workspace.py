@@ -46,6 +46,8 @@ COMMANDS = (
     "inspect",
     "verify",
     "list",
+    "push",
+    "pull",
     "demo",
 )
 """Every command, in the order of an expert's life; each may have a table of defaults in flexctl.toml."""

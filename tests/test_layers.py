@@ -26,7 +26,7 @@ SHARED_DEPTH = len(LAYERS) - 1
 
 ONLY_IMPORTER = {
     "sentence_transformers": ("embedding.py",),
-    "huggingface_hub": ("hub.py",),
+    "huggingface_hub": ("hub/",),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "torch": ("model/", "training/", "evaluation/", "engine/", "embedding.py"),

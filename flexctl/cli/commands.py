@@ -305,9 +305,10 @@ def generate(
 
 @_command(
     "flexctl inspect experts/law.st",
+    "flexctl inspect hf://acme/law-expert",
 )
 def inspect(
-    path: o.BundlePath,
+    path: o.BundleAnywhere,
     json: o.Json = None,
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
@@ -348,6 +349,54 @@ def list_(
 ) -> Call:
     """List the workspace's anchor, experts and merged model."""
     return _call("list", locals())
+
+
+@_command(
+    "flexctl push experts/law.st acme/law-expert --base-model acme/anchor",
+    "flexctl push merged acme/merged --private --dry-run",
+)
+def push(
+    path: o.BundlePath,
+    repository: o.Repository,
+    private: o.Private = None,
+    revision: o.Branch = None,
+    message: o.Message = None,
+    base_model: o.BaseModel = None,
+    allow_expired: o.AllowExpired = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Publish a bundle on the Hugging Face Hub.
+
+    Verifies all of it first, then sends it in one commit, with a model card. The repository is made if it
+    is not there; it then holds this bundle and nothing else. The token is HF_TOKEN's, or hf auth login's.
+    """
+    return _call("push", locals())
+
+
+@_command(
+    "flexctl pull acme/anchor",
+    "flexctl pull acme/merged --revision v2 -o merged-v2",
+)
+def pull(
+    repository: o.Repository,
+    revision: o.Revision = None,
+    output: o.Output = None,
+    allow_expired: o.AllowExpired = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Bring a bundle from the Hugging Face Hub.
+
+    Verifies all of it before it is moved into place. Files that are no part of a bundle are refused. An
+    interrupted pull goes on where it broke off.
+    """
+    return _call("pull", locals())
 
 
 @_command(

@@ -24,7 +24,9 @@ Source = Annotated[
 ]
 Experts = Annotated[
     list[Path] | None,
-    Argument(metavar="EXPERT", help="Expert files (.st); the first may be a merged model to add to."),
+    Argument(
+        metavar="EXPERT", help="Expert files (.st), or hf://OWNER/NAME; the first may be a merged model."
+    ),
 ]
 Names = Annotated[list[str], Argument(metavar="NAME", help="Names of the experts to remove.")]
 OneName = Annotated[str, Argument(metavar="NAME", help="Name of the expert to replace.")]
@@ -34,6 +36,10 @@ Bundle = Annotated[
     Argument(metavar="BUNDLE", help="Merged model, anchor or expert; the workspace's merged model by default."),
 ]
 BundlePath = Annotated[Path, Argument(metavar="PATH", help="Anchor, expert (.st) or merged model.")]
+BundleAnywhere = Annotated[
+    Path, Argument(metavar="PATH", help="Anchor, expert (.st) or merged model; hf://OWNER/NAME for one on the Hub.")
+]
+Repository = Annotated[str, Argument(metavar="REPO", help="Repository on the Hub: OWNER/NAME.")]
 Folder = Annotated[Path | None, Argument(metavar="PATH", help="A workspace; the current one by default.")]
 
 # Places.
@@ -145,6 +151,20 @@ Purpose = Annotated[
 Expires = Annotated[str | None, Option("--expires", metavar="DATE", help="Last day of its use, as 2030-12-31.")]
 Label = Annotated[str | None, Option("--label", metavar="TEXT", help="One line about the data.")]
 Contact = Annotated[str | None, Option("--contact", metavar="TEXT", help="Whom to ask about the expert.")]
+
+# The Hub.
+Private = Annotated[bool | None, Option("--private", help="Make a new repository private; refuse a public one.")]
+Branch = Annotated[
+    str | None, Option("--revision", metavar="BRANCH", help="Branch to publish on (default: the main branch).")
+]
+Revision = Annotated[
+    str | None, Option("--revision", metavar="REV", help="Branch, tag or commit (default: the main branch).")
+]
+Message = Annotated[str | None, Option("--message", metavar="TEXT", help="Message of the commit.")]
+BaseModel = Annotated[
+    str | None,
+    Option("--base-model", metavar="OWNER/NAME", help="For the card: the expert's anchor, or the anchor's origin."),
+]
 
 # Using a model.
 Without = Annotated[list[str] | None, Option("--without", metavar="NAME", help="Leave this expert out; repeatable.")]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         InspectResult,
         ListResult,
         MergeResult,
+        PullResult,
+        PushResult,
         RemoveResult,
         ReplaceResult,
         TrainExpertResult,
@@ -187,6 +189,28 @@ def _list(result: ListResult) -> list[str]:
     return [*lines, "", *table(headers, rows), *broken]
 
 
+def _push(result: PushResult) -> list[str]:
+    if result.dry_run:
+        done = f"Dry run, nothing sent. {cell(result.path)} to {result.repository}"
+    else:
+        done = f"Published {cell(result.path)} as {result.kind} in {result.repository}"
+    return _transfer(result, done)
+
+
+def _pull(result: PullResult) -> list[str]:
+    if result.dry_run:
+        done = f"Dry run, nothing written. {result.kind} of {result.repository} to {cell(result.path)}"
+    else:
+        done = f"Brought {result.kind} of {result.repository} to {cell(result.path)}"
+    return _transfer(result, done)
+
+
+def _transfer(result: PushResult | PullResult, done: str) -> list[str]:
+    count = f"{len(result.files)} file{'s' if len(result.files) != 1 else ''}"
+    line = f"{done}: {count}, {amount(result.size_bytes, 'bytes')}, {cell(result.digest)}"
+    return [line, "", *_nested(result.files, whole=False)] if result.dry_run else [line]
+
+
 def _bundle_line(kind: str, bundle: Mapping[str, Any], fields: tuple[str, ...]) -> str:
     facts = [bundle["error"]] if bundle["error"] else [*(bundle[name] for name in fields), bundle["digest"]]
     return f"{kind}  {cell(bundle['path'])}: {'; '.join(map(cell, facts))}"
@@ -236,5 +260,7 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "inspect": _inspect,
     "verify": _verify,
     "list": _list,
+    "push": _push,
+    "pull": _pull,
     "demo": _demo,
 }

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexctl import hub
 from flexctl.bundle.codec import encode
-from flexctl.bundle.manifest import MergedManifest
+from flexctl.bundle.manifest import Manifest, MergedManifest
 from flexctl.bundle.opening import read_manifest_of
 from flexctl.runtime import SILENT, Reporter
 
@@ -21,7 +22,7 @@ class InspectConfig:
     """What to look at.
 
     Attributes:
-        path: An anchor's or merged model's directory, an expert's or router's file.
+        path: An anchor's or merged model's directory, an expert's or router's file; or ``hf://owner/name`` on the Hub.
     """
 
     path: Path
@@ -32,7 +33,7 @@ class InspectResult:
     """What it says.
 
     Attributes:
-        path: The bundle.
+        path: The bundle; text for one on the Hub.
         kind: ``anchor``, ``expert``, ``router`` or ``merged``.
         name: Its name; a merged model has none.
         digest: Its digest, recomputed from what the manifest lists.
@@ -42,7 +43,7 @@ class InspectResult:
         manifest: All of it.
     """
 
-    path: Path
+    path: Path | str
     kind: str
     name: str | None
     digest: str
@@ -53,21 +54,30 @@ class InspectResult:
 
 
 def inspect(config: InspectConfig, reporter: Reporter = SILENT) -> InspectResult:
-    """Read a bundle's manifest.
+    """Read a bundle's manifest; of one on the Hub, nothing but that is fetched.
 
     Raises:
         UsageError: There is nothing at the path.
         BundleError: There is no manifest, or it is not valid.
+        FlexctlError: The Hub cannot be reached, or refuses.
     """
     del reporter
-    manifest = read_manifest_of(config.path)
+    if hub.is_remote(config.path):
+        remote = hub.look(hub.parse(config.path))
+        size_bytes = remote.sizes[remote.file] if remote.file else sum(remote.sizes.values())
+        return _result(str(remote.address), hub.manifest_of(remote), size_bytes)
     files = list(config.path.iterdir()) if config.path.is_dir() else [config.path]
+    manifest = read_manifest_of(config.path)
+    return _result(config.path, manifest, sum(file.stat().st_size for file in files if file.is_file()))
+
+
+def _result(path: Path | str, manifest: Manifest, size_bytes: int) -> InspectResult:
     return InspectResult(
-        path=config.path,
+        path=path,
         kind=manifest.kind,
         name=None if isinstance(manifest, MergedManifest) else manifest.name,
         digest=manifest.digest,
-        size_bytes=sum(file.stat().st_size for file in files if file.is_file()),
+        size_bytes=size_bytes,
         num_tensors=len(manifest.tensors),
         num_parameters=sum(math.prod(info.shape) for info in manifest.tensors.values()),
         manifest=encode(manifest),

@@ -17,6 +17,7 @@ from flexctl.bundle.manifest import OTHER_LICENSE
 from flexctl.bundle.merged import open_merged
 from flexctl.bundle.store import place_of_change
 from flexctl.errors import BundleError, UsageError
+from flexctl.hub import is_remote, localise
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 __all__ = ["MergeConfig", "MergeResult", "merge"]
@@ -28,8 +29,9 @@ class MergeConfig:
 
     Attributes:
         experts: Files of experts; a merged model's directory may stand first, and is added to. None at all gives
-            the anchor alone.
-        anchor: Directory of the anchor; the workspace's if None. Not needed when adding to a merged model.
+            the anchor alone. Each may be on the Hub: ``hf://owner/name``.
+        anchor: Directory of the anchor, or where it is on the Hub; the workspace's if None. Not needed when adding
+            to a merged model.
         output: Directory to write; if None the merged model that is added to, else the workspace's.
         top_k: num_experts_per_tok; if None what the merged model that is added to had, else 4.
         allow_expired: Take experts whose rights are over.
@@ -91,7 +93,8 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         raise UsageError(f"--top-k: is {config.top_k}; expected at least 1")
     composition, base = _compose(config, reporter)
     target, overwrite = config.output or workspace.find().merged, config.overwrite
-    if base is not None:
+    # A merged model on the Hub is added to here, not in the cache that it was fetched into.
+    if base is not None and not is_remote(config.experts[0]):
         target, replaces_own = place_of_change(base, config.output)
         overwrite = overwrite or replaces_own
     if not config.allow_expired:
@@ -123,13 +126,14 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
 
 def _compose(config: MergeConfig, reporter: Reporter) -> tuple[Composition, Path | None]:
     """Return what to write, and the merged model that is added to, if there is one."""
-    files, base = config.experts, None
+    files, base = tuple(localise(file, reporter) for file in config.experts), None
+    anchor = config.anchor and localise(config.anchor, reporter)
     if files and files[0].is_dir():
         base, *rest = files
         files = tuple(rest)
-        composition = _compose_base(base, config.anchor, reporter)
+        composition = _compose_base(base, anchor, reporter)
     else:
-        composition = compose_anchor(open_anchor(config.anchor or workspace.find().anchor))
+        composition = compose_anchor(open_anchor(anchor or workspace.find().anchor))
     composition = composition.adding(open_expert(file) for file in files)
     return replace(composition, top_k=config.top_k or composition.top_k), base
 

@@ -23,6 +23,7 @@ from flexctl.bundle import (
 from flexctl.bundle.names import check_expert_name
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.hub import localise
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class TrainExpertConfig:
 
     Attributes:
         data: The owner's text: folders, text files, .jsonl (also .gz, .zst).
-        anchor: Anchor directory; None is the workspace's.
+        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
         name: The expert's name; None makes it from the folder or file of ``data``.
         output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
         router: Kind of router row (discriminant, hidden, encoder), or a file with router rows.
@@ -197,7 +198,7 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     from flexctl.training.checkpoints import working_folder
 
     place = workspace.find()
-    anchor = open_anchor(config.anchor or place.anchor)
+    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
     name = check_expert_name(config.name or slug(config.data[0].resolve().name.split(".")[0]), "--name")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)

@@ -1,0 +1,28 @@
+"""The Hugging Face Hub: the one part that talks to it.
+
+A bundle there is named ``hf://OWNER/NAME[@REVISION][/FILE.st]``; a repository holds one bundle. What comes from there
+is listed first, and refused where it holds anything but a bundle's data files; nothing of it is ever run. Everything
+goes through huggingface_hub, which finds the token itself (HF_TOKEN, or what ``hf auth login`` stored) and keeps what
+it fetched in its cache.
+"""
+
+from __future__ import annotations
+
+from flexctl.hub.address import Address, is_remote, parse
+from flexctl.hub.remote import IGNORED, Remote, find, look, manifest_of
+from flexctl.hub.transfer import fetch, fetch_checkpoint, localise, send
+
+__all__ = [
+    "IGNORED",
+    "Address",
+    "Remote",
+    "fetch",
+    "fetch_checkpoint",
+    "find",
+    "is_remote",
+    "localise",
+    "look",
+    "manifest_of",
+    "parse",
+    "send",
+]

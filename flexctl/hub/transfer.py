@@ -1,0 +1,189 @@
+"""Fetching from the Hub into its cache, and sending to it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexctl.errors import FlexctlError, UsageError
+from flexctl.hub.address import Address, is_remote, parse
+from flexctl.hub.refusals import explained
+from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
+from flexctl.runtime import SILENT, Progress, Reporter
+
+__all__ = ["fetch", "fetch_checkpoint", "localise", "send"]
+
+_CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+
+def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
+    """Return a bundle's files in the cache, after fetching what is not there yet; goes on where it broke off.
+
+    Args:
+        remote: A repository that ``manifest_of`` found in order.
+        reporter: Where progress goes.
+
+    Returns:
+        The directory of a directory bundle, the file of an expert.
+
+    Raises:
+        FlexctlError: The Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder, address = remote.folder, remote.address
+    if folder is None:
+        names = [address.file] if address.file else sorted(remote.sizes)
+        total = sum(remote.sizes[name] for name in names)
+        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address):
+            count = _Count(progress)
+            folder = Path(
+                snapshot_download(
+                    address.repository,
+                    revision=address.revision,
+                    allow_patterns=names,
+                    tqdm_class=_bar_class(count),
+                )
+            )
+            count.advance(total - count.done)
+    if folder.name != remote.commit:
+        raise FlexctlError(f"{address}: was changed while it was being fetched", hint="run the command again")
+    return folder / (remote.file or "")
+
+
+def localise(path: Path, reporter: Reporter = SILENT) -> Path:
+    """Return where a bundle lies on this machine: ``path`` itself, or what was fetched of an address on the Hub.
+
+    Raises:
+        UsageError, BundleError, FlexctlError: As ``look``, ``manifest_of`` and ``fetch``.
+    """
+    if not is_remote(path):
+        return path
+    remote = look(parse(path))
+    manifest_of(remote)
+    return fetch(remote, reporter)
+
+
+def send(
+    address: Address,
+    files: Mapping[str, Path | bytes],
+    *,
+    head: Remote | None,
+    private: bool,
+    message: str,
+    reporter: Reporter = SILENT,
+) -> str:
+    """Make a repository hold these files and no others, in one commit after everything is up.
+
+    What was uploaded before an interruption is not sent again.
+
+    Args:
+        address: Repository and branch.
+        files: Name there -> what to send.
+        head: What the branch holds now; None where there is no repository or no such branch.
+        private: Make a new repository private; refuse a public one.
+        message: Of the commit.
+        reporter: Where progress goes.
+
+    Returns:
+        The commit.
+
+    Raises:
+        UsageError: It shall be private and is public.
+        FlexctlError: The Hub cannot be reached, or refuses, or the branch has moved meanwhile.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api, repository = HfApi(), address.repository
+    with explained(address):
+        if head is None:
+            api.create_repo(repository, private=private or None, exist_ok=True)
+            if address.revision:
+                api.create_branch(repository, branch=address.revision, exist_ok=True)
+        is_public = private and not api.model_info(repository).private
+    if is_public:
+        raise UsageError(f"{repository}: is public; --private asks for a private repository")
+    additions = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
+    total = sum(addition.upload_info.size for addition in additions)
+    with reporter.progress(f"sending to {repository}", total, "bytes") as progress, explained(address):
+        for addition in additions:
+            size = addition.upload_info.size
+            api.preupload_lfs_files(repository, [addition], revision=address.revision, free_memory=False)
+            progress.advance(size)
+        stale = set(head.sizes if head else ()) - set(files) - set(IGNORED)
+        commit = api.create_commit(
+            repository,
+            [*additions, *(CommitOperationDelete(name) for name in sorted(stale))],
+            commit_message=message,
+            revision=address.revision,
+            parent_commit=head.commit if head else None,
+        )
+    return str(commit.oid)
+
+
+def fetch_checkpoint(repository: str) -> Path:
+    """Return a local directory with the checkpoint of a Hub repository; nothing but data files is fetched.
+
+    Args:
+        repository: ``owner/name``.
+
+    Raises:
+        UsageError: There is neither such a directory nor such a repository.
+        FlexctlError: The Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        address = parse(repository)
+        with explained(address):
+            return Path(snapshot_download(address.repository, allow_patterns=list(_CHECKPOINT_FILES)))
+    except UsageError as error:
+        raise UsageError(
+            f"SOURCE: {repository!r} is neither a directory nor a repository on the Hub that is open to you",
+            hint="give a local checkpoint directory, or owner/name",
+        ) from error
+
+
+class _Count:
+    """Progress that several threads may advance."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self.done = 0.0
+
+    def advance(self, amount: float) -> None:
+        with self._lock:
+            self.done += amount
+            self._progress.advance(amount)
+
+
+def _bar_class(count: _Count) -> Any:
+    """Return a bar for huggingface_hub that shows nothing and counts the bytes that reach the disk."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Bar(tqdm):  # type: ignore[type-arg, unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Newer versions have a second bar of bytes, for what came over the network.
+            network = str(kwargs.get("name", "")).endswith(".transfer")
+            self._counts = kwargs.get("unit") == "B" and not network
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self._counts and n:
+                count.advance(n)
+            return None
+
+    return Bar
