@@ -21,6 +21,7 @@ from flexctl.bundle import (
     write_router_file,
 )
 from flexctl.bundle.expert import check_fits
+from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.runtime import SILENT, Reporter
 
@@ -132,6 +133,7 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     from flexctl.embedding import encoder_name
     from flexctl.model.tensors import to_bytes
 
+    refuse_out_of_range(config, above_zero=("threads",))
     anchor = open_anchor(config.anchor or workspace.find().anchor)
     expert = None if config.expert is None else _expert_of(config.expert, anchor)
     others = [_expert_of(path, anchor) for path in config.compare]

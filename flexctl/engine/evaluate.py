@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flexctl import workspace
 from flexctl.bundle.runnable import open_runnable
 from flexctl.bundle.weights import Weights
+from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
@@ -117,6 +118,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.routed import exclude, set_top_k
 
+    refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
     domains = _domains(config.data)
     place = workspace.find()
     runnable = open_runnable(config.bundle or place.merged, config.anchor or place.anchor)
@@ -143,7 +145,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         num_experts_per_tok=top_k,
         perplexity={name: _domain_score(score) for name, score in scores.items()},
         routing={name: dict(zip(names, score.routing(), strict=True)) for name, score in scores.items()},
-        post_norm_ratio=_post_norm_ratio(runnable.weights.dense_config, list(scores.values())),
+        post_norm_ratio=_post_norm_ratio(model.config, list(scores.values())),
         peak_rss_bytes=peak_rss_bytes(),
     )
 
@@ -167,8 +169,6 @@ def _domains(data: Sequence[str]) -> dict[str, Path]:
 
 def _top_k(asked: int | None, weights: Weights, left_out: int, reporter: Reporter) -> int:
     most = len(weights.experts) - left_out
-    if asked is not None and asked < 1:
-        raise UsageError(f"--top-k: {asked} is not above 0")
     if asked is not None and asked > most:
         reporter.warn(f"--top-k: {asked} is more than the {most} experts there are; using {most}")
     return min(asked or weights.num_experts_per_tok, most)
@@ -213,10 +213,10 @@ def _domain_score(score: Score) -> DomainScore:
 
 
 def _post_norm_ratio(config: Any, scores: Sequence[Score]) -> list[float] | None:
-    if not family_of(str(config["model_type"])).post_norm:
+    if not family_of(config.model_type).post_norm:
         return None
     ratios = [
-        [float(square) / score.tokens / float(config["rms_norm_eps"]) for square in score.output_square]
+        [float(square) / score.tokens / config.rms_norm_eps for square in score.output_square]
         for score in scores
         if score.output_square is not None and score.tokens
     ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import workspace
 from flexctl.bundle.runnable import open_runnable
+from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.runtime import SILENT, Reporter
 
@@ -133,12 +134,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
 def _refuse_bad_settings(config: GenerateConfig) -> None:
     if not config.prompt:
         raise UsageError("--prompt: it is empty", hint='for example --prompt "def main("')
-    if config.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens: {config.max_new_tokens} is not above 0")
-    if config.temperature < 0:
-        raise UsageError(f"--temperature: {config.temperature} is below 0")
-    if config.top_k is not None and config.top_k < 1:
-        raise UsageError(f"--top-k: {config.top_k} is not above 0")
+    refuse_out_of_range(config, above_zero=("max_new_tokens", "top_k", "threads"), from_zero=("temperature",))
 
 
 class _Shares:
