@@ -27,12 +27,11 @@ from flexctl.hub import localise
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from flexctl.model.space import RouterSpace
     from flexctl.training.corpus import Corpus
-    from flexctl.training.loop import Outcome
+    from flexctl.training.loop import LoopSettings, Outcome
     from flexctl.training.pair import Pair
     from flexctl.training.sample import PublicSample
     from flexctl.training.tokens import Framed, Mixture
@@ -42,12 +41,6 @@ __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 _ROUTER_PASSAGES = 512
 _PUBLIC_HELD_OUT_EVERY = 20
 _SCORE_BATCH_TOKENS = 8192
-_MICRO_BATCH_TOKENS = 8192
-_MAX_SEQ_LEN = 1024
-_WARMUP_SHARE = 0.05
-_STEPS = 600
-_FEWEST_BATCH_TOKENS = 1024
-_MOST_BATCH_TOKENS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,14 +158,9 @@ class _Setup:
     corpus: Corpus
     public: PublicSample
     data: Mixture
-    steps: int
-    warmup_steps: int
-    seq_len: int
-    micro_batch: int
-    lr: float
+    loop: LoopSettings
     rows: Tensor
     router: RouterInfo
-    autocast: torch.dtype | None
 
     @property
     def public_held_out(self) -> Sequence[Framed]:
@@ -237,8 +225,8 @@ def _run(
     if moved:
         raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
     held_out = {part: {"before": before[part], "after": after[part]} for part in before}
-    own_tokens = setup.data.own_tokens(setup.steps)
-    public_tokens = setup.data.public_before(setup.steps) * setup.seq_len
+    own_tokens = setup.data.own_tokens(setup.loop.steps)
+    public_tokens = setup.data.public_before(setup.loop.steps) * setup.data.seq_len
     recent = outcome.losses[-20:]
     final_loss = sum(recent) / len(recent)
     bias = [float(b) for b in bias_of(pair.rows, setup.space)]
@@ -261,7 +249,7 @@ def _run(
         training={
             **_identity(config, setup),
             "seed": config.seed,
-            "steps": setup.steps,
+            "steps": setup.loop.steps,
             "tokens": own_tokens,
             "public_tokens": public_tokens,
             "losses": {"final": final_loss, "held_out": held_out},
@@ -278,7 +266,7 @@ def _run(
         anchor_digest=anchor.digest,
         tokens=own_tokens,
         public_tokens=public_tokens,
-        steps=setup.steps,
+        steps=setup.loop.steps,
         final_loss=final_loss,
         held_out=held_out,
         tokens_per_s=outcome.tokens_per_s,
@@ -292,7 +280,9 @@ def _run(
 def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Reporter) -> _Setup:
     from flexctl.model.building import autocast_dtype, build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.space import RouterSpace
+    from flexctl.training.budget import resolve_budget, warmup_steps
     from flexctl.training.corpus import prepare_corpus
+    from flexctl.training.loop import LoopSettings
     from flexctl.training.sample import PublicSample
     from flexctl.training.tokens import Mixture
 
@@ -301,20 +291,27 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
     corpus = prepare_corpus(config.data, tokenizer, work, seed=config.seed, reporter=reporter)
     public = _public_sample(config, anchor, tokenizer)
     kept = [d for i, d in enumerate(public.documents) if i % _PUBLIC_HELD_OUT_EVERY]
-    longest = int(anchor.config.get("max_position_embeddings") or _MAX_SEQ_LEN)
-    seq_len = config.seq_len or min(_MAX_SEQ_LEN, longest)
-    own_tokens = config.epochs * len(corpus.stream)
-    own_tokens = int(min(own_tokens, config.max_tokens or own_tokens))
-    batch_tokens = config.batch_tokens or _batch_tokens(own_tokens / (1 - config.public_mix))
+    budget = resolve_budget(
+        available_tokens=len(corpus.stream),
+        epochs=config.epochs,
+        max_tokens=config.max_tokens,
+        public_mix=config.public_mix,
+        seq_len=config.seq_len,
+        batch_tokens=config.batch_tokens,
+        micro_batch=config.micro_batch,
+        lr=config.lr,
+        hidden_size=anchor.manifest.architecture.hidden_size,
+        max_position_embeddings=anchor.config.get("max_position_embeddings"),
+    )
     data = Mixture(
         corpus.stream,
         PublicSample(kept).stream() if kept else None,
-        seq_len=seq_len,
-        batch_size=max(1, batch_tokens // seq_len),
+        seq_len=budget.seq_len,
+        batch_size=budget.batch_size,
         public_share=config.public_mix,
         seed=config.seed,
     )
-    most = data.steps_for(own_tokens)
+    most = data.steps_for(budget.own_tokens)
     steps = min(most, config.max_steps or most)
     device = pick_device(config.device)
     model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
@@ -327,26 +324,16 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
         corpus=corpus,
         public=public,
         data=data,
-        steps=steps,
-        warmup_steps=max(1, round(steps * _WARMUP_SHARE)) if config.warmup_steps is None else config.warmup_steps,
-        seq_len=seq_len,
-        micro_batch=config.micro_batch or max(1, _MICRO_BATCH_TOKENS // seq_len),
-        lr=config.lr or default_lr(int(anchor.config["hidden_size"])),
+        loop=LoopSettings(
+            steps=steps,
+            lr=budget.lr,
+            warmup_steps=warmup_steps(steps, config.warmup_steps),
+            micro_batch=budget.micro_batch,
+            autocast=autocast_dtype(config.dtype, device),
+        ),
         rows=rows,
         router=router,
-        autocast=autocast_dtype(config.dtype, device),
     )
-
-
-def _batch_tokens(all_tokens: float) -> int:
-    """Return the power of two below a six-hundredth of all tokens: small budgets gain more from steps than size."""
-    wanted = int(all_tokens / _STEPS)
-    return min(max(1 << max(0, wanted.bit_length() - 1), _FEWEST_BATCH_TOKENS), _MOST_BATCH_TOKENS)
-
-
-def default_lr(hidden_size: int) -> float:
-    """Return the peak learning rate for a model's width: measured on small anchors, falling with the root of width."""
-    return float(2e-3 * (192 / hidden_size) ** 0.5)
 
 
 def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) -> PublicSample:
@@ -425,7 +412,7 @@ def _train(
     config: TrainExpertConfig, anchor: Anchor, setup: _Setup, pair: Pair, work: Path, reporter: Reporter
 ) -> Outcome:
     from flexctl.training.checkpoints import Checkpoints
-    from flexctl.training.loop import LoopSettings, train
+    from flexctl.training.loop import train
 
     identity = {
         **_identity(config, setup),
@@ -441,18 +428,11 @@ def _train(
         resume=config.resume,
         reporter=reporter,
     )
-    settings = LoopSettings(
-        steps=setup.steps,
-        lr=setup.lr,
-        warmup_steps=setup.warmup_steps,
-        micro_batch=setup.micro_batch,
-        autocast=setup.autocast,
-    )
     return train(
         setup.model,
         pair.groups(),
         setup.data,
-        settings,
+        setup.loop,
         reporter=reporter,
         match=pair.match if config.public_match and config.public_mix else None,
         penalty=None if config.freeze_router else pair.penalty,
@@ -464,12 +444,12 @@ def _train(
 def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
     """Return every resolved setting that decides the result."""
     return {
-        "lr": setup.lr,
-        "steps": setup.steps,
-        "warmup_steps": setup.warmup_steps,
-        "seq_len": setup.seq_len,
+        "lr": setup.loop.lr,
+        "steps": setup.loop.steps,
+        "warmup_steps": setup.loop.warmup_steps,
+        "seq_len": setup.data.seq_len,
         "batch_size": setup.data.batch_size,
-        "micro_batch": setup.micro_batch,
+        "micro_batch": setup.loop.micro_batch,
         "public_mix": config.public_mix,
         "public_match": config.public_match,
         "freeze_router": config.freeze_router,
@@ -485,5 +465,5 @@ def _held_out_losses(setup: _Setup) -> dict[str, float]:
     parts = {"public": setup.public_held_out}
     if setup.corpus.held_out is not None:
         parts["own"] = setup.corpus.held_out
-    sizes = {"seq_len": setup.seq_len, "batch_tokens": _SCORE_BATCH_TOKENS}
+    sizes = {"seq_len": setup.data.seq_len, "batch_tokens": _SCORE_BATCH_TOKENS}
     return {name: score_documents(setup.model, parts[name], **sizes).nll for name in sorted(parts)}
