@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,8 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
         set_top_k(model, config.top_k)
     exclude(model, left_out)
     tokenizer = load_tokenizer(runnable.tokenizer)
-    ids = tokenizer(config.prompt, return_tensors="pt")["input_ids"]
+    ids = tokenizer(config.prompt, return_tensors="pt", verbose=False)["input_ids"]
+    _warn_of_length(ids.shape[1] + config.max_new_tokens, runnable.weights.dense_config, reporter)
     shares = _Shares(len(routed_layers(model)))
     new = _continue(config, model, tokenizer, ids.to(device), shares)
     totals = shares.mean(runnable.experts)
@@ -135,6 +136,12 @@ def _refuse_bad_settings(config: GenerateConfig) -> None:
     if not config.prompt:
         raise UsageError("--prompt: it is empty", hint='for example --prompt "def main("')
     refuse_out_of_range(config, above_zero=("max_new_tokens", "top_k", "threads"), from_zero=("temperature",))
+
+
+def _warn_of_length(tokens: int, dense_config: Mapping[str, Any], reporter: Reporter) -> None:
+    longest = dense_config.get("max_position_embeddings")
+    if longest is not None and tokens > longest:
+        reporter.warn(f"prompt and continuation may have {tokens} tokens; the model is made for {longest}")
 
 
 class _Shares:
@@ -163,7 +170,9 @@ def _continue(config: GenerateConfig, model: Any, tokenizer: Any, ids: Tensor, s
     from flexctl.model.routed import observing
 
     torch.manual_seed(config.seed)
-    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
     with torch.no_grad(), observing(model, shares):
         out = model.generate(
             ids,
@@ -180,7 +189,9 @@ def _texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     texts, so_far = [], ""
     for end in range(1, len(tokens) + 1):
         longer = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        added = "" if longer.endswith("\ufffd") else longer[len(so_far) :]
-        so_far = so_far if longer.endswith("\ufffd") else longer
-        texts.append(added)
+        if longer.endswith("\ufffd") and end < len(tokens):
+            texts.append("")
+            continue
+        texts.append(longer[len(so_far) :])
+        so_far = longer
     return texts
