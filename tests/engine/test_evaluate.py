@@ -196,11 +196,16 @@ def test_config_without_optional_fields(tmp_path: Path, checkpoint: Path, texts:
 
 
 def test_nothing_is_said_or_written(
-    tmp_path: Path, merged: Path, texts: Any, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    merged: Path,
+    texts: Any,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     capfd.readouterr()
     score(merged, texts)
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
     assert list(tmp_path.iterdir()) == []
 
 

@@ -122,12 +122,18 @@ def test_annealing_trains_the_source_on_the_public_text(anchor: Path, checkpoint
 
 
 def test_annealing_keeps_the_dtype_and_stays_silent(
-    tmp_path: Path, texts: Any, sharded: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    texts: Any,
+    sharded: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     capfd.readouterr()
+    caplog.clear()
     settings = {"anneal_tokens": 600, "seq_len": 32, "batch_tokens": 128, "lr": 1e-3}
     result = make(texts, tmp_path / "anchor", source=str(sharded), **settings)
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
     assert result.tokens == 640
     assert result.loss is not None
     state = state_of(tmp_path / "anchor")

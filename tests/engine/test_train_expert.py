@@ -425,11 +425,16 @@ def test_frozen_tensors_that_moved_are_noticed(
 
 
 def test_training_says_nothing_without_a_reporter(
-    tmp_path: Path, anchor: Path, texts: Any, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    anchor: Path,
+    texts: Any,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     capfd.readouterr()
     train(anchor, texts.code, tmp_path / "x.st")
     assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 @pytest.mark.gpu
