@@ -24,9 +24,7 @@ Source = Annotated[
 ]
 Experts = Annotated[
     list[Path] | None,
-    Argument(
-        metavar="EXPERT", help="Expert files (.st), or hf://OWNER/NAME; the first may be a merged model."
-    ),
+    Argument(metavar="EXPERT", help="Expert files (.st), or hf://OWNER/NAME; the first may be a merged model."),
 ]
 Names = Annotated[list[str], Argument(metavar="NAME", help="Names of the experts to remove.")]
 OneName = Annotated[str, Argument(metavar="NAME", help="Name of the expert to replace.")]

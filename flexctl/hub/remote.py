@@ -156,6 +156,8 @@ def _read(remote: Remote, name: str, stop: int) -> bytes:
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
     wanted = min(stop, remote.sizes[name])
+    if not wanted:
+        return b""
     url = hf_hub_url(remote.address.repository, name, revision=remote.commit)
     # Without compression, as a part of a compressed stream is of no use.
     headers = {**build_hf_headers(), "Range": f"bytes=0-{wanted - 1}", "Accept-Encoding": "identity"}

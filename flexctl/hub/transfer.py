@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
     if folder is None:
         names = [address.file] if address.file else sorted(remote.sizes)
         total = sum(remote.sizes[name] for name in names)
-        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address):
+        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), _no_bars():
             count = _Count(progress)
             folder = Path(
                 snapshot_download(
@@ -118,7 +119,7 @@ def send(
         raise UsageError(f"{repository}: is public; --private asks for a private repository")
     additions = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
     total = sum(addition.upload_info.size for addition in additions)
-    with reporter.progress(f"sending to {repository}", total, "bytes") as progress, explained(address):
+    with reporter.progress(f"sending to {repository}", total, "bytes") as progress, explained(address), _no_bars():
         for addition in additions:
             size = addition.upload_info.size
             api.preupload_lfs_files(repository, [addition], revision=address.revision, free_memory=False)
@@ -148,13 +149,28 @@ def fetch_checkpoint(repository: str) -> Path:
 
     try:
         address = parse(repository)
-        with explained(address):
+        with explained(address), _no_bars():
             return Path(snapshot_download(address.repository, allow_patterns=list(_CHECKPOINT_FILES)))
     except UsageError as error:
         raise UsageError(
             f"SOURCE: {repository!r} is neither a directory nor a repository on the Hub that is open to you",
             hint="give a local checkpoint directory, or owner/name",
         ) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep huggingface_hub from drawing its own progress."""
+    from huggingface_hub import utils
+
+    shown = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    if shown:
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if shown:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 class _Count:
