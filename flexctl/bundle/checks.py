@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def check_bundle(
         anchor: The anchor that it must have been made of; None leaves that open.
         absent: Names that a merged model must not have, each with the expert's own file where it is at hand.
         today: The day that rights are compared with; None takes expired ones.
-        advance: Told the bytes hashed.
+        advance: Told the bytes hashed, by one thread at a time.
 
     Returns:
         The digest, None if the bundle cannot be opened, and the checks in the order in which they were made.
@@ -69,11 +70,17 @@ def check_bundle(
         bundle = open_bundle(path)
     except BundleError as error:
         return None, [Check(name="structure", ok=False, detail=error.message)]
+    lock = threading.Lock()
+
+    def advance_alone(count: int) -> None:
+        with lock:
+            advance(count)
+
     if absent and not isinstance(bundle, Merged):
         raise UsageError(f"--absent: {path} is no merged model but an {bundle.manifest.kind}")
     checks = [
         Check(name="structure", ok=True, detail=f"{bundle.manifest.kind}: manifest, digest and headers agree"),
-        _check("tensors", _tensor_problems(bundle, advance), f"{len(bundle.manifest.tensors)} have their hash"),
+        _check("tensors", _tensor_problems(bundle, advance_alone), f"{len(bundle.manifest.tensors)} have their hash"),
     ]
     if isinstance(bundle, Merged):
         checks += _merged_checks(bundle, anchor, today)

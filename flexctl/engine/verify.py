@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,19 +68,13 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
         raise UsageError(f"{path}: no such file or directory")
     files = list(path.iterdir()) if path.is_dir() else [path]
     total = sum(file.stat().st_size for file in files if file.is_file())
-    lock = threading.Lock()
     with reporter.progress("hashing", total, "bytes") as progress:
-
-        def advance(count: int) -> None:
-            with lock:
-                progress.advance(count)
-
         digest, checks = check_bundle(
             path,
             anchor=_anchor(config),
             absent=dict(map(_absent, config.absent)),
             today=None if config.allow_expired else today or datetime.date.today(),
-            advance=advance,
+            advance=progress.advance,
         )
     return VerifyResult(
         path=path,

@@ -9,8 +9,8 @@ it fetched in its cache.
 from __future__ import annotations
 
 from flexctl.hub.address import Address, is_remote, parse
-from flexctl.hub.remote import IGNORED, Remote, find, look, manifest_of
-from flexctl.hub.transfer import fetch, fetch_checkpoint, localise, send
+from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
+from flexctl.hub.transfer import fetch, fetch_checkpoint, localise, prepare, send
 
 __all__ = [
     "IGNORED",
@@ -18,11 +18,11 @@ __all__ = [
     "Remote",
     "fetch",
     "fetch_checkpoint",
-    "find",
     "is_remote",
     "localise",
     "look",
     "manifest_of",
     "parse",
+    "prepare",
     "send",
 ]

@@ -18,7 +18,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.hub.address import Address
 from flexctl.hub.refusals import explained
 
-__all__ = ["IGNORED", "Remote", "find", "look", "manifest_of"]
+__all__ = ["IGNORED", "Remote", "look", "manifest_of"]
 
 IGNORED = (".gitattributes", "run.json")
 """Files beside a bundle that are neither sent nor brought back: the Hub's own, and one machine's."""
@@ -87,22 +87,6 @@ def look(address: Address) -> Remote:
             return Remote(address=address, commit=folder.name, sizes=sizes, folder=folder)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     return Remote(address=address, commit=str(info.sha), sizes=sizes)
-
-
-def find(address: Address) -> Remote | None:
-    """Return what a repository holds; None where there is no such repository or revision yet.
-
-    Raises:
-        FlexctlError: The Hub cannot be reached, or refuses.
-    """
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return look(address)
-    except UsageError as error:
-        if isinstance(error.__cause__, (RepositoryNotFoundError, RevisionNotFoundError)):
-            return None
-        raise
 
 
 def manifest_of(remote: Remote) -> Manifest:

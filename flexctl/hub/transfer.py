@@ -14,8 +14,9 @@ from flexctl.hub.refusals import explained
 from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
 from flexctl.runtime import SILENT, Progress, Reporter
 
-__all__ = ["fetch", "fetch_checkpoint", "localise", "send"]
+__all__ = ["fetch", "fetch_checkpoint", "localise", "prepare", "send"]
 
+_ALONE_BYTES = 100_000
 _CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -78,24 +79,46 @@ def localise(path: Path, reporter: Reporter = SILENT) -> Path:
     return fetch(remote, reporter)
 
 
-def send(
-    address: Address,
-    files: Mapping[str, Path | bytes],
-    *,
-    head: Remote | None,
-    private: bool,
-    message: str,
-    reporter: Reporter = SILENT,
-) -> str:
-    """Make a repository hold these files and no others, in one commit after everything is up.
+def prepare(address: Address, *, private: bool) -> Remote:
+    """Return the branch to send to, after making it, and its repository, where they are not there yet.
+
+    Args:
+        address: Repository and branch.
+        private: Make a new repository private; refuse a public one.
+
+    Raises:
+        UsageError: It shall be private and is public.
+        FlexctlError: The Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    api, repository = HfApi(), address.repository
+    try:
+        head = look(address)
+    except UsageError as error:
+        if not isinstance(error.__cause__, (RepositoryNotFoundError, RevisionNotFoundError)):
+            raise
+        with explained(address):
+            api.create_repo(repository, private=private or None, exist_ok=True)
+            if address.revision:
+                api.create_branch(repository, branch=address.revision, exist_ok=True)
+        head = look(address)
+    with explained(address):
+        is_public = private and not api.model_info(repository).private
+    if is_public:
+        raise UsageError(f"{repository}: is public; --private asks for a private repository")
+    return head
+
+
+def send(head: Remote, files: Mapping[str, Path | bytes], *, message: str, reporter: Reporter = SILENT) -> str:
+    """Make a branch hold these files and no others, in one commit after everything is up.
 
     What was uploaded before an interruption is not sent again.
 
     Args:
-        address: Repository and branch.
+        head: What ``prepare`` returned.
         files: Name there -> what to send.
-        head: What the branch holds now; None where there is no repository or no such branch.
-        private: Make a new repository private; refuse a public one.
         message: Of the commit.
         reporter: Where progress goes.
 
@@ -103,35 +126,33 @@ def send(
         The commit.
 
     Raises:
-        UsageError: It shall be private and is public.
         FlexctlError: The Hub cannot be reached, or refuses, or the branch has moved meanwhile.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api, repository = HfApi(), address.repository
-    with explained(address):
-        if head is None:
-            api.create_repo(repository, private=private or None, exist_ok=True)
-            if address.revision:
-                api.create_branch(repository, branch=address.revision, exist_ok=True)
-        is_public = private and not api.model_info(repository).private
-    if is_public:
-        raise UsageError(f"{repository}: is public; --private asks for a private repository")
+    api, address = HfApi(), head.address
     additions = [CommitOperationAdd(name, str(f) if isinstance(f, Path) else f) for name, f in files.items()]
-    total = sum(addition.upload_info.size for addition in additions)
-    with reporter.progress(f"sending to {repository}", total, "bytes") as progress, explained(address), _no_bars():
-        for addition in additions:
-            size = addition.upload_info.size
-            api.preupload_lfs_files(repository, [addition], revision=address.revision, free_memory=False)
-            progress.advance(size)
-        stale = set(head.sizes if head else ()) - set(files) - set(IGNORED)
+    sizes = [addition.upload_info.size for addition in additions]
+    with (
+        reporter.progress(f"sending to {address.repository}", sum(sizes), "bytes") as progress,
+        explained(address),
+        _no_bars(),
+    ):
+        count = _Count(progress)
+        for addition, size in zip(additions, sizes, strict=True):
+            # One by one, so that progress is known; the small ones go with the commit and cost no requests.
+            if size >= _ALONE_BYTES:
+                api.preupload_lfs_files(address.repository, [addition], revision=address.revision, free_memory=False)
+                count.advance(size)
+        stale = set(head.sizes) - set(files) - set(IGNORED)
         commit = api.create_commit(
-            repository,
+            address.repository,
             [*additions, *(CommitOperationDelete(name) for name in sorted(stale))],
             commit_message=message,
             revision=address.revision,
-            parent_commit=head.commit if head else None,
+            parent_commit=head.commit,
         )
+        count.advance(sum(sizes) - count.done)
     return str(commit.oid)
 
 

@@ -291,7 +291,8 @@ class Handler(BaseHTTPRequestHandler):
         if not name.startswith("acme/"):
             self.refuse(403, f"You don't have the rights to create a model under {name.split('/')[0]}")
         elif name in self.server.repositories:
-            self.refuse(409, "You already created this model repo")
+            url = f"{self.server.endpoint}/{name}"
+            self.json({"error": "You already created this model repo", "url": url}, 409)
         else:
             self.server.make(name, {}, private=asked.get("visibility") == "private" or bool(asked.get("private")))
             self.json({"url": f"{self.server.endpoint}/{name}", "name": name})

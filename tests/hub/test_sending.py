@@ -114,9 +114,13 @@ def test_what_does_not_verify_is_not_sent(hub: Hub, world: World, terminal: Term
     file.write_bytes(data)
     assert "model-expert-law.safetensors" in terminal.error("push", folder, "acme/merged", code=3)
     make_expert(Path("old.st"), world.anchor, "old", expires="2020-01-01")
-    assert "which is past" in terminal.error("push", "old.st", "acme/old", code=3)
+    message = terminal.error("push", "old.st", "acme/old", code=3)
+    assert "which is past" in message
+    assert "--allow-expired" in message
     assert hub.requests == []
     terminal.json("push", "old.st", "acme/old", "--allow-expired")
+    assert "--allow-expired" in terminal.error("pull", "acme/old", code=3)
+    terminal.json("pull", "acme/old", "--allow-expired")
     assert terminal.error("push", "nothing", "acme/old", code=2)
 
 
@@ -142,6 +146,15 @@ def test_a_branch_and_a_message(hub: Hub, world: World, terminal: Terminal) -> N
     assert "no such revision" in terminal.error("pull", "acme/law", "--revision", "v3", code=2)
     assert "names another" in terminal.error("pull", "hf://acme/law@v2", "--revision", "v3", code=2)
     assert "a branch is --revision" in terminal.error("push", law, "hf://acme/law@v2", code=2)
+
+
+def test_a_new_branch_holds_nothing_of_the_one_it_starts_from(hub: Hub, world: World, terminal: Terminal) -> None:
+    terminal.json("push", world.root / "merged", "acme/merged")
+    _, err = terminal.text("push", world.root / "without-law", "acme/merged", "--revision", "v2")
+    assert "history still holds law" in err
+    repository = hub.repositories["acme/merged"]
+    assert "model-expert-law.safetensors" in repository.head("main")
+    assert "model-expert-law.safetensors" not in repository.head("v2")
 
 
 def test_a_second_push_replaces_the_first(hub: Hub, world: World, terminal: Terminal) -> None:
