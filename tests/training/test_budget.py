@@ -8,7 +8,7 @@ from flexctl.training.budget import Budget, resolve_budget, warmup_steps
 
 
 def resolve(**settings: Any) -> Budget:
-    open_settings = {name: None for name in ("max_tokens", "seq_len", "batch_tokens", "micro_batch", "lr")}
+    open_settings = dict.fromkeys(("max_tokens", "seq_len", "batch_tokens", "micro_batch", "lr"))
     sizes = {"available_tokens": 1_000_000, "hidden_size": 192, "max_position_embeddings": 256}
     return resolve_budget(**{"epochs": 1.0, "public_mix": 0.0, **open_settings, **sizes, **settings})
 
