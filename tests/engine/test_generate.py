@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -16,6 +17,7 @@ from flexctl.engine.generate import GenerateConfig, GenerateResult, generate
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.errors import FlexctlError
 from flexctl.model.building import load_tokenizer
+from flexctl.model.routed import observing
 from flexctl.runtime import SilentReporter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
@@ -67,6 +69,22 @@ def test_who_answered_adds_up(merged: Path) -> None:
         assert share == pytest.approx(mean, abs=1e-9)
     assert run(merged).pieces == []
     assert run(merged).experts == result.experts
+
+
+@torch.no_grad()
+def test_shares_are_those_of_the_position_that_chose_the_token(merged: Path) -> None:
+    result = run(merged, explain=True, max_new_tokens=3)
+    tokenizer = load_tokenizer(merged)
+    ids = tokenizer(PROMPT + result.text, return_tensors="pt")["input_ids"]
+    start = len(tokenizer(PROMPT)["input_ids"])
+    found: list[torch.Tensor] = []
+    model = tiny.build(open_merged(merged).weights())
+    with observing(model, lambda _layer, _inputs, kept, _outputs: found.append(kept / kept.sum(dim=1, keepdim=True))):
+        model(ids)
+    mean = torch.stack(found).mean(dim=0)
+    assert ids.shape[1] == start + result.tokens
+    for i, piece in enumerate(result.pieces):
+        assert list(piece.shares.values()) == pytest.approx(mean[start - 1 + i].tolist(), abs=1e-4)
 
 
 def test_expert_has_a_larger_share_in_its_own_text(merged: Path) -> None:
