@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexctl.cli.text import amount, cell, number, paint, pairs, printable, table
+from flexctl.cli.text import amount, cell, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
@@ -170,7 +170,7 @@ def _inspect(result: InspectResult) -> list[str]:
 
 
 def _verify(result: VerifyResult) -> list[str]:
-    rows = [["ok" if check["ok"] else "FAILED", check["name"], check["detail"]] for check in result.checks]
+    rows = [["ok" if check["ok"] else "FAILED", check["name"], local(check["detail"])] for check in result.checks]
     digest = f", {result.digest}" if result.digest else ""
     return [*table(["", "", ""], rows)[1:], "", f"{cell(result.path)}: {'ok' if result.ok else 'FAILED'}{digest}"]
 
