@@ -54,7 +54,7 @@ class TrainExpertConfig:
         output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
         router: Kind of router row (discriminant, hidden, encoder), or a file with router rows.
         encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
-        max_tokens: At most this many of the owner's tokens.
+        max_tokens: Stop after this many of the owner's tokens, to the nearest step.
         max_steps: At most this many optimiser steps.
         epochs: Passes over the owner's text.
         lr: Peak learning rate; None scales with the model's width.
