@@ -50,7 +50,7 @@ def embed_rows(
     Raises:
         UsageError: The kind is unknown, or the encoder is missing or cannot be loaded.
 
-    Source: method.md section 3.
+    Source: docs/how-it-works.md, section 4.
     """
     check_kind(kind, encoder)
     domain = Domain.from_documents(measure_documents(model, frame(own)), space)
@@ -89,7 +89,7 @@ def encoder_direction(own: Tensor, public: Tensor, public_inputs: Tensor) -> Ten
         public: Embeddings of public passages, (P, E).
         public_inputs: Mean router inputs of the same public passages, (P, L, H).
 
-    Source: method.md section 3; ridge regression of inputs on embeddings, both centred.
+    Source: docs/how-it-works.md, section 4; ridge regression of inputs on embeddings, both centred.
     """
     centred = public - public.mean(dim=0)
     gram = centred.T @ centred + RIDGE * torch.eye(public.shape[1], dtype=torch.float64)

@@ -48,7 +48,7 @@ __all__ = ["DEFAULT_TOP_K", "Composition", "LowRank", "Part", "Piece", "compose_
 _SPDX = re.compile(r"[A-Za-z0-9.+-]+")
 
 DEFAULT_TOP_K = 4
-"""num_experts_per_tok unless told otherwise. Source: FlexOlmo table 8, method.md section 5."""
+"""num_experts_per_tok unless told otherwise. Source: FlexOlmo table 8, docs/how-it-works.md, section 6."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ class AnchorManifest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertManifest:
-    """The manifest inside an expert's file; field by field as design.md section 4 has it."""
+    """The manifest inside an expert's file; field by field as docs/format.md has it."""
 
     schema_version: int = SCHEMA_VERSION
     kind: str = "expert"

@@ -102,7 +102,7 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateResult:
-    """Score a bundle on test texts by the rule of design.md section 6.
+    """Score a bundle on test texts by the rule of docs/how-it-works.md, section 7.
 
     Args:
         config: Which bundle, which texts, what to leave out.

@@ -84,7 +84,7 @@ class InitAnchorResult:
         tokens: Training tokens; 0 when the source was taken as it is.
         loss: Mean training loss over the last steps, nats a token; None when nothing was trained.
         constant_std: Standard deviation of u . x on public text in each layer; its mean is 1. Where it is small the
-            router bias holds for every token; where it is not, rows are scaled down (method.md section 4).
+            router bias holds for every token; where it is not, rows are scaled down (docs/how-it-works.md, section 5).
         sample_tokens: Tokens in the public sample.
     """
 

@@ -78,7 +78,7 @@ class Score:
 
 
 def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, seq_len: int, batch_tokens: int) -> Score:
-    """Return the score of ``model`` on framed documents by the rule of design.md section 6.
+    """Return the score of ``model`` on framed documents by the rule of docs/how-it-works.md, section 7.
 
     Windows of ``seq_len`` do not overlap; window j feeds t[jS : jS+S] and is scored on t[jS+1 : jS+S+1]. Windows of
     like length go through the model together, ``batch_tokens`` at a time; memory holds one batch.

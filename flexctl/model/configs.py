@@ -18,7 +18,7 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the finished config of the mixture-of-experts class for a dense anchor.
 
     The dense config goes through its own Transformers class first, so that absent keys take the dense class's
-    defaults rather than the mixture's, which differ (method.md section 6). Expert counts are those of the anchor
+    defaults rather than the mixture's, which differ. Expert counts are those of the anchor
     alone: merge sets them.
 
     Raises:

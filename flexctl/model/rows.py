@@ -69,7 +69,7 @@ class Rows:
 def direction(kind: str, space: RouterSpace, mean: Tensor) -> Tensor:
     """Return the direction d of the kinds that need router inputs alone, (L, H), float64.
 
-    ``discriminant``: S^-1 (m_i - m). ``hidden``: m_i - m. Source: method.md section 3.
+    ``discriminant``: S^-1 (m_i - m). ``hidden``: m_i - m. Source: docs/how-it-works.md, section 4.
     """
     shift = mean.double() - space.mean.double()
     return space.solve(shift) if kind == "discriminant" else shift
@@ -87,7 +87,7 @@ def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
         domain: The owner's mean router inputs.
         directions: d, (L, H), float64.
 
-    Source: method.md sections 3 and 4; the sample correction is that of a squared Mahalanobis distance.
+    Source: docs/how-it-works.md, sections 4 and 5; the sample correction is that of a squared Mahalanobis distance.
     """
     shift = domain.mean.double() - space.mean.double()
     along = (shift * directions).sum(dim=1)

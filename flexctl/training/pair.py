@@ -36,8 +36,8 @@ class Pair:
         tether: Weight of the mean squared change of the rows' logits on public text; None freezes the rows.
         public_match: Weight of the expert's relative squared distance from the public expert's output on public text.
 
-    Source: FlexOlmo section 3.3 for the pair; method.md sections 2 and 4 for the tether and the bias; the match is
-    ours (docs/how-it-works.md, section 2).
+    Source: FlexOlmo section 3.3 for the pair; tether, match and the bias inside the row are ours
+    (docs/how-it-works.md, sections 2 and 5).
     """
 
     def __init__(

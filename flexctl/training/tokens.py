@@ -35,7 +35,7 @@ class Framed:
 
 
 def frame_documents(tokenizer: Any, documents: Iterable[str]) -> Iterator[Framed]:
-    """Yield each document framed as design.md section 6 says.
+    """Yield each document framed as docs/how-it-works.md, section 7, says.
 
     Args:
         tokenizer: A Transformers tokenizer.
