@@ -17,7 +17,10 @@ from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
 
-__all__ = ["check_kind", "embed_rows", "encoder_direction", "encoder_name"]
+__all__ = ["PASSAGES", "check_kind", "embed_rows", "encoder_direction", "encoder_name"]
+
+PASSAGES = 512
+"""Passages of an owner that rows are made from, at most."""
 
 RIDGE = 1.0
 """Ridge penalty of the map from embeddings to router inputs, in units of documents; embeddings have length 1."""

@@ -13,6 +13,7 @@ from flexctl.bundle.names import PUBLIC
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.weights import Weights
 from flexctl.errors import UsageError
+from flexctl.runtime import Reporter
 
 __all__ = ["Runnable", "open_runnable"]
 
@@ -50,6 +51,19 @@ class Runnable:
             if name not in self.experts:
                 raise UsageError(f"--without: {name!r} is not in {self.path}, which holds {', '.join(self.experts)}")
         return sorted({self.experts.index(name) for name in without})
+
+    def active(self, top_k: int | None, left_out: int, reporter: Reporter) -> int:
+        """Return how many experts run on each token.
+
+        Args:
+            top_k: As asked for; None is the bundle's own number.
+            left_out: Experts that are left out.
+            reporter: Warned when there are fewer than were asked for.
+        """
+        most = len(self.experts) - left_out
+        if top_k is not None and top_k > most:
+            reporter.warn(f"--top-k: {top_k} is more than the {most} experts there are; using {most}")
+        return min(top_k or self.weights.num_experts_per_tok, most)
 
 
 def open_runnable(path: Path, anchor: Path) -> Runnable:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbedRouterConfig", "EmbedRouterResult", "embed_router"]
 
-_PASSAGES = 512
 _CLOSE = 0.5
 _WEAK = 0.6
 
@@ -216,7 +215,7 @@ def _expert_of(path: Path, anchor: Anchor) -> Expert:
 def _measure(
     config: EmbedRouterConfig, anchor: Anchor, others: Sequence[Expert], reporter: Reporter
 ) -> tuple[Rows, int, list[LayerReport]]:
-    from flexctl.embedding import embed_rows
+    from flexctl.embedding import PASSAGES, embed_rows
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.space import RouterSpace
     from flexctl.model.tensors import to_torch
@@ -230,11 +229,10 @@ def _measure(
     frame = partial(frame_passages, tokenizer)
     model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
     space = RouterSpace.from_tensors(anchor.router_space())
-    kept = {name: to_torch(raw).numpy() for name, raw in anchor.public_sample().items()}
-    sample = PublicSample.from_arrays(kept["tokens"], kept["offsets"])
+    sample = PublicSample.from_tensors(anchor.public_sample())
     reporter.note(f"measuring router inputs for {config.router} rows")
-    own = sample_passages(read_documents(config.data), 2 * _PASSAGES, config.seed)
-    public = sample_passages(sample.texts(tokenizer), 2 * _PASSAGES, config.seed)
+    own = sample_passages(read_documents(config.data), 2 * PASSAGES, config.seed)
+    public = sample_passages(sample.texts(tokenizer), 2 * PASSAGES, config.seed)
     if len(own) < 4:
         raise UsageError(f"--data: {len(own)} passages are too few for router rows", hint="give more text")
     half = len(own) // 2

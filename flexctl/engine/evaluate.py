@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import workspace
 from flexctl.bundle.runnable import open_runnable
-from flexctl.bundle.weights import Weights
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.families import family_of
@@ -124,7 +123,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     runnable = open_runnable(config.bundle or place.merged, config.anchor or place.anchor)
     names = runnable.experts
     left_out = runnable.indices(config.without)
-    top_k = _top_k(config.top_k, runnable.weights, len(left_out), reporter)
+    top_k = runnable.active(config.top_k, len(left_out), reporter)
     set_threads(config.threads)
     device = pick_device(config.device)
     model = build_model(runnable.weights, device=device, dtype=pick_dtype(config.dtype, device))
@@ -165,13 +164,6 @@ def _domains(data: Sequence[str]) -> dict[str, Path]:
     if not domains:
         raise UsageError("--data: nothing to evaluate on", hint="add --data NAME=PATH")
     return domains
-
-
-def _top_k(asked: int | None, weights: Weights, left_out: int, reporter: Reporter) -> int:
-    most = len(weights.experts) - left_out
-    if asked is not None and asked > most:
-        reporter.warn(f"--top-k: {asked} is more than the {most} experts there are; using {most}")
-    return min(asked or weights.num_experts_per_tok, most)
 
 
 def _score(

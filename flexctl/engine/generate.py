@@ -105,10 +105,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
     set_threads(config.threads)
     device = pick_device(config.device)
     model = build_model(runnable.weights, device=device, dtype=pick_dtype(config.dtype, device))
-    if config.top_k is not None:
-        if config.top_k > len(runnable.experts) - len(left_out):
-            reporter.warn(f"--top-k: {config.top_k} is more than the experts there are; using all of them")
-        set_top_k(model, config.top_k)
+    set_top_k(model, runnable.active(config.top_k, len(left_out), reporter))
     exclude(model, left_out)
     tokenizer = load_tokenizer(runnable.tokenizer)
     ids = tokenizer(config.prompt, return_tensors="pt", verbose=False)["input_ids"]

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 
-_ROUTER_PASSAGES = 512
 _PUBLIC_HELD_OUT_EVERY = 20
 _SCORE_BATCH_TOKENS = 8192
 
@@ -337,16 +336,15 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
 
 
 def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) -> PublicSample:
-    from flexctl.model.tensors import to_torch
     from flexctl.training.documents import read_documents
     from flexctl.training.sample import PublicSample, draw_sample
     from flexctl.training.tokens import frame_documents
 
-    kept = {name: to_torch(raw).numpy() for name, raw in anchor.public_sample().items()}
+    kept = anchor.public_sample()
     if config.public is None:
-        return PublicSample.from_arrays(kept["tokens"], kept["offsets"])
+        return PublicSample.from_tensors(kept)
     documents = frame_documents(tokenizer, read_documents([config.public]))
-    return draw_sample(documents, len(kept["tokens"]), config.seed)
+    return draw_sample(documents, kept["tokens"].shape[0], config.seed)
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path) -> None:
@@ -387,7 +385,7 @@ def _start_rows(
     public: PublicSample,
     tokenizer: Any,
 ) -> tuple[Tensor, RouterInfo]:
-    from flexctl.embedding import embed_rows, encoder_name
+    from flexctl.embedding import PASSAGES, embed_rows, encoder_name
     from flexctl.model.tensors import to_torch
     from flexctl.training.documents import sample_passages
     from flexctl.training.tokens import frame_passages
@@ -395,8 +393,8 @@ def _start_rows(
     if _names_a_file(config.router):
         given = open_router_file(Path(config.router), anchor)
         return to_torch(given.rows), given.info
-    own = sample_passages(corpus.documents(), _ROUTER_PASSAGES, config.seed)
-    theirs = sample_passages(public.texts(tokenizer), _ROUTER_PASSAGES, config.seed)
+    own = sample_passages(corpus.documents(), PASSAGES, config.seed)
+    theirs = sample_passages(public.texts(tokenizer), PASSAGES, config.seed)
     rows = embed_rows(config.router, model, space, own, theirs, partial(frame_passages, tokenizer), config.encoder)
     info = RouterInfo(
         kind=config.router,

@@ -90,7 +90,7 @@ class RoutedFeedForward(nn.Module):
         return outputs.reshape(hidden_states.shape)
 
     def _mix(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
-        everyone = self.top_k >= len(self.experts)
+        everyone = self.top_k >= len(self.experts) - len(self.excluded)
         outputs = torch.zeros_like(inputs)
         for index, expert in enumerate(self.experts):
             if index in self.excluded:

@@ -98,7 +98,7 @@ def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
     bias = -(shift * free).sum(dim=1).clamp(min=0) / 2
     constant = space.constant()
     coefficient = bias - (free * space.mean.double()).sum(dim=1)
-    noise = coefficient.abs() * space.constant_spread()
+    noise = coefficient.abs() * space.spread_bound()
     keep = (MAX_NOISE / noise.clamp(min=MAX_NOISE))[:, None]
     rows = keep * (free + coefficient[:, None] * constant)
     return Rows(

@@ -109,7 +109,7 @@ class RouterSpace:
         solved = self.solve(self.mean)
         return solved / (self.mean.double() * solved).sum(dim=1, keepdim=True)
 
-    def constant_spread(self) -> Tensor:
+    def spread_bound(self) -> Tensor:
         """Return the standard deviation of u . x that S implies, (L,), float64; shrinkage makes it an upper bound."""
         return self.quadratic(self.constant()).sqrt()
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.training.tokens import Framed, TokenStream, joined
 
 __all__ = ["PublicSample", "draw_sample"]
@@ -31,10 +32,11 @@ class PublicSample:
         self.documents = documents
 
     @classmethod
-    def from_arrays(cls, tokens: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> PublicSample:
-        """Return the sample kept as ``tokens`` and ``offsets``; document sizes in bytes are not kept and read 0."""
-        wide = tokens.astype(np.int64)
-        return cls([Framed(tokens=part, num_bytes=0) for part in np.split(wide, offsets[1:-1])])
+    def from_tensors(cls, tensors: Mapping[str, RawBytes]) -> PublicSample:
+        """Return the sample in an anchor's file; document sizes in bytes are not kept and read 0."""
+        tokens, offsets = (to_torch(tensors[name]).numpy() for name in ("tokens", "offsets"))
+        parts = np.split(tokens.astype(np.int64), offsets[1:-1])
+        return cls([Framed(tokens=part, num_bytes=0) for part in parts])
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of ``public-sample.safetensors``."""

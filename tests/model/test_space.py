@@ -100,7 +100,7 @@ def test_constant_direction_has_mean_one_and_the_least_spread(seed: int) -> None
     torch.testing.assert_close(direct.mean(dim=1), torch.ones(2, dtype=torch.float64), rtol=1e-5, atol=1e-5)
     spread = constant_spread(space, statistics)
     torch.testing.assert_close(spread, direct.std(dim=1, correction=0), rtol=1e-4, atol=1e-6)
-    assert (space.constant_spread() >= spread).all()
+    assert (space.spread_bound() >= spread).all()
     other = space.mean.double() / space.mean.double().square().sum(dim=1, keepdim=True)
     assert (space.quadratic(other) >= space.quadratic(constant) * (1 - 1e-9)).all()
 

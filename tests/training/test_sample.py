@@ -11,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexctl.bundle import RawTensor
+from flexctl.model.tensors import to_bytes
 from flexctl.training.sample import PublicSample, draw_sample
 from flexctl.training.tokens import Framed, frame_documents
 
@@ -58,7 +60,7 @@ def test_sample_survives_its_tensors(count: int) -> None:
     assert tensors["tokens"].dtype == torch.int32
     assert tensors["offsets"].dtype == torch.int64
     assert len(tensors["offsets"]) == count + 1
-    again = PublicSample.from_arrays(tensors["tokens"].numpy(), tensors["offsets"].numpy())
+    again = PublicSample.from_tensors({name: RawTensor(*to_bytes(tensor)) for name, tensor in tensors.items()})
     assert [d.tokens.tolist() for d in again.documents] == [d.tokens.tolist() for d in sample.documents]
 
 
