@@ -287,6 +287,7 @@ def generate(
     prompt: o.Prompt = None,
     without: o.Without = None,
     explain: o.Explain = None,
+    chat: o.Chat = None,
     anchor: o.Anchor = None,
     max_new_tokens: o.MaxNewTokens = None,
     temperature: o.Temperature = None,

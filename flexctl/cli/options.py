@@ -174,6 +174,9 @@ Absent = Annotated[
 ]
 Prompt = Annotated[str | None, Option("--prompt", metavar="TEXT", help="The text to continue.")]
 Explain = Annotated[bool | None, Option("--explain", help="Show which expert answered, piece by piece.")]
+Chat = Annotated[
+    bool | None, Option("--chat", help="Put the prompt as a user's message, in the model's chat template.")
+]
 MaxNewTokens = Annotated[str | None, Option("--max-new-tokens", metavar="N", help="Length of the answer.")]
 Temperature = Annotated[
     str | None,

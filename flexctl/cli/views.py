@@ -225,17 +225,18 @@ def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
     names = list(result.experts)
     codes = dict(zip([name for name in names if name != "public"], itertools.cycle(_COLOURS), strict=False))
     shares = table(["expert", "share"], result.experts.items())
+    prompt = printable(result.prompt) + ("\n\n" if result.chat else "")
     if not result.pieces:
-        return [printable(result.prompt + result.text)]
+        return [prompt + printable(result.text)]
     if colour:
         legend = [
             paint(line, codes[name]) if name in codes else line for name, line in zip(names, shares[1:], strict=True)
         ]
         pieces = [(printable(piece.text), _leading(piece.shares)) for piece in result.pieces]
         text = "".join(paint(text, codes[name]) if name in codes else text for text, name in pieces)
-        return [printable(result.prompt) + text, "", shares[0], *legend]
+        return [prompt + text, "", shares[0], *legend]
     rows = [[repr(piece.text), _leading(piece.shares), *map(piece.shares.get, names)] for piece in result.pieces]
-    return [printable(result.prompt + result.text), "", *table(["piece", "leading", *names], rows), "", *shares]
+    return [prompt + printable(result.text), "", *table(["piece", "leading", *names], rows), "", *shares]
 
 
 def _demo(result: DemoResult) -> list[str]:

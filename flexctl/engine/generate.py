@@ -28,6 +28,7 @@ class GenerateConfig:
         bundle: Anchor, expert or merged model; None is the workspace's merged model.
         without: Experts to leave out, as a mask at run time.
         explain: Also say which expert had what share in each new token.
+        chat: Put the prompt to the model as a user's message, in the chat template of its tokenizer.
         anchor: Anchor directory for an expert; None is the workspace's.
         max_new_tokens: Most tokens to generate.
         temperature: 0 takes the likeliest token each time; above 0 samples.
@@ -42,6 +43,7 @@ class GenerateConfig:
     bundle: Path | None = None
     without: tuple[str, ...] = ()
     explain: bool = False
+    chat: bool = False
     anchor: Path | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -65,6 +67,7 @@ class GenerateResult:
     """What ``generate`` wrote.
 
     Attributes:
+        prompt: As it was given, without a chat template around it.
         text: The continuation without the prompt.
         tokens: New tokens.
         experts: Expert -> share of the kept probability, mean over new tokens and layers.
@@ -78,6 +81,7 @@ class GenerateResult:
     tokens: int
     without: list[str]
     experts: dict[str, float]
+    chat: bool = False
     pieces: list[Piece] = field(default_factory=list)
 
 
@@ -92,7 +96,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
         The continuation and who had what share in it.
 
     Raises:
-        UsageError: A setting is wrong, or the prompt is empty.
+        UsageError: A setting is wrong, the prompt is empty, or there is no chat template where one is asked for.
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
@@ -108,7 +112,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
     set_top_k(model, runnable.active(config.top_k, len(left_out), reporter))
     exclude(model, left_out)
     tokenizer = load_tokenizer(runnable.tokenizer)
-    ids = tokenizer(config.prompt, return_tensors="pt", verbose=False)["input_ids"]
+    ids = _prompt_ids(config, tokenizer, runnable.tokenizer)
     _warn_of_length(ids.shape[1] + config.max_new_tokens, runnable.weights.dense_config, reporter)
     shares = _Shares(len(routed_layers(model)))
     new = _continue(config, model, tokenizer, ids.to(device), shares)
@@ -125,6 +129,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
         tokens=len(new),
         without=list(config.without),
         experts=totals,
+        chat=config.chat,
         pieces=pieces if config.explain else [],
     )
 
@@ -133,6 +138,19 @@ def _refuse_bad_settings(config: GenerateConfig) -> None:
     if not config.prompt:
         raise UsageError("--prompt: it is empty", hint='for example --prompt "def main("')
     refuse_out_of_range(config, above_zero=("max_new_tokens", "top_k", "threads"), from_zero=("temperature",))
+
+
+def _prompt_ids(config: GenerateConfig, tokenizer: Any, folder: Path) -> Tensor:
+    """Return the prompt's token ids, (1, S), int64."""
+    if not config.chat:
+        ids: Tensor = tokenizer(config.prompt, return_tensors="pt", verbose=False)["input_ids"]
+        return ids
+    if tokenizer.chat_template is None:
+        raise UsageError(f"--chat: the tokenizer in {folder} has no chat template", hint="leave out --chat")
+    messages = [{"role": "user", "content": config.prompt}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    framed: Tensor = chat["input_ids"]
+    return framed
 
 
 def _warn_of_length(tokens: int, dense_config: Mapping[str, Any], reporter: Reporter) -> None:

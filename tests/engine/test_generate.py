@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 import flexctl.engine.generate as module
 from flexctl.bundle import open_expert, open_merged
 from flexctl.engine.generate import GenerateConfig, GenerateResult, generate
+from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.errors import FlexctlError
 from flexctl.model.building import load_tokenizer
@@ -218,3 +220,30 @@ def test_wrong_settings_are_refused_in_one_line(merged: Path, settings: dict[str
     assert says in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 2
+
+
+def anchor_with_chat_template(anchor: Path, folder: Path) -> Path:
+    """The same dense model as an anchor whose tokenizer knows how user and assistant take turns."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    source = folder / "source"
+    shutil.copytree(anchor, source, ignore=shutil.ignore_patterns("flexctl.json", "router-space*", "public-sample*"))
+    (source / "chat_template.jinja").write_text(template)
+    (folder / "public.txt").write_text("\n".join(tiny.make_texts("public", 40)))
+    chatty = folder / "chatty"
+    init_anchor(InitAnchorConfig(source=str(source), data=(folder / "public.txt",), output=chatty, threads=1))
+    return chatty
+
+
+def test_chat_puts_the_prompt_into_the_template(anchor: Path, in_empty_folder: Path) -> None:
+    chatty = anchor_with_chat_template(anchor, in_empty_folder)
+    framed = run(chatty, f"[user] {PROMPT}\n>")
+    answered = run(chatty, chat=True)
+    assert (answered.text, answered.tokens) == (framed.text, framed.tokens)
+    assert (answered.prompt, answered.chat, framed.chat) == (PROMPT, True, False)
+
+
+def test_chat_without_a_template_is_refused(merged: Path) -> None:
+    with pytest.raises(FlexctlError, match="has no chat template"):
+        run(merged, chat=True)
