@@ -16,7 +16,8 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"engine"},
-    {"training", "evaluation", "embedding", "hub"},
+    {"evaluation"},
+    {"training", "embedding", "hub"},
     {"model", "bundle"},
     {"families", "workspace", "config", "runtime", "errors"},
 )

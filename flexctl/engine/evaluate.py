@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,19 +10,13 @@ from typing import TYPE_CHECKING, Any
 from flexctl import workspace
 from flexctl.bundle.runnable import open_runnable
 from flexctl.config import refuse_out_of_range
-from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from flexctl.evaluation.scoring import Score
-    from flexctl.training.tokens import Framed
 
 __all__ = ["DomainScore", "EvaluateConfig", "EvaluateResult", "evaluate"]
-
-_MAX_SEQ_LEN = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,11 +108,12 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         UsageError: A setting or the data is wrong.
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
+    from flexctl.evaluation.domains import parse_domains, score_domain, window_length
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.routed import exclude, set_top_k
 
     refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
-    domains = _domains(config.data)
+    domains = parse_domains(config.data)
     place = workspace.find()
     runnable = open_runnable(config.bundle or place.merged, config.anchor or place.anchor)
     names = runnable.experts
@@ -130,11 +125,12 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     set_top_k(model, top_k)
     exclude(model, left_out)
     tokenizer = load_tokenizer(runnable.tokenizer)
-    longest = int(runnable.weights.dense_config.get("max_position_embeddings") or _MAX_SEQ_LEN)
-    seq_len = config.seq_len or min(_MAX_SEQ_LEN, longest)
+    seq_len = window_length(runnable.weights.dense_config, config.seq_len)
     scores = {
-        name: _score(model, tokenizer, name, source, seq_len, config.batch_tokens, reporter)
-        for name, source in domains.items()
+        domain.name: score_domain(
+            model, tokenizer, domain, seq_len=seq_len, batch_tokens=config.batch_tokens, reporter=reporter
+        )
+        for domain in domains
     }
     return EvaluateResult(
         path=runnable.path,
@@ -147,50 +143,6 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         post_norm_ratio=_post_norm_ratio(model.config, list(scores.values())),
         peak_rss_bytes=peak_rss_bytes(),
     )
-
-
-def _domains(data: Sequence[str]) -> dict[str, Path]:
-    from flexctl.training.documents import text_files
-
-    domains: dict[str, Path] = {}
-    for item in data:
-        name, separator, path = item.partition("=")
-        if not (separator and name and path):
-            raise UsageError(f"--data: {item!r} is not NAME=PATH", hint="for example --data news=./news-test")
-        if name in domains:
-            raise UsageError(f"--data: {name!r} is given twice")
-        text_files([Path(path)])
-        domains[name] = Path(path)
-    if not domains:
-        raise UsageError("--data: nothing to evaluate on", hint="add --data NAME=PATH")
-    return domains
-
-
-def _score(
-    model: nn.Module,
-    tokenizer: Any,
-    name: str,
-    source: Path,
-    seq_len: int,
-    batch_tokens: int,
-    reporter: Reporter,
-) -> Score:
-    from flexctl.evaluation.scoring import score_documents
-    from flexctl.training.documents import read_documents, text_files
-    from flexctl.training.tokens import frame_documents
-
-    size = sum(file.stat().st_size for file in text_files([source]))
-    with reporter.progress(f"scoring {name}", size, "bytes") as bar:
-
-        def counted() -> Iterator[Framed]:
-            for document in frame_documents(tokenizer, read_documents([source])):
-                bar.advance(document.num_bytes)
-                yield document
-
-        score = score_documents(model, counted(), seq_len=seq_len, batch_tokens=batch_tokens)
-    if score.documents == 0:
-        raise UsageError(f"--data: no document with text in {source}")
-    return score
 
 
 def _domain_score(score: Score) -> DomainScore:
@@ -208,8 +160,6 @@ def _post_norm_ratio(config: Any, scores: Sequence[Score]) -> list[float] | None
     if not family_of(config.model_type).post_norm:
         return None
     ratios = [
-        [float(square) / score.tokens / config.rms_norm_eps for square in score.output_square]
-        for score in scores
-        if score.output_square is not None and score.tokens
+        [float(square) / score.tokens / config.rms_norm_eps for square in score.output_square] for score in scores
     ]
     return [min(layer) for layer in zip(*ratios, strict=True)]

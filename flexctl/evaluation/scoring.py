@@ -6,10 +6,11 @@ Shapes: B windows, S positions, N num_experts, L num_hidden_layers.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from flexctl.model.routed import observing, routed_layers
 
 __all__ = ["Score", "score_documents"]
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
+_FIGURES = ("nll_total", "tokens", "bytes")
 _SORTED_TOGETHER = 256
 
 
@@ -36,25 +39,42 @@ class FramedDocument(Protocol):
         """UTF-8 bytes of the text."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """Totals over documents.
+    """What one pass over documents found.
 
     Attributes:
-        nll_total: Sum of negative log-likelihoods over targets, nats.
-        tokens: Targets.
-        num_bytes: UTF-8 bytes of the documents.
-        documents: How many.
-        shares: Kept probability, renormalised, summed over targets: (L, N), float64.
+        per_document: (documents, 3), float64, in reading order: sum of negative log-likelihoods over targets in nats,
+            targets, UTF-8 bytes.
+        document_shares: Kept probability, renormalised, summed over targets, mean over layers: (documents, N), float64.
+        shares: The same summed over targets and documents, layer by layer: (L, N), float64.
         output_square: Mean square of the block's output, summed over targets: (L,), float64.
     """
 
-    nll_total: float = 0.0
-    tokens: int = 0
-    num_bytes: int = 0
-    documents: int = 0
-    shares: Tensor | None = None
-    output_square: Tensor | None = None
+    per_document: Array = field(default_factory=lambda: np.zeros((0, len(_FIGURES))))
+    document_shares: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    shares: Array = field(default_factory=lambda: np.zeros((0, 0)))
+    output_square: Array = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def nll_total(self) -> float:
+        """Sum of negative log-likelihoods over targets, nats."""
+        return float(self.per_document[:, 0].sum())
+
+    @property
+    def tokens(self) -> int:
+        """Targets."""
+        return int(self.per_document[:, 1].sum())
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the documents."""
+        return int(self.per_document[:, 2].sum())
+
+    @property
+    def documents(self) -> int:
+        """How many."""
+        return len(self.per_document)
 
     @property
     def nll(self) -> float:
@@ -73,15 +93,15 @@ class Score:
 
     def routing(self) -> list[float]:
         """Return each expert's share of the kept probability, mean over targets and layers."""
-        assert self.shares is not None
-        return [float(share) for share in self.shares.mean(dim=0) / max(1, self.tokens)]
+        return [float(share) for share in self.shares.mean(axis=0) / max(1, self.tokens)]
 
 
 def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, seq_len: int, batch_tokens: int) -> Score:
     """Return the score of ``model`` on framed documents by the rule of docs/how-it-works.md, section 7.
 
     Windows of ``seq_len`` do not overlap; window j feeds t[jS : jS+S] and is scored on t[jS+1 : jS+S+1]. Windows of
-    like length go through the model together, ``batch_tokens`` at a time; memory holds one batch.
+    like length go through the model together, ``batch_tokens`` at a time; memory holds one batch, and some numbers a
+    document.
 
     Args:
         model: As from ``model.building.build_model``, in evaluation mode.
@@ -89,59 +109,98 @@ def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, se
         seq_len: S.
         batch_tokens: Positions that go through the model at once.
     """
-    score = Score()
-    stream = _windows(documents, seq_len, score)
+    totals = _Totals(model)
+    stream = _windows(documents, seq_len, totals)
     while together := list(islice(stream, _SORTED_TOGETHER)):
-        together.sort(key=lambda window: len(window) - 1)
+        together.sort(key=lambda window: len(window.tokens) - 1)
         for batch in _batches(together, batch_tokens):
-            _add_batch(model, batch, score)
-    return score
+            _add_batch(model, batch, totals)
+    return totals.score()
 
 
-def _windows(documents: Iterable[FramedDocument], seq_len: int, score: Score) -> Iterator[Tokens]:
-    for document in documents:
-        score.documents += 1
-        score.num_bytes += document.num_bytes
+class _Window(NamedTuple):
+    """Tokens of one window, inputs and targets, and the number of the document that they are from."""
+
+    document: int
+    tokens: Tokens
+
+
+def _windows(documents: Iterable[FramedDocument], seq_len: int, totals: _Totals) -> Iterator[_Window]:
+    for number, document in enumerate(documents):
+        totals.add_document(document.num_bytes)
         for start in range(0, len(document.tokens) - 1, seq_len):
-            yield document.tokens[start : start + seq_len + 1]
+            yield _Window(number, document.tokens[start : start + seq_len + 1])
 
 
-def _batches(windows: Sequence[Tokens], batch_tokens: int) -> Iterator[list[Tokens]]:
-    batch: list[Tokens] = []
+def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
+    batch: list[_Window] = []
     for window in windows:
-        if batch and (len(batch) + 1) * (len(window) - 1) > batch_tokens:
+        if batch and (len(batch) + 1) * (len(window.tokens) - 1) > batch_tokens:
             yield batch
             batch = []
         batch.append(window)
     yield batch
 
 
-def _add_batch(model: nn.Module, batch: Sequence[Tokens], score: Score) -> None:
+def _add_batch(model: nn.Module, batch: Sequence[_Window], totals: _Totals) -> None:
     device = next(model.parameters()).device
-    longest = max(map(len, batch))
+    longest = max(len(window.tokens) for window in batch)
     ids = np.zeros((len(batch), longest), dtype=np.int64)
     real = np.zeros((len(batch), longest - 1), dtype=bool)
     for row, window in enumerate(batch):
-        ids[row, : len(window)] = window
-        real[row, : len(window) - 1] = True
+        ids[row, : len(window.tokens)] = window.tokens
+        real[row, : len(window.tokens) - 1] = True
     tokens, valid = torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
-    with observing(model, _RoutingTotals(model, score, valid.flatten())):
+    routing = _BatchRouting(totals, valid)
+    with observing(model, routing):
         losses = score_tokens(model, tokens[:, :-1], tokens[:, 1:])
-    score.nll_total += float(losses[valid].double().sum())
-    score.tokens += int(valid.sum())
+    nll = losses.double().masked_fill(~valid, 0).sum(dim=1).cpu().numpy()
+    totals.add_windows([window.document for window in batch], nll, real.sum(axis=1), routing.shares)
 
 
-class _RoutingTotals:
-    """Adds the routing of one batch's real positions to a score."""
+class _Totals:
+    """Figures of a pass while it runs: a row a document, and sums for each layer."""
 
-    def __init__(self, model: nn.Module, score: Score, valid: Tensor) -> None:
+    def __init__(self, model: nn.Module) -> None:
         blocks = routed_layers(model)
-        if score.shares is None or score.output_square is None:
-            score.shares = torch.zeros(len(blocks), len(blocks[0].experts), dtype=torch.float64)
-            score.output_square = torch.zeros(len(blocks), dtype=torch.float64)
-        self._shares, self._square, self._valid = score.shares, score.output_square, valid
+        self._num_experts = len(blocks[0].experts) if blocks else 0
+        # Grows by a row a document; numpy looks at it without a copy.
+        self._rows = array("d")
+        self.shares = np.zeros((len(blocks), self._num_experts))
+        self.output_square = np.zeros(len(blocks))
+
+    def add_document(self, num_bytes: int) -> None:
+        self._rows.extend([0, 0, num_bytes, *[0] * self._num_experts])
+
+    def add_windows(self, documents: Sequence[int], nll: Array, targets: Array, shares: Array) -> None:
+        """Add windows to the rows of their documents: nll (B,), targets (B,), shares (B, N)."""
+        values = np.column_stack([nll, targets, np.zeros(len(nll)), shares])
+        np.add.at(self._table(), np.asarray(documents), values)
+
+    def score(self) -> Score:
+        table = self._table().copy()
+        return Score(
+            per_document=table[:, : len(_FIGURES)],
+            document_shares=table[:, len(_FIGURES) :],
+            shares=self.shares,
+            output_square=self.output_square,
+        )
+
+    def _table(self) -> Array:
+        return np.frombuffer(self._rows).reshape(-1, len(_FIGURES) + self._num_experts)
+
+
+class _BatchRouting:
+    """Observes one batch's real positions: sums for each layer, and shares of each window, (B, N)."""
+
+    def __init__(self, totals: _Totals, valid: Tensor) -> None:
+        self._totals, self._valid = totals, valid
+        self.shares = np.zeros((len(valid), totals.shares.shape[1]))
 
     def __call__(self, layer: int, _inputs: Tensor, kept: Tensor, outputs: Tensor) -> None:
-        real = kept[self._valid].double()
-        self._shares[layer] += (real / real.sum(dim=1, keepdim=True)).sum(dim=0).cpu()
-        self._square[layer] += outputs[self._valid].float().square().mean(dim=1).double().sum().cpu()
+        shares = kept.double() / kept.double().sum(dim=1, keepdim=True) * self._valid.flatten()[:, None]
+        by_window = shares.unflatten(0, self._valid.shape).sum(dim=1).cpu().numpy()
+        self.shares += by_window / len(self._totals.shares)
+        self._totals.shares[layer] += by_window.sum(axis=0)
+        square = outputs[self._valid.flatten()].float().square().mean(dim=1).double().sum()
+        self._totals.output_square[layer] += float(square)

@@ -59,7 +59,8 @@ def test_scores_are_those_of_the_plain_loop(model: Any, seq_len: int, batch_toke
 
 
 def test_figures_follow_from_the_totals() -> None:
-    score = Score(nll_total=30.0, tokens=10, num_bytes=40, documents=2)
+    score = Score(per_document=np.array([[10.0, 4, 15], [20.0, 6, 25]]))
+    assert (score.nll_total, score.tokens, score.num_bytes, score.documents) == (30.0, 10, 40, 2)
     assert score.nll == 3.0
     assert score.perplexity == pytest.approx(math.exp(3))
     assert score.bits_per_byte == pytest.approx(30 / math.log(2) / 40)
@@ -68,7 +69,18 @@ def test_figures_follow_from_the_totals() -> None:
 def test_figures_of_nothing_and_of_too_much() -> None:
     assert math.isnan(Score().nll)
     assert math.isnan(Score().bits_per_byte)
-    assert Score(nll_total=1e6, tokens=1).perplexity == math.inf
+    assert Score(per_document=np.array([[1e6, 1, 1]])).perplexity == math.inf
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 50, 100_000])
+def test_each_document_has_its_own_figures(model: Any, batch_tokens: int) -> None:
+    documents = make_documents()
+    score = score_documents(model, iter(documents), seq_len=7, batch_tokens=batch_tokens)
+    for figures, shares, document in zip(score.per_document, score.document_shares, documents, strict=True):
+        total, targets = direct(model, [document], 7)
+        assert figures.tolist() == pytest.approx([total, targets, document.num_bytes], abs=1e-4)
+        expected, _ = direct_routing(model, [document], 7)
+        assert (shares / targets).tolist() == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_order_of_documents_does_not_matter(model: Any) -> None:
@@ -119,7 +131,6 @@ def test_routing_counts_every_target_once_and_no_padding(model: Any, batch_token
     assert score.routing() == pytest.approx(shares.tolist(), abs=1e-6)
     assert sum(score.routing()) == pytest.approx(1.0, abs=1e-9)
     assert min(score.routing()) > 0.05
-    assert score.output_square is not None
     assert (score.output_square / score.tokens).tolist() == pytest.approx(square.tolist(), rel=1e-5)
 
 

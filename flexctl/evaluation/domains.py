@@ -1,0 +1,111 @@
+"""Domains: a name and its test text, read anew for every pass, never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flexctl.errors import UsageError
+from flexctl.evaluation.scoring import Score, score_documents
+from flexctl.runtime import Reporter
+from flexctl.training.documents import read_documents, text_files
+from flexctl.training.tokens import Framed, frame_documents
+
+__all__ = ["Domain", "parse_domains", "score_domain", "window_length"]
+
+_MAX_SEQ_LEN = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """A kind of text to score on.
+
+    Attributes:
+        name: What the user calls it.
+        path: A folder, a text file or a .jsonl (also .gz, .zst).
+    """
+
+    name: str
+    path: Path
+
+    def documents(self) -> Iterator[str]:
+        """Yield the documents' texts, read anew."""
+        return read_documents([self.path])
+
+    def size_bytes(self) -> int:
+        """Return the size of its files, packed ones as they are."""
+        return sum(file.stat().st_size for file in text_files([self.path]))
+
+
+def parse_domains(data: Sequence[str]) -> list[Domain]:
+    """Return the domains of ``--data``, in the order given.
+
+    Args:
+        data: NAME=PATH each.
+
+    Raises:
+        UsageError: One is not NAME=PATH, a name is given twice, or there is no text at a path.
+    """
+    domains: dict[str, Domain] = {}
+    for item in data:
+        name, separator, path = item.partition("=")
+        if not (separator and name and path):
+            raise UsageError(f"--data: {item!r} is not NAME=PATH", hint="for example --data news=./news-test")
+        if name in domains:
+            raise UsageError(f"--data: {name!r} is given twice")
+        text_files([Path(path)])
+        domains[name] = Domain(name=name, path=Path(path))
+    if not domains:
+        raise UsageError("--data: nothing to evaluate on", hint="add --data NAME=PATH")
+    return list(domains.values())
+
+
+def window_length(config: Mapping[str, Any], seq_len: int | None) -> int:
+    """Return the window length to score with: ``seq_len``, else 1024, or less where the model holds less.
+
+    Args:
+        config: The dense class's config.json.
+        seq_len: As asked for; None leaves the choice.
+    """
+    return seq_len or min(_MAX_SEQ_LEN, int(config.get("max_position_embeddings") or _MAX_SEQ_LEN))
+
+
+def score_domain(
+    model: nn.Module,
+    tokenizer: Any,
+    domain: Domain,
+    *,
+    seq_len: int,
+    batch_tokens: int,
+    reporter: Reporter,
+    title: str | None = None,
+) -> Score:
+    """Return the score of ``model`` on one domain, by ``score_documents``.
+
+    Args:
+        model: As from ``model.building.build_model``.
+        tokenizer: The model's.
+        domain: What to read.
+        seq_len: Window length.
+        batch_tokens: Positions that go through the model at once.
+        reporter: Hears of progress.
+        title: What the progress is called; None is "scoring NAME".
+
+    Raises:
+        UsageError: There is no document with text, or a file cannot be read.
+    """
+    with reporter.progress(title or f"scoring {domain.name}", domain.size_bytes(), "bytes") as bar:
+
+        def counted() -> Iterator[Framed]:
+            for document in frame_documents(tokenizer, domain.documents()):
+                bar.advance(document.num_bytes)
+                yield document
+
+        score = score_documents(model, counted(), seq_len=seq_len, batch_tokens=batch_tokens)
+    if score.documents == 0:
+        raise UsageError(f"--data: no document with text in {domain.path}")
+    return score

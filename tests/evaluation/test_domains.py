@@ -1,0 +1,58 @@
+"""Domains: NAME=PATH, read anew for every pass, scored by the one scorer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from flexctl.errors import UsageError
+from flexctl.evaluation.domains import Domain, parse_domains, score_domain, window_length
+from flexctl.evaluation.scoring import score_documents
+from flexctl.runtime import SILENT
+from flexctl.training.documents import read_documents
+from flexctl.training.tokens import frame_documents
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_names_and_paths_in_the_order_given(texts: Any) -> None:
+    found = parse_domains([f"b={texts.code_test}", f"a={texts.sums}"])
+    assert found == [Domain(name="b", path=texts.code_test), Domain(name="a", path=texts.sums)]
+    assert found[1].size_bytes() == texts.sums.stat().st_size
+    assert list(found[0].documents()) == list(found[0].documents()) == list(read_documents([texts.code_test]))
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    (tmp_path / "a=b.txt").write_text("text")
+    assert parse_domains([f"x={tmp_path}/a=b.txt"])[0].path == tmp_path / "a=b.txt"
+
+
+@pytest.mark.parametrize(
+    ("longest", "asked", "expected"),
+    [(None, None, 1024), (128, None, 128), (4096, None, 1024), (128, 7, 7)],
+)
+def test_windows_are_no_longer_than_the_model(longest: int | None, asked: int | None, expected: int) -> None:
+    assert window_length({"max_position_embeddings": longest}, asked) == expected
+    assert longest or window_length({}, asked) == expected
+
+
+def test_score_is_that_of_the_documents(tokenizer: Any, texts: Any) -> None:
+    model = tiny.build(tiny.make_weights(tiny.dense_config(), ("public", "a")))
+    domain = Domain(name="code", path=texts.code_test)
+    found = score_domain(model, tokenizer, domain, seq_len=64, batch_tokens=512, reporter=SILENT)
+    documents = frame_documents(tokenizer, read_documents([texts.code_test]))
+    expected = score_documents(model, documents, seq_len=64, batch_tokens=512)
+    assert np.array_equal(found.per_document, expected.per_document)
+    assert found.documents == 8
+
+
+def test_no_text_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "blank.txt").write_text(" \n")
+    model = tiny.build(tiny.make_weights(tiny.dense_config()))
+    domain = Domain(name="a", path=tmp_path / "blank.txt")
+    with pytest.raises(UsageError, match=r"no document with text in .*blank\.txt"):
+        score_domain(model, tokenizer, domain, seq_len=64, batch_tokens=512, reporter=SILENT)
