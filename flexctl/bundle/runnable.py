@@ -23,13 +23,13 @@ class Runnable:
     """A model to evaluate or to generate with.
 
     Attributes:
-        path: The bundle.
+        path: The bundle; text for one on the Hub.
         digest: Its digest.
         tokenizer: Directory with the tokenizer's files.
         weights: What it consists of.
     """
 
-    path: Path
+    path: Path | str
     digest: str
     tokenizer: Path
     weights: Weights

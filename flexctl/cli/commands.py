@@ -324,9 +324,10 @@ def inspect(
 @_command(
     "flexctl verify merged",
     "flexctl verify merged --absent law",
+    "flexctl verify hf://acme/merged",
 )
 def verify(
-    path: o.BundlePath,
+    path: o.BundleAnywhere,
     absent: o.Absent = None,
     anchor: o.Anchor = None,
     allow_expired: o.AllowExpired = None,

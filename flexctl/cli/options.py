@@ -28,10 +28,15 @@ Experts = Annotated[
 ]
 Names = Annotated[list[str], Argument(metavar="NAME", help="Names of the experts to remove.")]
 OneName = Annotated[str, Argument(metavar="NAME", help="Name of the expert to replace.")]
-OneExpert = Annotated[Path, Argument(metavar="EXPERT", help="The expert's new file (.st), of the same name.")]
+OneExpert = Annotated[
+    Path, Argument(metavar="EXPERT", help="The expert's new file (.st) or hf://OWNER/NAME, of the same name.")
+]
 Bundle = Annotated[
     Path | None,
-    Argument(metavar="BUNDLE", help="Merged model, anchor or expert; the workspace's merged model by default."),
+    Argument(
+        metavar="BUNDLE",
+        help="Merged model, anchor or expert, here or hf://OWNER/NAME; the workspace's merged model by default.",
+    ),
 ]
 BundlePath = Annotated[Path, Argument(metavar="PATH", help="Anchor, expert (.st) or merged model.")]
 BundleAnywhere = Annotated[
@@ -41,7 +46,10 @@ Repository = Annotated[str, Argument(metavar="REPO", help="Repository on the Hub
 Folder = Annotated[Path | None, Argument(metavar="PATH", help="A workspace; the current one by default.")]
 
 # Places.
-Anchor = Annotated[Path | None, Option("--anchor", metavar="DIR", help="The anchor (default: the workspace's anchor).")]
+Anchor = Annotated[
+    Path | None,
+    Option("--anchor", metavar="DIR", help="The anchor, here or hf://OWNER/NAME (default: the workspace's anchor)."),
+]
 Output = Annotated[
     Path | None, Option("--output", "-o", metavar="PATH", help="Where to write; by default its place in the workspace.")
 ]

@@ -23,6 +23,7 @@ from flexctl.bundle import (
 from flexctl.bundle.expert import check_fits
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
+from flexctl.hub import localise
 from flexctl.runtime import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ class EmbedRouterConfig:
 
     Attributes:
         data: Sample texts of the owner.
-        anchor: Anchor directory; None is the workspace's.
+        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
         router: Kind of row: discriminant, hidden or encoder.
         encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
-        expert: Make a copy of this expert with the new rows, in place of a router file.
+        expert: Make a copy of this expert with the new rows, in place of a router file; may be on the Hub.
         output: File to write.
-        compare: Experts to compare the new rows with.
+        compare: Experts to compare the new rows with; may be on the Hub.
         seed: Of the samples.
         threads: CPU threads; None is torch's choice.
         device: auto, cpu or cuda.
@@ -133,9 +134,9 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     from flexctl.model.tensors import to_bytes
 
     refuse_out_of_range(config, above_zero=("threads",))
-    anchor = open_anchor(config.anchor or workspace.find().anchor)
-    expert = None if config.expert is None else _expert_of(config.expert, anchor)
-    others = [_expert_of(path, anchor) for path in config.compare]
+    anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
+    expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
+    others = [_expert_of(localise(path, reporter), anchor) for path in config.compare]
     target = _target(config)
     rows, samples, layers = _measure(config, anchor, others, reporter)
     warnings = _warnings(layers)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexctl import workspace
-from flexctl.bundle.runnable import open_runnable
+from flexctl import hub, workspace
 from flexctl.config import refuse_out_of_range
 from flexctl.families import family_of
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
@@ -25,9 +24,9 @@ class EvaluateConfig:
 
     Attributes:
         data: Test texts, NAME=PATH each; a path is a folder, a text file or a .jsonl (also .gz, .zst).
-        bundle: Anchor, expert or merged model; None is the workspace's merged model.
+        bundle: Anchor, expert or merged model, or ``hf://owner/name``; None is the workspace's merged model.
         without: Experts to leave out, as a mask at run time.
-        anchor: Anchor directory for an expert; None is the workspace's.
+        anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
         top_k: Experts kept for each token; None is the bundle's.
         seq_len: Window length; None is 1024, or what the model can hold.
         batch_tokens: Positions that go through the model at once.
@@ -74,6 +73,7 @@ class EvaluateResult:
     """What ``evaluate`` found.
 
     Attributes:
+        path: The bundle; text for one on the Hub.
         experts: Experts that were there, the public one first.
         without: Those left out.
         perplexity: A score a domain.
@@ -83,7 +83,7 @@ class EvaluateResult:
             absorb that kept probabilities do not add up to 1.
     """
 
-    path: Path
+    path: Path | str
     digest: str
     experts: list[str]
     without: list[str]
@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
     domains = parse_domains(config.data)
     place = workspace.find()
-    runnable = open_runnable(config.bundle or place.merged, config.anchor or place.anchor)
+    runnable = hub.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
     names = runnable.experts
     left_out = runnable.indices(config.without)
     top_k = runnable.active(config.top_k, len(left_out), reporter)

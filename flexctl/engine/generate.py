@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexctl import workspace
-from flexctl.bundle.runnable import open_runnable
+from flexctl import hub, workspace
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.runtime import SILENT, Reporter
@@ -25,11 +24,11 @@ class GenerateConfig:
 
     Attributes:
         prompt: Text to continue.
-        bundle: Anchor, expert or merged model; None is the workspace's merged model.
+        bundle: Anchor, expert or merged model, or ``hf://owner/name``; None is the workspace's merged model.
         without: Experts to leave out, as a mask at run time.
         explain: Also say which expert had what share in each new token.
         chat: Put the prompt to the model as a user's message, in the chat template of its tokenizer.
-        anchor: Anchor directory for an expert; None is the workspace's.
+        anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
         max_new_tokens: Most tokens to generate.
         temperature: 0 takes the likeliest token each time; above 0 samples.
         top_k: Experts kept for each token; None is the bundle's.
@@ -67,6 +66,7 @@ class GenerateResult:
     """What ``generate`` wrote.
 
     Attributes:
+        path: The bundle; text for one on the Hub.
         prompt: As it was given, without a chat template around it.
         text: The continuation without the prompt.
         tokens: New tokens.
@@ -74,7 +74,7 @@ class GenerateResult:
         pieces: Token by token, where that was asked for.
     """
 
-    path: Path
+    path: Path | str
     digest: str
     prompt: str
     text: str
@@ -104,7 +104,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
 
     _refuse_bad_settings(config)
     place = workspace.find()
-    runnable = open_runnable(config.bundle or place.merged, config.anchor or place.anchor)
+    runnable = hub.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
     left_out = runnable.indices(config.without)
     set_threads(config.threads)
     device = pick_device(config.device)

@@ -17,6 +17,7 @@ from flexctl.bundle.manifest import ExpertManifest
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.store import place_of_change
 from flexctl.errors import BundleError, UsageError
+from flexctl.hub import localise
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["ReplaceConfig", "ReplaceResult", "replace"]
@@ -28,7 +29,7 @@ class ReplaceConfig:
 
     Attributes:
         name: The expert that goes.
-        expert: File of the one that comes; it must bear the same name.
+        expert: File of the one that comes, or ``hf://owner/name``; it must bear the same name.
         source: Directory of the merged model; the workspace's if None.
         output: Directory to write; if None the source is replaced.
         allow_expired: Take experts whose rights are over.
@@ -86,7 +87,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     """
     source = config.source or workspace.find().merged
     merged = open_merged(source)
-    expert = open_expert(config.expert)
+    expert = open_expert(localise(config.expert, reporter))
     if expert.manifest.name != config.name:
         raise BundleError(
             f"{config.expert}: name is {expert.manifest.name!r}; expected {config.name!r}",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexctl import workspace
+from flexctl import hub, workspace
 from flexctl.bundle.anchor import Anchor, open_anchor
-from flexctl.bundle.checks import check_bundle
+from flexctl.bundle.checks import Check, check_bundle
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.errors import UsageError
 from flexctl.runtime import SILENT, Reporter
@@ -23,9 +23,9 @@ class VerifyConfig:
     """What to verify.
 
     Attributes:
-        path: An anchor's or merged model's directory, an expert's or router's file.
-        absent: Experts that a merged model must not hold: names, or files of experts.
-        anchor: The anchor that it must be made of; if None the workspace's, if there is one.
+        path: An anchor's or merged model's directory, an expert's or router's file; or ``hf://owner/name`` on the Hub.
+        absent: Experts that a merged model must not hold: names, or files of experts, here or on the Hub.
+        anchor: The anchor that it must be made of, here or on the Hub; if None the workspace's, if there is one.
         allow_expired: Take experts whose rights are over.
     """
 
@@ -40,13 +40,13 @@ class VerifyResult:
     """What holds and what does not.
 
     Attributes:
-        path: The bundle.
+        path: The bundle; text for one on the Hub.
         digest: Its digest; None if it cannot be opened.
         ok: Whether every check holds.
         checks: {name, ok, detail} each.
     """
 
-    path: Path
+    path: Path | str
     digest: str | None
     ok: bool
     checks: tuple[Mapping[str, Any], ...]
@@ -62,8 +62,9 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
 
     Raises:
         UsageError: There is nothing at a path.
+        FlexctlError: The Hub cannot be reached, or refuses.
     """
-    path = config.path
+    path = hub.localise(config.path, reporter)
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
     files = list(path.iterdir()) if path.is_dir() else [path]
@@ -71,31 +72,37 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
     with reporter.progress("hashing", total, "bytes") as progress:
         digest, checks = check_bundle(
             path,
-            anchor=_anchor(config),
-            absent=dict(map(_absent, config.absent)),
+            anchor=_anchor(config, path, reporter),
+            absent=dict(_absent(name, reporter) for name in config.absent),
             today=None if config.allow_expired else today or datetime.date.today(),
             advance=progress.advance,
         )
+    shown = str(hub.parse(config.path)) if hub.is_remote(config.path) else path
     return VerifyResult(
-        path=path,
+        path=shown,
         digest=digest,
         ok=all(check.ok for check in checks),
-        checks=tuple(asdict(check) for check in checks),
+        checks=tuple(asdict(_under(check, path, shown)) for check in checks),
     )
 
 
-def _anchor(config: VerifyConfig) -> Anchor | None:
+def _anchor(config: VerifyConfig, path: Path, reporter: Reporter) -> Anchor | None:
     if config.anchor is not None:
-        return open_anchor(config.anchor)
+        return open_anchor(hub.localise(config.anchor, reporter))
     own = workspace.find().anchor
-    return open_anchor(own) if own.is_dir() and not own.samefile(config.path) else None
+    return open_anchor(own) if own.is_dir() and not own.samefile(path) else None
 
 
-def _absent(name: str) -> tuple[str, Expert | None]:
+def _under(check: Check, path: Path, shown: Path | str) -> Check:
+    """Return a check that names the bundle as the user did, and not a place in the Hub's cache."""
+    return replace(check, detail=check.detail.replace(str(path), str(shown)))
+
+
+def _absent(name: str, reporter: Reporter) -> tuple[str, Expert | None]:
     """Return an expert's name, and the expert if its file is at hand: given, or in the workspace."""
     given = Path(name)
-    if given.suffix == ".st":
-        expert = open_expert(given)
+    if given.suffix == ".st" or hub.is_remote(given):
+        expert = open_expert(hub.localise(given, reporter))
         return expert.manifest.name, expert
     own = workspace.find().experts / f"{name}.st"
     return name, open_expert(own) if own.is_file() else None

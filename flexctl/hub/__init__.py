@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from flexctl.hub.address import Address, is_remote, parse
 from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
-from flexctl.hub.transfer import fetch, fetch_checkpoint, localise, prepare, send
+from flexctl.hub.transfer import fetch, fetch_checkpoint, localise, prepare, runnable, send
 
 __all__ = [
     "IGNORED",
@@ -24,5 +24,6 @@ __all__ = [
     "manifest_of",
     "parse",
     "prepare",
+    "runnable",
     "send",
 ]

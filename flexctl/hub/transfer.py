@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flexctl.bundle.runnable import Runnable, open_runnable
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub.address import Address, is_remote, parse
 from flexctl.hub.refusals import explained
 from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
 from flexctl.runtime import SILENT, Progress, Reporter
 
-__all__ = ["fetch", "fetch_checkpoint", "localise", "prepare", "send"]
+__all__ = ["fetch", "fetch_checkpoint", "localise", "prepare", "runnable", "send"]
 
 _ALONE_BYTES = 100_000
 _CHECKPOINT_FILES = (
@@ -77,6 +79,25 @@ def localise(path: Path, reporter: Reporter = SILENT) -> Path:
     remote = look(parse(path))
     manifest_of(remote)
     return fetch(remote, reporter)
+
+
+def runnable(path: Path, anchor: Path, reporter: Reporter = SILENT) -> Runnable:
+    """Return the model behind a bundle that is here or on the Hub, by ``bundle.runnable.open_runnable``.
+
+    Args:
+        path: An anchor, an expert or a merged model.
+        anchor: The anchor, which an expert runs beside; fetched for an expert alone.
+        reporter: Where progress goes.
+
+    Returns:
+        What to run; its path is ``path``, as the user named it.
+
+    Raises:
+        UsageError, BundleError, FlexctlError: As ``localise`` and ``open_runnable``.
+    """
+    here = localise(path, reporter)
+    found = open_runnable(here, localise(anchor, reporter) if here.is_file() else anchor)
+    return replace(found, path=str(parse(path))) if is_remote(path) else found
 
 
 def prepare(address: Address, *, private: bool) -> Remote:
