@@ -34,6 +34,7 @@ from flexctl.families import family_of, feed_forward_names
 __all__ = [
     "ROUTER_SPACE_PREFIX",
     "Anchor",
+    "checkpoint_spans",
     "is_stock_file",
     "open_anchor",
     "read_dense_config",
@@ -138,7 +139,7 @@ def open_anchor(path: Path) -> Anchor:
     config_bytes = read_bytes(path / "config.json")
     if hashlib.sha256(config_bytes).hexdigest() != manifest.files.get("config.json"):
         raise BundleError(f"{path / 'config.json'}: its bytes are not those of the manifest", hint="fetch it again")
-    spans = _checkpoint_spans(path) | _router_space_spans(path)
+    spans = checkpoint_spans(path) | _router_space_spans(path)
     check_agreement(spans, manifest.tensors, str(path))
     _check_feed_forward(spans, manifest.architecture, path)
     _check_router_space(spans, manifest.architecture, path)
@@ -180,7 +181,7 @@ def write_anchor(
     """
     check_anchor_name(name, "the anchor's name")
     config = read_dense_config(checkpoint)
-    spans = _checkpoint_spans(checkpoint)
+    spans = checkpoint_spans(checkpoint)
     architecture = _architecture(config, spans, checkpoint)
     with new_directory(path, kind="anchor", overwrite=overwrite) as folder:
         for file in sorted({span.path.name for span in spans.values()}):
@@ -192,7 +193,7 @@ def write_anchor(
             _copy(checkpoint / file, folder / file)
         write_tensors(folder / ROUTER_SPACE_FILE, router_space)
         write_tensors(folder / PUBLIC_SAMPLE_FILE, public_sample)
-        copied = _checkpoint_spans(folder) | _router_space_spans(folder)
+        copied = checkpoint_spans(folder) | _router_space_spans(folder)
         tensors = _hash_all(copied)
         files = {file: hash_file(folder / file) for file in sorted([*stock, PUBLIC_SAMPLE_FILE])}
         manifest = AnchorManifest(
@@ -237,14 +238,12 @@ def write_tensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
             file.write(tensor.view())
 
 
-def _manifest_bytes(path: Path) -> bytes:
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such directory", hint="name the directory of a bundle")
-    return read_bytes(path / MANIFEST_FILE)
+def checkpoint_spans(path: Path) -> dict[str, Span]:
+    """Return where the weights of a stock checkpoint lie, read through its index where it has one.
 
-
-def _checkpoint_spans(path: Path) -> dict[str, Span]:
-    """Return where the weights of a stock checkpoint lie, read through its index where it has one."""
+    Raises:
+        BundleError: There are no safetensors, or index and files do not agree.
+    """
     if not (path / INDEX_FILE).is_file():
         if not (path / SINGLE_FILE).is_file():
             raise BundleError(f"{path / SINGLE_FILE}: is missing", hint="save the checkpoint as safetensors")
@@ -263,6 +262,12 @@ def _checkpoint_spans(path: Path) -> dict[str, Span]:
         if name not in spans:
             raise BundleError(f"{path / file}: tensor {shown(name)} is missing")
     return spans
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such directory", hint="name the directory of a bundle")
+    return read_bytes(path / MANIFEST_FILE)
 
 
 def _router_space_spans(path: Path) -> dict[str, Span]:
