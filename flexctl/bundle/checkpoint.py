@@ -45,7 +45,7 @@ def is_mixture(path: Path, anchor: Weights) -> bool:
             f"{path / 'config.json'}: model_type is {shown(model_type)}; "
             f"expected {family.dense_type!r} or {family.moe_type!r}, as the anchor's family has them"
         )
-    return model_type == family.moe_type
+    return bool(model_type == family.moe_type)
 
 
 def open_checkpoint(path: Path, anchor: Weights) -> Weights:

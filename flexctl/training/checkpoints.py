@@ -51,6 +51,7 @@ class TrainingState:
             self.optimiser.state[parameter] = {
                 name: tensors[f"{i}.{name}"].clone().to("cpu" if name == "step" else parameter.device)
                 for name in _MOMENTS
+                if f"{i}.{name}" in tensors  # an expert that no token chose yet has none
             }
 
 

@@ -1,12 +1,14 @@
-"""Training every weight of a dense model on public text: from scratch, or annealing."""
+"""Training every weight of a model: an anchor on public text, or what experts are compared with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexctl.runtime import Reporter
 from flexctl.training.checkpoints import Checkpoints
@@ -27,6 +29,7 @@ class WholeSettings:
     Attributes:
         max_tokens: Training tokens; text is gone over as often as that takes.
         weight_decay: On every weight.
+        public_share: Share of public text in each step, on top of ``max_tokens``.
     """
 
     max_tokens: int
@@ -35,6 +38,7 @@ class WholeSettings:
     lr: float
     seed: int
     weight_decay: float = 0.1
+    public_share: float = 0.0
 
 
 def train_whole(
@@ -46,20 +50,31 @@ def train_whole(
     resume: bool,
     autocast: torch.dtype | None,
     reporter: Reporter,
+    public: TokenStream | None = None,
+    match: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[int, float]:
     """Train all of ``model`` in place and return (tokens, mean loss of the last steps in nats a token).
 
     Args:
-        model: A dense Transformers model in float32.
-        stream: Public text.
+        model: A Transformers model in float32.
+        stream: Text.
         settings: How.
         work: Folder for checkpoints.
         resume: Whether to go on from the newest of them.
         autocast: Dtype of matrix products, or None.
         reporter: Hears of progress.
+        public: Public text for ``public_share``.
+        match: A penalty, as ``loop.train`` takes it.
     """
     batch_size = max(1, settings.batch_tokens // settings.seq_len)
-    data = Mixture(stream, None, seq_len=settings.seq_len, batch_size=batch_size, public_share=0.0, seed=settings.seed)
+    data = Mixture(
+        stream,
+        public,
+        seq_len=settings.seq_len,
+        batch_size=batch_size,
+        public_share=settings.public_share,
+        seed=settings.seed,
+    )
     steps = data.steps_for(settings.max_tokens)
     loop = LoopSettings(
         steps=steps,
@@ -80,6 +95,7 @@ def train_whole(
         data,
         loop,
         reporter=reporter,
+        match=match,
         checkpoints=checkpoints,
     )
     recent = outcome.losses[-20:]

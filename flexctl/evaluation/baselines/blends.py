@@ -57,7 +57,7 @@ class Blend:
 
 def soup(models: Sequence[Weights]) -> Blend:
     """Return the mean of the models' weights."""
-    return _blend(models, _mean)
+    return _blend(models, _mean(len(models)))
 
 
 def ties(models: Sequence[Weights], density: float = TIES_DENSITY) -> Blend:
@@ -98,11 +98,11 @@ def dare(models: Sequence[Weights], drop: float = DARE_DROP, seed: int = 0) -> B
     def combine(name: str, tensors: Iterator[Tensor]) -> Tensor:
         base = next(tensors)
         generator = torch.Generator().manual_seed(_seed(name, seed))
-        total, count = torch.zeros_like(base), 1
-        for count, tensor in enumerate(tensors, 2):
+        total = torch.zeros_like(base)
+        for tensor in tensors:
             kept = torch.rand(base.shape, generator=generator) >= drop
             total += (tensor - base) * kept / (1 - drop)
-        return base + total / count
+        return base + total / len(models)
 
     return _blend(models, combine)
 
@@ -122,7 +122,7 @@ def btx_start(models: Mapping[str, Weights], top_k: int, seed: int = 0) -> Blend
     layers, hidden_size = len(every[0].router), every[0].router[0].shape[1]
     return Blend(
         dense_config=every[0].dense_config,
-        shared=_Made([model.shared for model in every], _mean),
+        shared=_Made([model.shared for model in every], _mean(len(every))),
         experts={name: _feed_forward(model) for name, model in models.items()},
         router=[_random_rows(len(every), hidden_size, generator) for _ in range(layers)],
         num_experts_per_tok=top_k,
@@ -149,11 +149,11 @@ def _blend(models: Sequence[Weights], combine: Combine) -> Blend:
     )
 
 
-def _mean(_name: str, tensors: Iterator[Tensor]) -> Tensor:
-    total, count = next(tensors), 1
-    for count, tensor in enumerate(tensors, 2):
-        total += tensor
-    return total / count
+def _mean(count: int) -> Combine:
+    def combine(_name: str, tensors: Iterator[Tensor]) -> Tensor:
+        return sum(tensors, start=torch.zeros(())) / count
+
+    return combine
 
 
 def _largest(change: Tensor, density: float) -> Tensor:

@@ -1,0 +1,120 @@
+"""Test text cut into the scorer's windows, and what may be known before one of them is scored.
+
+Shapes: M models, W windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from flexctl.evaluation.scoring import Score, score_documents
+from flexctl.training.tokens import Framed
+
+__all__ = ["Windows", "choose", "cut", "softmax_weights"]
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """Documents as windows, in reading order.
+
+    Attributes:
+        pieces: Each window as a document of its own, inputs and targets: the scorer then makes one window of it.
+        document: Number of the document that it is from, (W,), int64, rising.
+        targets: How many of its tokens are scored, (W,), float64.
+        num_bytes: UTF-8 bytes of each document, (documents,), float64.
+        seq_len: Most targets a window.
+    """
+
+    pieces: Sequence[Framed]
+    document: Numbers
+    targets: Floats
+    num_bytes: Floats
+    seq_len: int
+
+    def losses(self, model: nn.Module, batch_tokens: int, members: Iterable[int] | None = None) -> Floats:
+        """Return the sum of negative log-likelihoods of each window's targets in nats, (windows,), float64.
+
+        Args:
+            model: As from ``model.building.build_model``.
+            batch_tokens: Positions that go through the model at once.
+            members: Numbers of the windows to score; None is all.
+        """
+        pieces = self.pieces if members is None else [self.pieces[i] for i in members]
+        score = score_documents(model, pieces, seq_len=self.seq_len, batch_tokens=batch_tokens)
+        return score.per_document[:, 0]
+
+    def score(self, losses: Floats) -> Score:
+        """Return the documents' score when the windows have these losses, (W,), nats."""
+        count = len(self.num_bytes)
+        nll, targets = (np.bincount(self.document, weights, count) for weights in (losses, self.targets))
+        return Score(per_document=np.stack([nll, targets, self.num_bytes], axis=1))
+
+    def itself(self, losses: Floats) -> Floats:
+        """Return each window's own losses (M, W) in nats a token: what only an oracle knows before scoring it."""
+        return losses / self.targets
+
+    def before(self, losses: Floats) -> Floats:
+        """Return the losses (M, W) of the document's earlier windows in nats a token; NaN where there are none."""
+        return self._earlier(losses) / np.where(self.first, np.nan, self._earlier(self.targets))
+
+    @property
+    def first(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which windows begin their document, (W,)."""
+        return np.diff(self.document, prepend=-1) > 0
+
+    def _earlier(self, amounts: Floats) -> Floats:
+        """Return the sum of ``amounts`` (..., W) over the earlier windows of the same document."""
+        until = np.cumsum(amounts, axis=-1) - amounts
+        begin = np.searchsorted(self.document, self.document)
+        return until - until[..., begin]
+
+
+def cut(documents: Iterable[Framed], seq_len: int) -> Windows:
+    """Return framed documents cut as docs/how-it-works.md, section 7, says."""
+    pieces, numbers, sizes = [], [], []
+    for number, document in enumerate(documents):
+        sizes.append(document.num_bytes)
+        for start in range(0, len(document.tokens) - 1, seq_len):
+            pieces.append(Framed(tokens=document.tokens[start : start + seq_len + 1], num_bytes=0))
+            numbers.append(number)
+    return Windows(
+        pieces=pieces,
+        document=np.array(numbers, dtype=np.int64),
+        targets=np.array([len(piece.tokens) - 1 for piece in pieces], dtype=np.float64),
+        num_bytes=np.array(sizes, dtype=np.float64),
+        seq_len=seq_len,
+    )
+
+
+def softmax_weights(evidence: Floats, temperature: float, top_k: int | None = None) -> Floats:
+    """Return w_i = softmax_i(-evidence_i / temperature), cut to the ``top_k`` largest, renormalised, (M, W), float64.
+
+    Args:
+        evidence: Nats a token by each model, (M, W); where it is NaN, nothing is known and all models weigh the same.
+        temperature: Nats a token.
+        top_k: Models kept where something is known; None keeps all.
+
+    Source: docs/baselines.md; FlexOlmo's weighted soup and BTM.
+    """
+    unknown = np.isnan(evidence).any(axis=0)
+    scaled = -np.where(unknown, 0.0, evidence) / temperature
+    weights = np.exp(scaled - scaled.max(axis=0))
+    if top_k is not None:
+        rank = np.argsort(np.argsort(-weights, axis=0, kind="stable"), axis=0)
+        weights = np.where((rank < top_k) | unknown, weights, 0.0)
+    kept: Floats = weights / weights.sum(axis=0)
+    return kept
+
+
+def choose(evidence: Floats) -> Numbers:
+    """Return the model with the least evidence (M, W) against it for each window, (W,); the first where it is NaN."""
+    unknown = np.isnan(evidence).any(axis=0)
+    return np.where(unknown, 0, np.argmin(np.where(unknown, 0.0, evidence), axis=0))
