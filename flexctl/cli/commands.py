@@ -255,6 +255,7 @@ def replace(
 @_command(
     "flexctl evaluate --data law=heldout/law --data news=heldout/news",
     "flexctl evaluate --data law=heldout/law --without law --json",
+    "flexctl evaluate --data law=heldout/law --baselines dense",
 )
 def evaluate(
     bundle: o.Bundle = None,
@@ -262,6 +263,7 @@ def evaluate(
     without: o.Without = None,
     anchor: o.Anchor = None,
     top_k: o.TopK = None,
+    baselines: o.Baselines = None,
     seq_len: o.SeqLen = None,
     batch_tokens: o.ScoredTokens = None,
     threads: o.Threads = None,

@@ -144,6 +144,10 @@ Router = Annotated[
     Option("--router", metavar="KIND|FILE", help="discriminant, hidden, encoder, or a file of embed-router."),
 ]
 Encoder = Annotated[str | None, Option("--encoder", metavar="MODEL", help="Sentence encoder for --router encoder.")]
+Baselines = Annotated[
+    Path | None,
+    Option("--baselines", metavar="DIR", help="Compare with soups, BTM, routing and more, from dense experts here."),
+]
 TopK = Annotated[str | None, Option("--top-k", metavar="K", help="Experts active for a token.")]
 
 # What a bundle says about itself.

@@ -157,6 +157,10 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     lines += ["", *table(["domain", *headers], rows)]
     if result.routing:
         lines += ["", *_matrix(result.routing, "share of each expert")]
+    if result.baselines:
+        own = {name: score.bits_per_byte for name, score in result.perplexity.items()}
+        lines += ["", *_matrix({"this bundle": own, **result.baselines}, "bits per byte")]
+    lines += [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,14 @@ from flexctl.families import family_of
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
+    from flexctl.bundle.runnable import Runnable
+    from flexctl.evaluation.baselines import Ingredients
+    from flexctl.evaluation.domains import Domain
     from flexctl.evaluation.scoring import Score
 
 __all__ = ["DomainScore", "EvaluateConfig", "EvaluateResult", "evaluate"]
+
+_BTM_TOP_K = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +33,7 @@ class EvaluateConfig:
         without: Experts to leave out, as a mask at run time.
         anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
         top_k: Experts kept for each token; None is the bundle's.
+        baselines: Folder of dense experts and mixtures to compare with: docs/baselines.md.
         seq_len: Window length; None is 1024, or what the model can hold.
         batch_tokens: Positions that go through the model at once.
         threads: CPU threads; None is torch's choice.
@@ -40,6 +46,7 @@ class EvaluateConfig:
     without: tuple[str, ...] = ()
     anchor: Path | None = None
     top_k: int | None = None
+    baselines: Path | None = None
     seq_len: int | None = None
     batch_tokens: int = 8192
     threads: int | None = None
@@ -81,6 +88,8 @@ class EvaluateResult:
         post_norm_ratio: Mean square of each layer's feed-forward output over rms_norm_eps, the smallest over domains;
             only for families with a norm after the feed-forward network, where it must be far above 1 for the norm to
             absorb that kept probabilities do not add up to 1.
+        baselines: Baseline -> domain -> bits per byte.
+        baselines_missing: Ingredient of a baseline that was not there -> how to make it.
     """
 
     path: Path | str
@@ -91,6 +100,8 @@ class EvaluateResult:
     perplexity: dict[str, DomainScore]
     routing: dict[str, dict[str, float]]
     post_norm_ratio: list[float] | None = None
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    baselines_missing: dict[str, str] = field(default_factory=dict)
     peak_rss_bytes: int = 0
 
 
@@ -119,6 +130,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     names = runnable.experts
     left_out = runnable.indices(config.without)
     top_k = runnable.active(config.top_k, len(left_out), reporter)
+    ingredients = _ingredients(config, runnable, [name for i, name in enumerate(names) if i not in left_out])
     set_threads(config.threads)
     device = pick_device(config.device)
     model = build_model(runnable.weights, device=device, dtype=pick_dtype(config.dtype, device))
@@ -132,6 +144,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         )
         for domain in domains
     }
+    compared = _compare(ingredients, tokenizer, domains, seq_len, config, reporter)
     return EvaluateResult(
         path=runnable.path,
         digest=runnable.digest,
@@ -141,8 +154,47 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         perplexity={name: _domain_score(score) for name, score in scores.items()},
         routing={name: dict(zip(names, score.routing(), strict=True)) for name, score in scores.items()},
         post_norm_ratio=_post_norm_ratio(model.config, list(scores.values())),
+        baselines=compared,
+        baselines_missing=dict(ingredients.missing) if ingredients is not None else {},
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def _ingredients(config: EvaluateConfig, runnable: Runnable, experts: Sequence[str]) -> Ingredients | None:
+    from flexctl.evaluation.baselines import find_ingredients
+
+    if config.baselines is None:
+        return None
+    return find_ingredients(config.baselines, runnable.weights, experts, runnable.tokenizer)
+
+
+def _compare(
+    ingredients: Ingredients | None,
+    tokenizer: Any,
+    domains: Sequence[Domain],
+    seq_len: int,
+    config: EvaluateConfig,
+    reporter: Reporter,
+) -> dict[str, dict[str, float]]:
+    """Return {baseline: {domain: bits per byte}}."""
+    from flexctl.evaluation.baselines import score_baselines
+    from flexctl.model.building import pick_device, pick_dtype
+
+    if ingredients is None:
+        return {}
+    device = pick_device(config.device)
+    scores = score_baselines(
+        ingredients,
+        tokenizer,
+        domains,
+        seq_len=seq_len,
+        batch_tokens=config.batch_tokens,
+        top_k=config.top_k or _BTM_TOP_K,
+        device=device,
+        dtype=pick_dtype(config.dtype, device),
+        reporter=reporter,
+    )
+    return {name: {domain: score.bits_per_byte for domain, score in found.items()} for name, found in scores.items()}
 
 
 def _domain_score(score: Score) -> DomainScore:

@@ -44,13 +44,14 @@ class Ingredients:
         return bool(self.dense) and not any(name.startswith("dense ") for name in self.missing)
 
 
-def find_ingredients(folder: Path, bundle: Weights, tokenizer: Path) -> Ingredients:
+def find_ingredients(folder: Path, bundle: Weights, experts: Sequence[str], tokenizer: Path) -> Ingredients:
     """Return what a folder of ingredients holds for comparison with a bundle.
 
     Args:
-        folder: Holds a stock dense checkpoint a closed expert of the bundle, by its name; and, where they were made,
-            the mixtures of ``MIXTURES`` and the file ``CLASSIFIER_FILE``.
-        bundle: What they are compared with. Without closed experts, every dense checkpoint counts.
+        folder: Holds a stock dense checkpoint a closed expert, by its name; and, where they were made, the mixtures of
+            ``MIXTURES`` and the file ``CLASSIFIER_FILE``.
+        bundle: What they are compared with.
+        experts: Its experts that take part. Without closed ones among them, every dense checkpoint counts.
         tokenizer: Its tokenizer's directory.
 
     Raises:
@@ -62,14 +63,14 @@ def find_ingredients(folder: Path, bundle: Weights, tokenizer: Path) -> Ingredie
         raise UsageError(f"--baselines: {folder} is no directory", hint="see docs/baselines.md for what it holds")
     anchor = alone(bundle)
     there = sorted(item.name for item in folder.iterdir() if (item / "config.json").is_file())
-    experts = [name for name in bundle.experts if name != PUBLIC] or [name for name in there if name not in MIXTURES]
-    dense = {name: _open(folder / name, anchor, tokenizer, mixture=False) for name in experts if name in there}
+    closed = [name for name in experts if name != PUBLIC] or [name for name in there if name not in MIXTURES]
+    dense = {name: _open(folder / name, anchor, tokenizer, mixture=False) for name in closed if name in there}
     mixtures = {name: _open(folder / name, anchor, tokenizer, mixture=True) for name in MIXTURES if name in there}
     path = folder / CLASSIFIER_FILE
     classifier = PromptClassifier.load(path) if path.exists() else None
-    if classifier is not None and not {PUBLIC, *experts} <= set(classifier.names):
+    if classifier is not None and not {PUBLIC, *closed} <= set(classifier.names):
         raise BundleError(
-            f"{path}: tells {', '.join(classifier.names)} apart; expected {', '.join([PUBLIC, *experts])}",
+            f"{path}: tells {', '.join(classifier.names)} apart; expected {', '.join([PUBLIC, *closed])}",
             hint="fit it again with a class for every expert",
         )
     return Ingredients(
@@ -77,7 +78,7 @@ def find_ingredients(folder: Path, bundle: Weights, tokenizer: Path) -> Ingredie
         dense=dense,
         mixtures=mixtures,
         classifier=classifier,
-        missing=_missing(folder, experts, [*dense, *mixtures], classifier is not None),
+        missing=_missing(folder, closed, [*dense, *mixtures], classifier is not None),
     )
 
 

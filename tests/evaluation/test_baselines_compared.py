@@ -1,0 +1,169 @@
+"""evaluate --baselines: all that the ingredients allow, scored like the bundle; what is missing is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexctl.bundle import open_merged
+from flexctl.engine.evaluate import EvaluateConfig, EvaluateResult, evaluate
+from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
+from flexctl.errors import BundleError, UsageError
+from flexctl.evaluation.baselines import CLASSIFIER_FILE, find_ingredients, fit_classifier
+from flexctl.model.building import build_model, load_tokenizer
+from flexctl.model.space import measure_documents
+from flexctl.training.documents import read_documents
+from flexctl.training.tokens import frame_passages
+from flexctl.training.upcycled import save_mixture, upcycle
+
+pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
+
+ORACLES = ("weighted soup", "btm", "perplexity routing", "prompt routing")
+
+
+def bundle_of(anchor: Path) -> Any:
+    from flexctl.bundle import open_anchor
+
+    return build_model(open_anchor(anchor).weights(), device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, anchor: Path, texts: Any) -> Path:
+    """Two dense experts, an untrained mixture under the name of one that was trained, and a classifier."""
+    root = tmp_path_factory.mktemp("dense")
+    for name in ("code", "sums"):
+        init_anchor(
+            InitAnchorConfig(
+                data=(getattr(texts, name),),
+                source=str(anchor),
+                output=root / name,
+                anneal_tokens=6_000,
+                sample_tokens=500,
+                seq_len=64,
+                batch_tokens=512,
+                lr=2e-3,
+                threads=1,
+            )
+        )
+    model, tokenizer = bundle_of(anchor), load_tokenizer(anchor)
+    embedded = {
+        name: measure_documents(model, frame_passages(tokenizer, list(read_documents([getattr(texts, name)]))[:20]))
+        for name in ("public", "code", "sums")
+    }
+    fit_classifier(embedded).save(root / CLASSIFIER_FILE)
+    upcycle(model, 3, 2, seed=0)
+    save_mixture(model, root / "unrestricted", tokenizer)
+    return root
+
+
+def compare(bundle: Path, folder: Path, texts: Any, **settings: Any) -> EvaluateResult:
+    data = (f"public={texts.public_test}", f"code={texts.code_test}", f"sums={texts.sums_test}")
+    config = {"data": data, "bundle": bundle, "seq_len": 64, "threads": 1, "baselines": folder}
+    return evaluate(EvaluateConfig(**{**config, **settings}))
+
+
+@pytest.fixture(scope="module")
+def result(merged: Path, folder: Path, texts: Any) -> EvaluateResult:
+    return compare(merged, folder, texts)
+
+
+def test_every_baseline_is_there_and_the_missing_are_named(result: EvaluateResult) -> None:
+    both = [f"{name}{suffix}" for suffix in ("", " oracle") for name in ORACLES]
+    whole = ["public only", "dense code", "dense sums", "soup", "ties", "dare", "unrestricted"]
+    assert set(result.baselines) == {*both, *whole}
+    assert all(list(domains) == ["public", "code", "sums"] for domains in result.baselines.values())
+    assert set(result.baselines_missing) == {"btx", "unrestricted-2x"}
+    assert "docs/baselines.md" in result.baselines_missing["btx"]
+
+
+def test_whole_models_score_as_evaluate_scores_them(
+    result: EvaluateResult, anchor: Path, folder: Path, texts: Any
+) -> None:
+    for bundle, name in ((anchor, "public only"), (folder / "code", "dense code")):
+        alone = compare(bundle, folder, texts, baselines=None).perplexity
+        for domain, score in alone.items():
+            assert result.baselines[name][domain] == pytest.approx(score.bits_per_byte, abs=1e-5)
+    for domain, bits in result.baselines["public only"].items():
+        assert result.baselines["unrestricted"][domain] == pytest.approx(bits, abs=0.01)
+
+
+def test_each_dense_expert_is_best_at_home_and_routing_finds_it(result: EvaluateResult) -> None:
+    found = result.baselines
+    for home in ("code", "sums"):
+        assert found[f"dense {home}"][home] < found["public only"][home] - 0.02
+        best = min(found[name][home] for name in ("public only", "dense code", "dense sums"))
+        assert best == found[f"dense {home}"][home]
+        assert found["perplexity routing oracle"][home] <= best + 1e-6
+        assert found["prompt routing oracle"][home] == pytest.approx(best, abs=0.02)
+        assert found["public only"][home] > found["prompt routing"][home] >= found["prompt routing oracle"][home]
+        assert found["btm oracle"][home] < found["btm"][home] + 1e-6
+        assert found["weighted soup oracle"][home] < found["soup"][home]
+
+
+def test_without_earlier_text_weights_are_equal_and_routes_are_public(merged: Path, folder: Path, texts: Any) -> None:
+    found = compare(merged, folder, texts, seq_len=5_000).baselines
+    assert found["weighted soup"] == pytest.approx(found["soup"], abs=1e-5)
+    assert found["perplexity routing"] == found["prompt routing"] == found["public only"]
+    assert found["btm"]["code"] < found["public only"]["code"]
+
+
+def test_experts_left_out_of_the_bundle_are_left_out_of_the_baselines(merged: Path, folder: Path, texts: Any) -> None:
+    found = compare(merged, folder, texts, without=("sums",), data=(f"code={texts.code_test}",))
+    assert "dense sums" not in found.baselines
+    assert found.baselines["soup"]["code"] < found.baselines["public only"]["code"]
+
+
+def test_anchor_is_compared_with_every_dense_expert(anchor: Path, folder: Path, texts: Any) -> None:
+    found = compare(anchor, folder, texts, data=(f"code={texts.code_test}",))
+    assert {"dense code", "dense sums", "soup"} <= set(found.baselines)
+
+
+def test_what_lacks_an_ingredient_is_missing(tmp_path: Path, merged: Path, folder: Path, texts: Any) -> None:
+    some = tmp_path / "some"
+    shutil.copytree(folder / "code", some / "code")
+    found = compare(merged, some, texts, data=(f"code={texts.code_test}",))
+    assert set(found.baselines) == {"public only", "dense code"}
+    assert found.baselines_missing["dense sums"].startswith("flexctl init-anchor ANCHOR --data TEXT --anneal-tokens N")
+    assert {"btx", "unrestricted", "unrestricted-2x", "prompt routing"} < set(found.baselines_missing)
+    assert compare(merged, some, texts, baselines=None, data=(f"code={texts.code_test}",)).baselines_missing == {}
+
+
+def test_wrong_folders_are_refused(tmp_path: Path, merged: Path, folder: Path, texts: Any) -> None:
+    with pytest.raises(UsageError, match="nowhere is no directory"):
+        compare(merged, tmp_path / "nowhere", texts)
+    swapped = tmp_path / "swapped"
+    shutil.copytree(folder / "unrestricted", swapped / "code")
+    with pytest.raises(BundleError, match="expected a dense model in a folder of this name"):
+        compare(merged, swapped, texts)
+    other = tmp_path / "other"
+    shutil.copytree(folder / "code", other / "code")
+    words = json.loads((other / "code" / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (other / "code" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(BundleError, match="its vocabulary is not the anchor's"):
+        compare(merged, other, texts)
+    few = tmp_path / "few"
+    few.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    fit_classifier({n: torch.randn(9, 2, 32, generator=generator) for n in ("public", "code")}).save(
+        few / CLASSIFIER_FILE
+    )
+    with pytest.raises(BundleError, match="tells public, code apart; expected public, code, sums"):
+        find_ingredients(few, open_merged(merged).weights(), ["public", "code", "sums"], merged)
+
+
+def test_command_shows_the_table(merged: Path, folder: Path, texts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from flexctl.cli.app import main
+
+    arguments = [str(merged), "--data", f"code={texts.code_test}", "--seq-len", "64", "--baselines", str(folder), "-q"]
+    assert main(["evaluate", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "this bundle" in shown
+    assert "btm oracle" in shown
+    assert "missing: btx" in shown
