@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from flexctl import hub, workspace
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
+from flexctl.evaluation.explaining import Piece, ShareCollector, texts_of
 from flexctl.runtime import SILENT, Reporter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GenerateConfig", "GenerateResult", "Piece", "generate"]
+__all__ = ["GenerateConfig", "GenerateResult", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +52,6 @@ class GenerateConfig:
     threads: int | None = None
     device: str = "auto"
     dtype: str = "auto"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """One new token's text and each expert's share in it, mean over layers."""
-
-    text: str
-    shares: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,12 +107,12 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
     tokenizer = load_tokenizer(runnable.tokenizer)
     ids = _prompt_ids(config, tokenizer, runnable.tokenizer)
     _warn_of_length(ids.shape[1] + config.max_new_tokens, runnable.weights.dense_config, reporter)
-    shares = _Shares(len(routed_layers(model)))
+    shares = ShareCollector(len(routed_layers(model)), positions=1)
     new = _continue(config, model, tokenizer, ids.to(device), shares)
     totals = shares.mean(runnable.experts)
     pieces = [
         Piece(text=text, shares=dict(zip(runnable.experts, row, strict=True)))
-        for text, row in zip(_texts(tokenizer, new), shares.rows, strict=True)
+        for text, row in zip(texts_of(tokenizer, new), shares.rows, strict=True)
     ]
     return GenerateResult(
         path=runnable.path,
@@ -159,27 +152,7 @@ def _warn_of_length(tokens: int, dense_config: Mapping[str, Any], reporter: Repo
         reporter.warn(f"prompt and continuation may have {tokens} tokens; the model is made for {longest}")
 
 
-class _Shares:
-    """Collects each expert's share at the last position of every forward pass, mean over layers."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.rows: list[list[float]] = []
-        self._layers = num_layers
-        self._sum: Tensor | None = None
-
-    def __call__(self, layer: int, _inputs: Tensor, kept: Tensor, _outputs: Tensor) -> None:
-        last = kept[-1].double() / kept[-1].double().sum()
-        self._sum = last if layer == 0 or self._sum is None else self._sum + last
-        if layer == self._layers - 1:
-            self.rows.append((self._sum / self._layers).tolist())
-
-    def mean(self, names: Sequence[str]) -> dict[str, float]:
-        """Return expert -> share, mean over all passes."""
-        columns = zip(*self.rows, strict=True)
-        return {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
-
-
-def _continue(config: GenerateConfig, model: Any, tokenizer: Any, ids: Tensor, shares: _Shares) -> list[int]:
+def _continue(config: GenerateConfig, model: Any, tokenizer: Any, ids: Tensor, shares: ShareCollector) -> list[int]:
     import torch
 
     from flexctl.model.routed import observing
@@ -197,16 +170,3 @@ def _continue(config: GenerateConfig, model: Any, tokenizer: Any, ids: Tensor, s
             **sampling,
         )
     return [int(token) for token in out[0, ids.shape[1] :]]
-
-
-def _texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """Return what each token adds to the text, so that the pieces joined are the text."""
-    texts, so_far = [], ""
-    for end in range(1, len(tokens) + 1):
-        longer = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        if longer.endswith("\ufffd") and end < len(tokens):
-            texts.append("")
-            continue
-        texts.append(longer[len(so_far) :])
-        so_far = longer
-    return texts

@@ -18,6 +18,7 @@ from flexctl.engine.generate import GenerateConfig, GenerateResult, generate
 from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.errors import FlexctlError
+from flexctl.evaluation.explaining import ShareCollector, texts_of
 from flexctl.model.building import load_tokenizer
 from flexctl.model.routed import observing
 from flexctl.runtime import SilentReporter
@@ -107,7 +108,7 @@ def test_pieces_of_a_text_that_ends_inside_a_letter(merged: Path) -> None:
     tokens = tokenizer("ab\u20ac\U0001f600")["input_ids"]
     for end in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        pieces = module._texts(tokenizer, tokens[:end])
+        pieces = texts_of(tokenizer, tokens[:end])
         assert len(pieces) == end
         assert "".join(pieces) == text
 
@@ -127,7 +128,7 @@ def test_temperature_alone_decides_what_may_be_sampled(merged: Path, monkeypatch
     def many(config: GenerateConfig, model: Any, tokenizer: Any, ids: Any, shares: Any) -> list[int]:
         for seed in range(150):
             again = dataclasses.replace(config, seed=seed)
-            sampled.update(continue_(again, model, tokenizer, ids, module._Shares(2)))
+            sampled.update(continue_(again, model, tokenizer, ids, ShareCollector(2, positions=1)))
         return continue_(config, model, tokenizer, ids, shares)
 
     monkeypatch.setattr(module, "_continue", many)
