@@ -1,0 +1,273 @@
+"""The report's charts, drawn by matplotlib, which nothing else imports. Lengths are CSS pixels of the finished page."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from flexctl.errors import UsageError
+from flexctl.evaluation.report.data import Report
+from flexctl.evaluation.report.svg import COLOURS, embed
+from flexctl.evaluation.report.words import bits, interval, share, short, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["ablation", "baselines", "before_and_after", "layers", "require_matplotlib", "top_k"]
+
+_WIDE, _PANEL = 420, 340
+_ROW, _CELL = 30, 76
+_LABEL = 13
+_NOTED = 6  # figures beside one line that do not meet
+_UNDER_TEXT = 0.55  # the most opaque that a cell may be for its figure to be read
+_DOT = 72  # dots an inch: one pixel each
+
+_RC: Mapping[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 12,
+    "axes.unicode_minus": True,
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.linewidth": 1,
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["rule"],
+    "ytick.color": COLOURS["rule"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "grid.color": COLOURS["rule"],
+}
+
+
+def require_matplotlib() -> None:
+    """Refuse where matplotlib is not installed.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if find_spec("matplotlib") is None:
+        raise UsageError("--report needs matplotlib, which is not installed", hint="pip install 'flexctl[report]'")
+
+
+def before_and_after(report: Report) -> str:
+    """Return each domain's score of the public expert alone and of the model, with its interval, on one line each."""
+    rows = list(report.domains)
+    with _drawing("before-and-after", _WIDE, _ROW * len(rows) + 40) as (figure, finish):
+        axes = _axes(figure, left=112, right=14, top=8, bottom=32)
+        colour = COLOURS["accent"]
+        for y, name in zip(_rows(axes, rows), rows, strict=True):
+            figures = report.domains[name].bits_per_byte
+            if report.alone is not None:
+                before = _drawable(report.alone[name].bits_per_byte)
+                axes.plot([before, figures.value], [y, y], color=COLOURS["rule"], linewidth=4, clip_on=False)
+                _mark(axes, before, y, COLOURS["muted"], hollow=True)
+            if figures.low is not None and figures.high is not None:
+                axes.plot([figures.low, figures.high], [y, y], color=colour, linewidth=2, clip_on=False)
+            _mark(axes, figures.value, y, colour)
+        axes.grid(axis="x", linewidth=1)
+        axes.margins(x=0.06)
+        return finish("Bits per byte on each domain", _describe_scores(report))
+
+
+def ablation(report: Report) -> str:
+    """Return the heat map of what leaving each expert out changes: rows experts, columns domains."""
+    experts, domains = list(report.ablation), list(report.domains)
+    values = [[report.ablation[expert][name].change.value for name in domains] for expert in experts]
+    largest = _largest([abs(value) for row in values for value in row])
+    with _drawing("ablation", 90 + _CELL * len(domains), 30 + _ROW * len(experts)) as (figure, finish):
+        axes = _axes(figure, left=90, right=0, top=30, bottom=0)
+        _grid(axes, experts, domains, columns_on_top=True)
+        _tiles(
+            axes, [[("worse" if x > 0 else "better", _UNDER_TEXT * abs(x) / largest) for x in row] for row in values]
+        )
+        for y, (expert, row) in enumerate(zip(experts, values, strict=True)):
+            for x, (name, value) in enumerate(zip(domains, row, strict=True)):
+                unsure = report.ablation[expert][name].change.crosses_zero
+                text = signed(value) + (" ?" if unsure else "")
+                axes.text(x, y, text, ha="center", va="center_baseline", fontsize=_LABEL)
+        told = [
+            f"without {expert}: " + ", ".join(f"{name} {signed(x)}" for name, x in zip(domains, row, strict=True))
+            for expert, row in zip(experts, values, strict=True)
+        ]
+        return finish("Change in bits per byte when an expert is left out", "; ".join(told) + ".")
+
+
+def layers(report: Report, domain: str, name: str) -> str:
+    """Return the heat map of one domain's routing: rows experts, columns layers."""
+    shares = report.routing_layers[domain]
+    experts, count = list(shares), len(next(iter(shares.values())))
+    left, right = 84, 44
+    with _drawing(name, _PANEL, 22 * len(experts) + 44) as (figure, finish):
+        axes = _axes(figure, left=left, right=right, top=4, bottom=40)
+        _grid(axes, experts, [str(layer) for layer in range(count)], every=max(1, -(-count // 8)))
+        axes.set_xlabel("layer", color=COLOURS["muted"])
+        _tiles(axes, [[("heat", value) for value in shares[expert]] for expert in experts])
+        for y, expert in enumerate(experts):
+            mean = report.routing[domain][expert]
+            end = count - 0.5 + right * count / (_PANEL - left - right)
+            axes.text(end, y, share(mean), ha="right", va="center_baseline", fontsize=_LABEL)
+        told = [f"{expert} {', '.join(share(value) for value in shares[expert])}" for expert in experts]
+        return finish(
+            f"Routing on {domain}, layer by layer", "Shares from the first layer on: " + "; ".join(told) + "."
+        )
+
+
+def top_k(report: Report, domain: str, name: str) -> str:
+    """Return one domain's bits per byte over the number of active experts."""
+    scores = {k: shifts[domain].bits_per_byte for k, shifts in report.top_k.items()}
+    with _drawing(name, _PANEL, 190) as (figure, finish):
+        axes = _axes(figure, left=56, right=26, top=24, bottom=44)
+        axes.plot(
+            list(scores),
+            [_drawable(value) for value in scores.values()],
+            color=COLOURS["accent"],
+            linewidth=2,
+            clip_on=False,
+        )
+        for k, value in scores.items():
+            _mark(axes, k, _drawable(value), COLOURS["accent"], hollow=k != report.num_experts_per_tok)
+            if len(scores) <= _NOTED or k in (1, len(scores), report.num_experts_per_tok):
+                _note(axes, bits(value), (k, _drawable(value)), away=(0, 9), ha="center", fontsize=12)
+        axes.set_xticks(list(scores))
+        axes.set_xlabel("experts active for a token", color=COLOURS["muted"])
+        axes.locator_params(axis="y", nbins=4)
+        axes.margins(x=0.09, y=0.2)
+        axes.grid(axis="y", linewidth=1)
+        told = ", ".join(f"{k}: {bits(value)}" for k, value in scores.items())
+        return finish(f"Bits per byte on {domain} by experts active for a token", told + ".")
+
+
+def baselines(report: Report, domain: str, name: str) -> str:
+    """Return one domain's bits per byte of this model and of simpler ways, as bars from zero."""
+    scores = {"this model": report.domains[domain].bits_per_byte.value}
+    scores |= {way: shifts[domain].bits_per_byte for way, shifts in report.baselines.items()}
+    with _drawing(name, _PANEL, 26 * len(scores) + 8) as (figure, finish):
+        axes = _axes(figure, left=168, right=46, top=2, bottom=2)
+        for y, (way, value) in zip(_rows(axes, list(scores), 26), scores.items(), strict=True):
+            colour = COLOURS["accent" if way == "this model" else "bar"]
+            length = value if math.isfinite(value) else 0.0
+            axes.barh(y, length, height=0.56, color=colour, linewidth=0)
+            _note(axes, bits(value), (length, y), away=(6, 0), va="center_baseline", fontsize=_LABEL)
+        axes.set_xticks([])
+        axes.set_xlim(0, _largest(list(scores.values())))
+        told = ", ".join(f"{way} {bits(value)}" for way, value in scores.items())
+        return finish(f"Bits per byte on {domain}, this model and simpler ways", told + ".")
+
+
+class _Finish:
+    """Writes a figure as the page's svg element."""
+
+    def __init__(self, figure: Figure, name: str) -> None:
+        self._figure, self._name = figure, name
+
+    def __call__(self, title: str, description: str) -> str:
+        drawing = io.StringIO()
+        with warnings.catch_warnings():
+            # Glyphs that matplotlib's own font lacks: the page's fonts draw the text.
+            warnings.simplefilter("ignore", UserWarning)
+            self._figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return embed(drawing.getvalue(), self._name, title, description)
+
+
+@contextmanager
+def _drawing(name: str, width: float, height: float) -> Iterator[tuple[Figure, _Finish]]:
+    """Give an empty figure of so many pixels and what writes it, under our settings and nobody else's."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**_RC, "svg.hashsalt": name})
+        figure = Figure(figsize=(width / _DOT, height / _DOT), dpi=_DOT)
+        yield figure, _Finish(figure, name)
+
+
+def _axes(figure: Figure, *, left: float, right: float, top: float, bottom: float) -> Axes:
+    """Return axes that leave so many pixels on each side, without a frame."""
+    width, height = figure.get_size_inches() * _DOT
+    axes = figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    )
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, pad=6)
+    return axes
+
+
+def _rows(axes: Axes, names: Sequence[str], length: int = 12) -> list[int]:
+    """Label one line a name at the figure's left edge, the first on top, and return where the lines are.
+
+    Names longer than ``length`` are cut; tables have them in full.
+    """
+    from matplotlib.transforms import blended_transform_factory
+
+    places = list(range(len(names)))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks([])
+    edge = blended_transform_factory(axes.figure.transFigure, axes.transData)
+    for place, name in zip(places, names, strict=True):
+        axes.text(0, place, short(name, length), transform=edge, va="center_baseline", fontsize=_LABEL)
+    return places
+
+
+def _grid(
+    axes: Axes, rows: Sequence[str], columns: Sequence[str], *, columns_on_top: bool = False, every: int = 1
+) -> None:
+    """Label a heat map; every so many columns have a label."""
+    _rows(axes, rows)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    places = range(0, len(columns), every)
+    labels = [short(columns[place], 10) for place in places]
+    axes.set_xticks(list(places), labels, fontsize=_LABEL if columns_on_top else 12)
+    if columns_on_top:
+        axes.tick_params(axis="x", labelcolor=COLOURS["ink"])
+        axes.xaxis.tick_top()
+
+
+def _tiles(axes: Axes, cells: Sequence[Sequence[tuple[str, float]]]) -> None:
+    """Fill a heat map's cells, rows from the top: a colour each, and from 0 to 1 how opaque it is."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
+
+    places = [(x, y) for y, row in enumerate(cells) for x in range(len(row))]
+    squares = [[(x - 0.5, y - 0.5), (x + 0.5, y - 0.5), (x + 0.5, y + 0.5), (x - 0.5, y + 0.5)] for x, y in places]
+    strengths = [round(strength, 3) if math.isfinite(strength) else 0.0 for row in cells for _, strength in row]
+    colours = [COLOURS[colour] for row in cells for colour, _ in row]
+    faces = [to_rgba(colour, strength) for colour, strength in zip(colours, strengths, strict=True)]
+    axes.axhspan(-0.5, len(cells) - 0.5, facecolor=to_rgba(COLOURS["rule"], 0.35), linewidth=0)
+    axes.add_collection(PolyCollection(squares, facecolors=faces, edgecolors=COLOURS["paper"], linewidths=1.5))
+
+
+def _largest(values: Sequence[float]) -> float:
+    """Return the largest number among values, to divide by; not each is one where a model fails to score a text."""
+    return max((value for value in values if math.isfinite(value) and value > 0), default=1.0)
+
+
+def _drawable(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+def _note(axes: Axes, text: str, place: tuple[float, float], *, away: tuple[float, float], **looks: Any) -> None:
+    """Write text so many pixels away from a place."""
+    axes.annotate(text, place, xytext=away, textcoords="offset points", annotation_clip=False, **looks)
+
+
+def _mark(axes: Axes, x: float, y: float, colour: str, *, hollow: bool = False) -> None:
+    fill = COLOURS["paper"] if hollow else colour
+    axes.plot(
+        [x], [y], "o", markersize=9, color=colour, markerfacecolor=fill, markeredgewidth=2, clip_on=False, zorder=5
+    )
+
+
+def _describe_scores(report: Report) -> str:
+    parts = []
+    for name, figures in report.domains.items():
+        ends = interval(figures.bits_per_byte)
+        before = f", public expert alone {bits(report.alone[name].bits_per_byte)}" if report.alone else ""
+        parts.append(f"{name} {bits(figures.bits_per_byte.value)}{f' ({ends})' if ends else ''}{before}")
+    return "; ".join(parts) + "."

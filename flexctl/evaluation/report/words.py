@@ -1,0 +1,162 @@
+"""Figures in words: how numbers read on the page, and the summary at its top."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+
+from flexctl.bundle.names import PUBLIC
+from flexctl.evaluation.report.data import Estimate, Report, Shifts
+
+__all__ = ["bits", "count", "interval", "joined", "percent", "plain", "share", "short", "signed", "summary", "visible"]
+
+_MINUS = "\u2212"
+_DASH = "\u2013"
+_SPACE = "\u00a0"
+_SHOWN = 0.005
+_TOLD = 4
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def bits(value: float, digits: int = 3) -> str:
+    """Return bits per byte as they stand in a table; a dash where a model failed to score a text."""
+    return f"{value:.{digits}f}".replace("-", _MINUS) if math.isfinite(value) else _DASH
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Return a change with its sign; one that rounds to zero has none."""
+    if not math.isfinite(value):
+        return _DASH
+    text = f"{value:+.{digits}f}"
+    return (text[1:] if float(text) == 0 else text).replace("-", _MINUS)
+
+
+def percent(value: float) -> str:
+    """Return a relative change: 0.013 is ``+1.3 %``."""
+    return f"{signed(100 * value, 1)}{_SPACE}%"
+
+
+def share(value: float) -> str:
+    """Return a share of one in per cent: 0.7 is ``70 %``."""
+    return f"{100 * value:.0f}{_SPACE}%"
+
+
+def count(value: int) -> str:
+    """Return a whole number with thousands apart."""
+    return f"{value:,}"
+
+
+def interval(estimate: Estimate, *, sign: bool = False) -> str:
+    """Return ``low to high``, or nothing where there is no interval."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    write = signed if sign else bits
+    return f"{write(estimate.low)} to {write(estimate.high)}"
+
+
+def plain(text: str) -> str:
+    """Return anybody's words without the characters that no page may hold; a mark stands for each."""
+    return _UNFIT.sub("\ufffd", text)
+
+
+def visible(text: str) -> str:
+    """Return a token's text with its blanks to be seen."""
+    return text.replace(" ", "\u2423").replace("\t", "\u21e5").replace("\n", "\u21b5")
+
+
+def short(text: str, length: int) -> str:
+    """Return a name that fits beside a chart."""
+    text = plain(text)
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
+def joined(names: Iterable[str]) -> str:
+    """Return ``a, b and c``."""
+    *most, last = list(names)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def summary(report: Report) -> list[str]:
+    """Return what the figures say, a sentence each: what merging does, what each expert is worth, what is unsure."""
+    if not report.closed or report.alone is None:
+        return [_plain(report), *_worth(report)]
+    return [*_gain(report, report.alone), *_elsewhere(report, report.alone), *_worth(report)]
+
+
+def _plain(report: Report) -> str:
+    scores = [f"{bits(figures.bits_per_byte.value, 2)} on {name}" for name, figures in report.domains.items()]
+    return f"{report.title} scores {joined(scores)}, in bits per byte; lower is better."
+
+
+def _gain(report: Report, alone: Shifts) -> list[str]:
+    own = [name for name in report.domains if name in report.closed and math.isfinite(alone[name].change.value)]
+    if not own:
+        return [_plain(report)]
+    before = fmean(alone[name].bits_per_byte for name in own)
+    after = fmean(report.domains[name].bits_per_byte.value for name in own)
+    verb = "lowers" if after < before else "raises"
+    what = "the mean over their own texts" if own == report.closed else f"the mean over {joined(own)}"
+    what = f"{own[0]} text" if len(own) == 1 else what
+    done = "Merging" if report.kind == "merged" else "Adding"
+    sentence = f"{done} {joined(report.closed)} {verb} {what} from {bits(before, 2)} to {bits(after, 2)} bits per byte"
+    return [f"{sentence}, by {abs(after - before) / before * 100:.1f}{_SPACE}%.", *_unsure(own, alone)]
+
+
+def _unsure(own: Sequence[str], alone: Shifts) -> list[str]:
+    names = [name for name in own if alone[name].change.crosses_zero]
+    return [f"On {joined(names)} the interval of that difference crosses zero."] if names else []
+
+
+def _elsewhere(report: Report, alone: Shifts) -> list[str]:
+    parts = []
+    for name, figures in report.domains.items():
+        if name not in report.closed:
+            before, after = alone[name].bits_per_byte, figures.bits_per_byte.value
+            unsure = ", an interval that crosses zero" if alone[name].change.crosses_zero else ""
+            label = "public text" if name == PUBLIC else name
+            parts.append(f"{label} {percent((after - before) / before)} ({bits(before)} to {bits(after)}{unsure})")
+    return [f"Elsewhere: {joined(parts)}."] if parts else []
+
+
+def _worth(report: Report) -> list[str]:
+    """Return what leaving each expert out does, the costliest first where there are many."""
+    measured = {name: shifts for name, shifts in report.ablation.items() if name in shifts}
+    told = {name: shifts for name, shifts in measured.items() if math.isfinite(shifts[name].change.value)}
+    order = list(told)
+    if len(order) > _TOLD:
+        order.sort(key=lambda name: -told[name][name].change.value)
+    parts = [_left_out(name, told[name]) for name in order[:_TOLD]]
+    more = [f"The other {len(order) - _TOLD} are in the table."] if len(order) > _TOLD else []
+    return [*parts, *more]
+
+
+def _left_out(name: str, shifts: Shifts) -> str:
+    own = shifts[name].change
+    if own.crosses_zero:
+        ends = interval(own, sign=True)
+        start = f"Leaving {name} out changes {name} by {signed(own.value, 2)}, with an interval of {ends} that crosses"
+        return f"{start} zero: this text does not show what it is worth{_aside(name, shifts, '; it ')}."
+    verb, size = ("costs", own.value) if own.value > 0 else ("gives", -own.value)
+    back = "" if own.value > 0 else " back"
+    return f"Leaving {name} out {verb} {name} {_size(size)} bits per byte{back}{_aside(name, shifts, ' and ')}."
+
+
+def _aside(name: str, shifts: Shifts, link: str) -> str:
+    """Return what it does to the other domains, but for changes that are small or whose interval crosses zero."""
+    others = {other: shift.change for other, shift in shifts.items() if other != name and not shift.change.crosses_zero}
+    clear = {other: c.value for other, c in others.items() if math.inf > abs(c.value) >= _SHOWN}
+    said = []
+    for verb, back, side in (("costs", "", _side(clear, 1)), ("gives", " back", _side(clear, -1))):
+        if side:
+            said.append(f"{verb} {joined(f'{other} {_size(size)}' for other, size in side.items())}{back}")
+    return link + " and ".join(said) if said else ""
+
+
+def _side(changes: Mapping[str, float], sign: int) -> dict[str, float]:
+    return {name: sign * change for name, change in changes.items() if sign * change > 0}
+
+
+def _size(value: float) -> str:
+    return f"{value:.2f}" if value >= _SHOWN else "less than 0.01"

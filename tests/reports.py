@@ -1,0 +1,130 @@
+"""A report to look at: the figures of docs/results.md, section 1, with intervals, layers and passages made up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flexctl.bundle.manifest import Tombstone
+from flexctl.evaluation.explaining import Piece
+from flexctl.evaluation.report import (
+    DomainFigures,
+    Estimate,
+    Member,
+    Passage,
+    Report,
+    Setting,
+    Shift,
+)
+
+EXPERTS = ("public", "code", "math", "news")
+MERGED = {"public": 2.197, "code": 3.450, "math": 3.123, "news": 2.576}
+ALONE = {"public": 2.169, "code": 6.186, "math": 4.446, "news": 2.691}
+WITHOUT = {
+    "code": {"public": 2.191, "code": 4.508, "math": 2.890, "news": 2.503},
+    "math": {"public": 2.185, "code": 3.340, "math": 4.107, "news": 2.578},
+    "news": {"public": 2.199, "code": 3.462, "math": 3.063, "news": 2.635},
+}
+ROUTING = {
+    "public": (0.26, 0.05, 0.29, 0.40),
+    "code": (0.03, 0.70, 0.20, 0.07),
+    "math": (0.08, 0.18, 0.55, 0.19),
+    "news": (0.16, 0.15, 0.28, 0.41),
+}
+TEXTS = {
+    "public": "The harbour was built in the ninth century , and a wall of stone was added later .",
+    "code": "def read ( self , path ) : \n return [ line . strip ( ) for line in open ( path ) ] \n",
+    "math": "Let x be a real number with x ^ 2 = 2 . Then x is not rational , as was shown before .",
+    "news": "The council said on Tuesday that the bridge would stay closed until the end of May .",
+}
+
+
+def shifts(scores: dict[str, float], spread: float = 0.03) -> dict[str, Shift]:
+    """Return scores beside the merged model's, with intervals."""
+    return {name: shift(score, score - MERGED[name], spread) for name, score in scores.items()}
+
+
+def shift(score: float, change: float, spread: float) -> Shift:
+    """Return a score whose change has an interval of twice ``spread``."""
+    return Shift(bits_per_byte=score, change=Estimate(value=change, low=change - spread, high=change + spread))
+
+
+def passage(domain: str) -> Passage:
+    """Return a text whose words are tokens, with shares about those of the domain."""
+    pieces = []
+    for i, word in enumerate(TEXTS[domain].split(" ") * 3):
+        weights = [0.02 + share * (1.2 + math.sin(1.7 * i + 2.1 * k)) for k, share in enumerate(ROUTING[domain])]
+        total = sum(weights)
+        shares = {name: weight / total for name, weight in zip(EXPERTS, weights, strict=True)}
+        pieces.append(Piece(text=word if word == "\n" else f" {word}", shares=shares))
+    return Passage(domain=domain, pieces=tuple(pieces))
+
+
+def layered(domain: str, num_layers: int) -> dict[str, list[float]]:
+    """Return shares a layer whose mean is about the domain's."""
+    rows: dict[str, list[float]] = {name: [] for name in EXPERTS}
+    for layer in range(num_layers):
+        weights = [0.02 + share * (1 + 0.6 * math.sin(layer + 2 * k)) for k, share in enumerate(ROUTING[domain])]
+        for name, weight in zip(EXPERTS, weights, strict=True):
+            rows[name].append(weight / sum(weights))
+    return rows
+
+
+def example_report(**changes: Any) -> Report:
+    """Return a report with everything in it; ``changes`` replace fields."""
+    digests = {name: "sha256:" + f"{i:x}3b1c5f0" * 8 for i, name in enumerate(EXPERTS, start=1)}
+    licenses = {"public": "CC-BY-SA-3.0", "code": "PSF-2.0", "math": "GFDL-1.2-or-later", "news": "CC-BY-2.5"}
+    labels = {"code": "Python's own documentation and library", "news": "Reports of one agency, 2005"}
+    members = tuple(
+        Member(
+            name=name,
+            digest=digests[name],
+            license=licenses[name],
+            purposes=("research",) if name == "news" else (),
+            expires="2030-12-31" if name == "news" else None,
+            privacy="epsilon 8, delta 1e-05" if name == "math" else None,
+            label=labels.get(name),
+        )
+        for name in EXPERTS
+    )
+    figures = {
+        name: DomainFigures(
+            bits_per_byte=Estimate(value=score, low=score - 0.04, high=score + 0.05),
+            perplexity=math.exp(score * 1.7),
+            tokens=61_234 + 1000 * i,
+            bytes=301_000,
+            documents=120 + 7 * i,
+            digest="sha256:" + f"{i:x}7d20e4a" * 8,
+        )
+        for i, (name, score) in enumerate(MERGED.items())
+    }
+    content = {
+        "kind": "merged",
+        "anchor": "micro-anchor",
+        "model_type": "olmo2",
+        "digest": "sha256:" + "6f633a1e" * 8,
+        "license": "other",
+        "num_experts_per_tok": 4,
+        "members": members,
+        "removed": (Tombstone(name="reddit", digest="sha256:" + "90aa31c2" * 8),),
+        "domains": figures,
+        "alone": shifts(ALONE, 0.02),
+        "routing": {domain: dict(zip(EXPERTS, shares, strict=True)) for domain, shares in ROUTING.items()},
+        "routing_layers": {domain: layered(domain, 6) for domain in ROUTING},
+        "ablation": {name: shifts(scores) for name, scores in WITHOUT.items()},
+        "top_k": {
+            k: shifts({name: score * (1 + 0.05 * (4 - k) ** 2 / 9) for name, score in MERGED.items()})
+            for k in range(1, 5)
+        },
+        "baselines": {
+            "anchor": shifts(ALONE),
+            "own expert alone": shifts({"public": 2.169, "code": 3.324, "math": 2.819, "news": 2.443}),
+            "average of weights": shifts({"public": 2.31, "code": 4.92, "math": 3.87, "news": 2.66}),
+        },
+        "passages": tuple(passage(domain) for domain in ROUTING),
+        "settings": (
+            Setting(name="window", value="256 tokens, not overlapping"),
+            Setting(name="precision", value="float32"),
+        ),
+    }
+    return Report(**{**content, **changes})
