@@ -35,6 +35,9 @@ class Browser:
     Args:
         profile: An empty folder.
         wait_s: How long an answer may take.
+
+    Raises:
+        ConnectionError: It does not start, as one in a sandbox of its own may not.
     """
 
     def __init__(self, profile: Path, wait_s: float = 60.0) -> None:
@@ -100,13 +103,16 @@ class Browser:
         """Return the next message; events are kept."""
         until = time.monotonic() + self._wait_s
         while b"\0" not in self._buffer:
-            assert time.monotonic() < until, "the browser does not answer"
+            if time.monotonic() > until:
+                raise ConnectionError("the browser does not answer")
             try:
                 chunk = os.read(self._from, 1 << 16)
-                assert chunk, "the browser has ended"
-                self._buffer += chunk
             except BlockingIOError:
                 time.sleep(0.005)
+                continue
+            if not chunk:
+                raise ConnectionError("the browser has ended")
+            self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
         if "method" in message:
