@@ -32,6 +32,8 @@ ONLY_IMPORTER = {
     "rich": ("cli/",),
     "torch": ("model/", "training/", "evaluation/", "engine/", "embedding.py"),
     "transformers": ("model/", "training/", "evaluation/", "engine/"),
+    "matplotlib": ("evaluation/report/charts.py",),
+    "jinja2": ("evaluation/report/page.py",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = ("cli/", "engine/", "bundle/", "config.py", "workspace.py", "__init__.py")
