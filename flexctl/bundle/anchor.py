@@ -14,7 +14,7 @@ import numpy as np
 from flexctl.bundle.codec import indented_json, parse_json, read_bytes
 from flexctl.bundle.hashing import hash_file, hash_spans
 from flexctl.bundle.headers import read_header
-from flexctl.bundle.layout import expert_layout, stock_head
+from flexctl.bundle.layout import expert_layout, index_json, stock_head
 from flexctl.bundle.manifest import (
     MANIFEST_FILE,
     AnchorManifest,
@@ -188,6 +188,9 @@ def write_anchor(
             _copy(checkpoint / file, folder / file)
         if (checkpoint / INDEX_FILE).is_file():
             _copy(checkpoint / INDEX_FILE, folder / INDEX_FILE)
+        else:
+            # Servers that load every safetensors file of a directory keep to an index where there is one.
+            (folder / INDEX_FILE).write_bytes(index_json(dict.fromkeys(sorted(spans), SINGLE_FILE), spans))
         stock = sorted(item.name for item in checkpoint.iterdir() if item.is_file() and is_stock_file(item.name))
         for file in stock:
             _copy(checkpoint / file, folder / file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import threading
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import (
     ROUTER_TENSOR,
     feed_forward_keys,
+    index_json,
     merged_expert_head,
     shared_order,
     stock_head,
@@ -44,11 +44,11 @@ from flexctl.bundle.merged import (
 )
 from flexctl.bundle.placing import Placed, Site, WeightFile, place
 from flexctl.bundle.store import check_directory_target, new_directory, require_space
-from flexctl.bundle.tensors import TensorType, Typed, is_finite, size_of
+from flexctl.bundle.tensors import TensorType, is_finite, size_of
 from flexctl.errors import BundleError
 from flexctl.runtime import Reporter
 
-__all__ = ["assemble", "index_json", "planned_bytes", "write_merged"]
+__all__ = ["assemble", "planned_bytes", "write_merged"]
 
 
 def planned_bytes(composition: Composition) -> int:
@@ -140,20 +140,6 @@ def write_merged(
     remember([seal(path / item.name, item.tensors) for item in placed])
     remember([item.source_seal for item in placed if item.source_seal])
     return open_merged(path), written
-
-
-def index_json(weight_map: Mapping[str, str], tensors: Mapping[str, Typed]) -> bytes:
-    """Return model.safetensors.index.json.
-
-    Args:
-        weight_map: Key -> file.
-        tensors: Key -> dtype and shape, by the same keys.
-    """
-    metadata = {
-        "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
-        "total_size": sum(map(size_of, tensors.values())),
-    }
-    return indented_json({"metadata": metadata, "weight_map": dict(weight_map)})
 
 
 def _weight_files(composition: Composition) -> list[WeightFile]:

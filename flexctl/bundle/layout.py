@@ -7,12 +7,14 @@ merged model's file with every layer and expert index written in four digits and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
+from flexctl.bundle.codec import indented_json
 from flexctl.bundle.headers import header_bytes
 from flexctl.bundle.manifest import MANIFEST_KEY, Architecture
-from flexctl.bundle.tensors import ITEM_SIZES, TensorType, Typed
+from flexctl.bundle.tensors import ITEM_SIZES, TensorType, Typed, size_of
 from flexctl.families import PROJECTIONS, Family, feed_forward_names
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "expert_head",
     "expert_layout",
     "feed_forward_keys",
+    "index_json",
     "merged_expert_head",
     "shared_order",
     "stock_head",
@@ -100,6 +103,20 @@ def merged_expert_head(family: Family, architecture: Architecture, index: int, m
 def stock_head(tensors: Mapping[str, Typed]) -> bytes:
     """Return what comes before the tensors in a file of ours that has no manifest."""
     return header_bytes(tensors, STOCK_METADATA)
+
+
+def index_json(weight_map: Mapping[str, str], tensors: Mapping[str, Typed]) -> bytes:
+    """Return model.safetensors.index.json.
+
+    Args:
+        weight_map: Key -> file.
+        tensors: Key -> dtype and shape, by the same keys.
+    """
+    metadata = {
+        "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "total_size": sum(map(size_of, tensors.values())),
+    }
+    return indented_json({"metadata": metadata, "weight_map": dict(weight_map)})
 
 
 def shared_order(tensors: Mapping[str, AnyTyped]) -> dict[str, AnyTyped]:

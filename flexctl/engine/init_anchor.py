@@ -12,6 +12,7 @@ from flexctl import workspace
 from flexctl.bundle import RawTensor, read_dense_config, write_anchor
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
+from flexctl.families import family_of
 from flexctl.runtime import SILENT, Reporter, software_versions
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     _refuse_bad_settings(config, target)
     set_threads(config.threads)
     source = _source_directory(config)
+    _warn_of_tied_head(source, reporter)
     if config.dry_run:
         return _planned(config, target, source)
     with working_folder(target.parent / f".{target.name}.work") as work:
@@ -162,6 +164,16 @@ def _source_directory(config: InitAnchorConfig) -> Path | None:
         path = fetch_checkpoint(config.source)
     resolve_moe_config(read_dense_config(path))
     return path
+
+
+def _warn_of_tied_head(source: Path | None, reporter: Reporter) -> None:
+    """Say when a merged model of this checkpoint cannot be served by vLLM."""
+    config: Any = {} if source is None else read_dense_config(source)
+    if config.get("tie_word_embeddings") and family_of(config["model_type"]).moe_type == "flex_olmo":
+        reporter.warn(
+            f"{source}: tie_word_embeddings is true; vLLM's flex_olmo class ties no head, so merged models will run in "
+            "Transformers and not in vLLM (docs/serving.md)"
+        )
 
 
 def _name(config: InitAnchorConfig) -> str:

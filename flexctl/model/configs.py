@@ -19,7 +19,8 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
 
     The dense config goes through its own Transformers class first, so that absent keys take the dense class's
     defaults rather than the mixture's, which differ. Expert counts are those of the anchor
-    alone: merge sets them.
+    alone: merge sets them. Rotary settings stand in both spellings, rope_parameters and the older rope_theta with
+    rope_scaling: software on Transformers 4 takes its class's own rope_theta where it finds none.
 
     Raises:
         BundleError: The family is not supported, or a field has a value that the mixture class cannot hold.
@@ -43,7 +44,15 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     finished = {key: value for key, value in moe.to_dict().items() if key not in generic}
     finished |= {"model_type": family.moe_type, "architectures": [family.moe_architecture]}
     finished[family.count_field] = finished.pop("num_local_experts", 1)
+    finished |= _older_rope_fields(finished["rope_parameters"])
     return dict(sorted(finished.items()))
+
+
+def _older_rope_fields(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_theta, and rope_scaling where there is any, as Transformers 4 spells rope_parameters."""
+    scaling = {name: value for name, value in rope_parameters.items() if name != "rope_theta"}
+    older = {"rope_theta": rope_parameters["rope_theta"]}
+    return older if scaling["rope_type"] == "default" else older | {"rope_scaling": scaling}
 
 
 def _refuse_unsupported(config: Mapping[str, Any], required: Mapping[str, Any]) -> None:
