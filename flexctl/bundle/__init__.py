@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from flexctl.bundle.anchor import Anchor, open_anchor, read_dense_config, write_anchor
+from flexctl.bundle.anchor import Anchor, open_anchor, read_checkpoint, read_dense_config, write_anchor
 from flexctl.bundle.expert import Expert, open_expert, pair_weights, write_expert
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
-from flexctl.bundle.tensors import RawTensor
+from flexctl.bundle.tensors import RawTensor, TensorType, check_agreement
 from flexctl.bundle.weights import Weights
 
 __all__ = [
@@ -22,13 +22,16 @@ __all__ = [
     "RawTensor",
     "RouterFile",
     "RouterInfo",
+    "TensorType",
     "Weights",
+    "check_agreement",
     "open_anchor",
     "open_bundle",
     "open_expert",
     "open_merged",
     "open_router_file",
     "pair_weights",
+    "read_checkpoint",
     "read_dense_config",
     "slug",
     "write_anchor",

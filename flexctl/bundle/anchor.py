@@ -37,6 +37,7 @@ __all__ = [
     "checkpoint_spans",
     "is_stock_file",
     "open_anchor",
+    "read_checkpoint",
     "read_dense_config",
     "write_anchor",
     "write_tensors",
@@ -214,6 +215,18 @@ def write_anchor(
             (folder / "run.json").write_bytes(indented_json(run))
         open_anchor(folder)
     return open_anchor(path)
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Span]:
+    """Return where each weight of a stock checkpoint lies; nothing but headers is read.
+
+    Raises:
+        BundleError: There is no safetensors file, a header is not valid, a dtype is none of F32, BF16 and F16, or sizes
+            and feed-forward matrices are not those of config.json.
+    """
+    spans = checkpoint_spans(checkpoint)
+    _architecture(read_dense_config(checkpoint), spans, checkpoint)
+    return spans
 
 
 def read_dense_config(checkpoint: Path) -> dict[str, Any]:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flexctl import workspace
-from flexctl.bundle import RawTensor, read_dense_config, write_anchor
+from flexctl.bundle import (
+    RawTensor,
+    TensorType,
+    check_agreement,
+    read_checkpoint,
+    read_dense_config,
+    write_anchor,
+)
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.families import family_of
@@ -163,7 +170,23 @@ def _source_directory(config: InitAnchorConfig) -> Path | None:
 
         path = fetch_checkpoint(config.source)
     resolve_moe_config(read_dense_config(path))
+    _refuse_other_tensors(path)
     return path
+
+
+def _refuse_other_tensors(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose weights are not those of its class, which Transformers would make up or leave out."""
+    from flexctl.model.building import dense_shapes
+
+    config, found = read_dense_config(checkpoint), read_checkpoint(checkpoint)
+    expected = {
+        name: TensorType(found[name].dtype if name in found else "F32", shape)
+        for name, shape in dense_shapes(config).items()
+    }
+    # What the class leaves out on purpose: a tied head, and buffers that old checkpoints have.
+    spare = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    spare |= {name for name in found if name.endswith(".rotary_emb.inv_freq")}
+    check_agreement({name: span for name, span in found.items() if name not in spare}, expected, str(checkpoint))
 
 
 def _warn_of_tied_head(source: Path | None, reporter: Reporter) -> None:

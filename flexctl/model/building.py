@@ -25,6 +25,7 @@ __all__ = [
     "add_expert",
     "autocast_dtype",
     "build_model",
+    "dense_shapes",
     "load_dense",
     "load_tokenizer",
     "moved_tensors",
@@ -163,6 +164,19 @@ def load_tokenizer(path: Path) -> Any:
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def dense_shapes(dense_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every weight that the dense Transformers class of a config has; computes nothing.
+
+    A tied head is not among them, as it is the embedding.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**dict(dense_config))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def load_dense(path: Path) -> Any:

@@ -62,7 +62,9 @@ def _refuse_unsupported(config: Mapping[str, Any], required: Mapping[str, Any]) 
     if config.get("quantization_config") is not None:
         raise BundleError("config.json: quantization_config is set; anchors are F32, BF16 or F16", hint="dequantise it")
     layer_types = set(config.get("layer_types") or ["full_attention"])
-    if len(layer_types) > 1:
-        raise BundleError(f"config.json: layer_types mixes {sorted(layer_types)}, which the mixture class cannot do")
+    if layer_types != {"full_attention"}:
+        raise BundleError(
+            f"config.json: layer_types has {sorted(layer_types)}; the mixture class has full_attention alone"
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise BundleError(f"config.json: hidden_act is {config['hidden_act']!r}; the mixture class needs 'silu'")

@@ -117,6 +117,36 @@ def test_resolving_does_not_depend_on_how_the_dense_config_was_written(model_typ
     assert resolve_moe_config(short) == resolve_moe_config(json.loads(json.dumps(full)))
 
 
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    {"rope_type": "dynamic", "factor": 2.0},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: str(scaling["rope_type"]))
+@pytest.mark.parametrize("model_type", TYPES)
+def test_both_spellings_of_scaled_positions_are_read_and_written(model_type: str, scaling: dict[str, Any]) -> None:
+    """Software on Transformers 4 knows rope_theta and rope_scaling; without them it takes its class's own base."""
+    older = tiny.dense_config(model_type, rope_theta=4321.0, rope_scaling=dict(scaling))
+    newer = tiny.dense_config(model_type, rope_parameters={**scaling, "rope_theta": 4321.0})
+    config = resolve_moe_config(older)
+    assert config == resolve_moe_config(newer)
+    assert config["rope_parameters"] == {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
+    assert config["rope_theta"] == 4321.0
+    assert scaling.items() <= config["rope_scaling"].items()
+    reread = as_loaded(config)
+    assert reread.rope_parameters == config["rope_parameters"]
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_plain_positions_have_a_base_and_no_scaling(model_type: str) -> None:
+    config = resolve_moe_config(tiny.dense_config(model_type))
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert "rope_scaling" not in config
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -148,6 +178,7 @@ def test_what_survives_is_computed_with(model_type: str, changes: dict[str, Any]
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window is True"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "layer_types has ['sliding_attention']"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"model_type": "flex_olmo"}, "model_type is 'flex_olmo'"),
