@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 from flexctl import workspace
 from flexctl.errors import UsageError
 
-__all__ = ["config_name", "flag_name", "refuse_out_of_range", "resolve"]
+__all__ = ["config_name", "flag_name", "refuse_no_date", "refuse_out_of_range", "resolve"]
 
 Config = TypeVar("Config")
 
 # Fields that are not the flag of the same name: arguments (None), or a flag with another name.
 _EXCEPTIONS: Mapping[str, Mapping[str, str | None]] = {
     "init_anchor": {"source": None},
+    "import_expert": {"dense": None},
     "merge": {"experts": None},
     "remove": {"names": None, "source": "from"},
     "replace": {"name": None, "expert": None, "source": "from"},
@@ -94,6 +95,20 @@ def refuse_out_of_range(config: object, *, above_zero: Sequence[str], from_zero:
         if not allowed:
             limit = "is below 0" if name in from_zero else "is not above 0"
             raise UsageError(f"--{name.replace('_', '-')}: {value} {limit}")
+
+
+def refuse_no_date(expires: str | None) -> None:
+    """Refuse an --expires that is no date written YYYY-MM-DD. None means "never" and passes.
+
+    Raises:
+        UsageError: It is none.
+    """
+    try:
+        is_date = expires is None or datetime.date.fromisoformat(expires).isoformat() == expires
+    except ValueError:
+        is_date = False
+    if not is_date:
+        raise UsageError(f"--expires: {expires!r} is no date", hint="write YYYY-MM-DD")
 
 
 def config_name(command: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flexctl.bundle.anchor import Anchor, open_anchor, read_checkpoint, read_dense_config, write_anchor
-from flexctl.bundle.expert import Expert, open_expert, pair_weights, write_expert
+from flexctl.bundle.dense import compare_dense, open_dense
+from flexctl.bundle.expert import Expert, open_expert, pair_weights, weights_beside, write_expert
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
@@ -25,8 +26,10 @@ __all__ = [
     "TensorType",
     "Weights",
     "check_agreement",
+    "compare_dense",
     "open_anchor",
     "open_bundle",
+    "open_dense",
     "open_expert",
     "open_merged",
     "open_router_file",
@@ -34,6 +37,7 @@ __all__ = [
     "read_checkpoint",
     "read_dense_config",
     "slug",
+    "weights_beside",
     "write_anchor",
     "write_expert",
     "write_router_file",

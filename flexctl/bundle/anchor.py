@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flexctl.bundle.codec import indented_json, parse_json, read_bytes
-from flexctl.bundle.hashing import hash_file, hash_spans
+from flexctl.bundle.hashing import Advance, hash_file, hash_spans, in_parallel, locked, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import expert_layout, index_json, stock_head
 from flexctl.bundle.manifest import (
@@ -23,11 +21,11 @@ from flexctl.bundle.manifest import (
     digest_of,
     write_manifest,
 )
-from flexctl.bundle.names import PUBLIC, check_anchor_name, check_file_name, shown
+from flexctl.bundle.names import check_anchor_name, check_file_name, shown
 from flexctl.bundle.store import copy_range, new_directory
 from flexctl.bundle.tensors import FLOAT_DTYPES, RawTensor, Span, TensorType, check_agreement
 from flexctl.bundle.validation import read_manifest
-from flexctl.bundle.weights import Weights
+from flexctl.bundle.weights import Weights, dense_weights
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import family_of, feed_forward_names
 
@@ -35,6 +33,7 @@ __all__ = [
     "ROUTER_SPACE_PREFIX",
     "Anchor",
     "checkpoint_spans",
+    "hash_weights",
     "is_stock_file",
     "open_anchor",
     "read_checkpoint",
@@ -104,15 +103,7 @@ class Anchor:
 
     def weights(self) -> Weights:
         """Return the anchor as a model of one expert, whose router rows are zero."""
-        architecture = self.manifest.architecture
-        zeros = RawTensor("F32", (1, architecture.hidden_size), np.zeros(4 * architecture.hidden_size, np.uint8))
-        return Weights(
-            dense_config=self.config,
-            shared={name: span.read() for name, span in self.shared().items()},
-            experts={PUBLIC: {name: span.read() for name, span in self.feed_forward().items()}},
-            router=(zeros,) * architecture.num_hidden_layers,
-            num_experts_per_tok=1,
-        )
+        return dense_weights(self.config, self.manifest.architecture, self.shared(), self.feed_forward())
 
     def router_space(self) -> dict[str, RawTensor]:
         """Return the tensors of router-space.safetensors by their names there."""
@@ -198,7 +189,7 @@ def write_anchor(
         write_tensors(folder / ROUTER_SPACE_FILE, router_space)
         write_tensors(folder / PUBLIC_SAMPLE_FILE, public_sample)
         copied = checkpoint_spans(folder) | _router_space_spans(folder)
-        tensors = _hash_all(copied)
+        tensors = hash_weights(copied)
         files = {file: hash_file(folder / file) for file in sorted([*stock, PUBLIC_SAMPLE_FILE])}
         manifest = AnchorManifest(
             name=name,
@@ -246,14 +237,6 @@ def is_stock_file(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _STOCK_FILES)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
-    """Write a safetensors file of tensors in memory, in the order given."""
-    with path.open("xb") as file:
-        file.write(stock_head(tensors))
-        for tensor in tensors.values():
-            file.write(tensor.view())
-
-
 def checkpoint_spans(path: Path) -> dict[str, Span]:
     """Return where the weights of a stock checkpoint lie, read through its index where it has one.
 
@@ -278,6 +261,39 @@ def checkpoint_spans(path: Path) -> dict[str, Span]:
         if name not in spans:
             raise BundleError(f"{path / file}: tensor {shown(name)} is missing")
     return spans
+
+
+def hash_weights(spans: Mapping[str, Span], advance: Advance = silent) -> dict[str, TensorInfo]:
+    """Return what the tensors of several files are, by name, files in parallel.
+
+    Args:
+        spans: By name.
+        advance: Told the bytes done.
+
+    Raises:
+        BundleError: One holds NaN or infinity, or a file ends early.
+    """
+    counted = locked(advance)
+
+    def hashed(path: Path) -> dict[str, TensorInfo]:
+        found = {}
+        inside = {name: span for name, span in spans.items() if span.path == path}
+        for name, info, finite in hash_spans(path, inside, counted):
+            if not finite:
+                raise BundleError(f"{path.name}: tensor {name}: holds NaN or infinity")
+            found[name] = info
+        return found
+
+    files = in_parallel(hashed, sorted({span.path for span in spans.values()}))
+    return dict(sorted((name, info) for found in files for name, info in found.items()))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
+    """Write a safetensors file of tensors in memory, in the order given."""
+    with path.open("xb") as file:
+        file.write(stock_head(tensors))
+        for tensor in tensors.values():
+            file.write(tensor.view())
 
 
 def _manifest_bytes(path: Path) -> bytes:
@@ -333,15 +349,3 @@ def _check_router_space(spans: Mapping[str, Span], architecture: Architecture, w
 def _copy(source: Path, target: Path) -> None:
     with target.open("xb") as file:
         copy_range(source, 0, file.fileno(), 0, source.stat().st_size)
-
-
-def _hash_all(spans: Mapping[str, Span]) -> dict[str, TensorInfo]:
-    """Return what the tensors of several files are, refusing those with NaN or infinity."""
-    tensors = {}
-    for path in sorted({span.path for span in spans.values()}):
-        inside = {name: span for name, span in spans.items() if span.path == path}
-        for name, info, finite in hash_spans(path, inside):
-            if not finite:
-                raise BundleError(f"{path.name}: tensor {name}: holds NaN or infinity")
-            tensors[name] = info
-    return dict(sorted(tensors.items()))

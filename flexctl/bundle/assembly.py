@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from flexctl.bundle.cache import known, remember, seal
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition
-from flexctl.bundle.hashing import Advance, hash_file, in_parallel, silent
+from flexctl.bundle.hashing import Advance, hash_file, in_parallel, locked, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import (
     ROUTER_TENSOR,
@@ -127,7 +126,7 @@ def write_merged(
             folder=folder,
             old=Path(os.path.realpath(path)),
             trusted=known() if trust_cache else frozenset(),
-            advance=_locked(advance),
+            advance=locked(advance),
         )
         placed = _place_all(composition, files, site)
         tensors = {key: info for item in placed for key, info in item.tensors.items()}
@@ -238,13 +237,3 @@ def _write_small_files(composition: Composition, tensors: Mapping[str, TensorInf
         files[name] = hashlib.sha256(data).hexdigest()
     manifest = replace(manifest, files=files, digest=digest_of(tensors, files))
     (folder / MANIFEST_FILE).write_bytes(write_manifest(manifest))
-
-
-def _locked(advance: Advance) -> Advance:
-    lock = threading.Lock()
-
-    def counted(count: int) -> None:
-        with lock:
-            advance(count)
-
-    return counted

@@ -17,9 +17,9 @@ from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.cache import remember, seal
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
-from flexctl.bundle.composition import Composition, Piece, compose_anchor, compose_merged
+from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import Expert, check_fits
-from flexctl.bundle.hashing import Advance, check_tensors, hash_file, in_parallel
+from flexctl.bundle.hashing import Advance, Piece, check_tensors, hash_file, in_parallel
 from flexctl.bundle.layout import ROUTER_TENSOR, index_json
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED, AnchorManifest, TensorInfo, has_expired
 from flexctl.bundle.merged import CARD_FILE, CONFIG_FILE, INDEX_FILE, Merged, expert_file, weight_files

@@ -16,6 +16,7 @@ from typing import Any
 
 from flexctl.bundle.anchor import DENSE_PREFIX, PUBLIC_SAMPLE_FILE, Anchor
 from flexctl.bundle.expert import Expert, check_fits
+from flexctl.bundle.hashing import Piece
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, feed_forward_keys
 from flexctl.bundle.manifest import (
     OTHER_LICENSE,
@@ -23,7 +24,6 @@ from flexctl.bundle.manifest import (
     Architecture,
     ExpertEntry,
     ExpertManifest,
-    TensorInfo,
     Tombstone,
     has_expired,
     write_manifest,
@@ -43,27 +43,12 @@ from flexctl.bundle.tensors import Span
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import Family, family_of, feed_forward_names
 
-__all__ = ["DEFAULT_TOP_K", "Composition", "LowRank", "Part", "Piece", "compose_anchor", "compose_merged"]
+__all__ = ["DEFAULT_TOP_K", "Composition", "LowRank", "Part", "compose_anchor", "compose_merged"]
 
 _SPDX = re.compile(r"[A-Za-z0-9.+-]+")
 
 DEFAULT_TOP_K = 4
 """num_experts_per_tok unless told otherwise. Source: FlexOlmo table 8, docs/how-it-works.md, section 6."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of some bundle.
-
-    Attributes:
-        name: Its name in the file that it lies in.
-        span: Where it lies.
-        info: What the bundle's manifest promises its bytes to be.
-    """
-
-    name: str
-    span: Span
-    info: TensorInfo
 
 
 @dataclass(frozen=True, slots=True)

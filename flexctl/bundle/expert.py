@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.codec import indented_json
-from flexctl.bundle.hashing import check_tensors, hash_raw
+from flexctl.bundle.hashing import Advance, Piece, check_tensors, hash_raw, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import ROUTER_TENSOR, expert_head, expert_layout
 from flexctl.bundle.lowrank import expand
@@ -24,19 +24,28 @@ from flexctl.bundle.manifest import (
     Manifest,
     PrivacyInfo,
     RouterInfo,
+    TensorInfo,
     digest_of,
     write_manifest,
 )
 from flexctl.bundle.names import PUBLIC, check_expert_name, shown
-from flexctl.bundle.store import new_file
-from flexctl.bundle.tensors import RawTensor, Span, check_agreement, is_finite
+from flexctl.bundle.store import append_range, new_file, require_space
+from flexctl.bundle.tensors import RawTensor, Span, check_agreement, is_finite, size_of
 from flexctl.bundle.validation import read_manifest
 from flexctl.bundle.weights import Weights
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import family_of, feed_forward_names
 from flexctl.runtime import software_versions
 
-__all__ = ["Expert", "check_fits", "embedded_manifest", "open_expert", "pair_weights", "write_expert"]
+__all__ = [
+    "Expert",
+    "check_fits",
+    "embedded_manifest",
+    "open_expert",
+    "pair_weights",
+    "weights_beside",
+    "write_expert",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +116,7 @@ def write_expert(
     *,
     anchor: Anchor,
     name: str,
-    tensors: Mapping[str, RawTensor],
+    tensors: Mapping[str, RawTensor | Piece],
     data: DataInfo,
     training: Mapping[str, Any],
     router: RouterInfo,
@@ -116,6 +125,7 @@ def write_expert(
     privacy: PrivacyInfo | None = None,
     rank: int | None = None,
     parents: Sequence[str] = (),
+    advance: Advance = silent,
 ) -> Expert:
     """Write an expert's file, and what varies from run to run beside it.
 
@@ -123,7 +133,8 @@ def write_expert(
         path: File to write, ``NAME.st``; ``NAME.run.json`` goes beside it.
         anchor: The one it was trained against.
         name: The expert's name.
-        tensors: All of ``expert_layout``, in any order; dtype of the anchor's, ``router.weight`` F32.
+        tensors: All of ``expert_layout``, in any order; dtype of the anchor's, ``router.weight`` F32. One that lies in
+            another file is copied from there and never in memory.
         data: What the owner says about the text.
         training: Settings, seed, steps, tokens, losses, frozen_verified. No paths, host names or times.
         router: How the rows came about.
@@ -132,20 +143,23 @@ def write_expert(
         privacy: The guarantee, where there is one.
         rank: Of a low-rank expert.
         parents: Digests of the experts that this one was made from.
+        advance: Told the bytes that are written and proven.
 
     Returns:
         The expert as opened again from disk, its bytes compared with the manifest.
 
     Raises:
-        BundleError: A tensor is missing, extra, misshaped, of the wrong dtype, or not finite.
+        BundleError: A tensor is missing, extra, misshaped, of the wrong dtype, not finite, or not what was promised.
+        FlexctlError: The disk has no room.
     """
     architecture = anchor.manifest.architecture
     layout = expert_layout(architecture, rank)
-    check_agreement(tensors, layout, str(path))
-    for tensor_name, tensor in tensors.items():
-        if not is_finite(tensor.dtype, tensor.data):
-            raise BundleError(f"{path}: tensor {tensor_name}: holds NaN or infinity", hint="train with a lower --lr")
-    infos = {tensor_name: hash_raw(tensors[tensor_name]) for tensor_name in layout}
+    typed = {
+        tensor_name: tensor.info if isinstance(tensor, Piece) else tensor for tensor_name, tensor in tensors.items()
+    }
+    check_agreement(typed, layout, str(path))
+    infos = {tensor_name: _info(tensors[tensor_name], f"{path}: tensor {tensor_name}") for tensor_name in layout}
+    require_space(path, sum(map(size_of, layout.values())))
     manifest = ExpertManifest(
         name=check_expert_name(name, f"{path}: name"),
         digest=digest_of(infos),
@@ -166,12 +180,27 @@ def write_expert(
         with temporary.open("xb") as file:
             file.write(head)
             for tensor_name in layout:
-                file.write(tensors[tensor_name].view())
-        for problem in check_tensors(temporary, open_expert(temporary).spans, infos):
-            raise BundleError(problem, hint="the disk did not keep what was written")
+                _append(tensors[tensor_name], file)
+        for problem in check_tensors(temporary, open_expert(temporary).spans, infos, advance):
+            raise BundleError(problem, hint="the disk did not keep what was written, or a source has changed")
     with new_file(path.with_suffix(".run.json"), overwrite=True) as temporary:
         temporary.write_bytes(indented_json(run))
     return open_expert(path)
+
+
+def _info(tensor: RawTensor | Piece, where: str) -> TensorInfo:
+    if isinstance(tensor, Piece):
+        return tensor.info
+    if not is_finite(tensor.dtype, tensor.data):
+        raise BundleError(f"{where}: holds NaN or infinity", hint="train with a lower --lr")
+    return hash_raw(tensor)
+
+
+def _append(tensor: RawTensor | Piece, output: BinaryIO) -> None:
+    if isinstance(tensor, Piece):
+        append_range(tensor.span.path, tensor.span.start, output, tensor.span.stop - tensor.span.start)
+    else:
+        output.write(tensor.view())
 
 
 def pair_weights(anchor: Anchor, expert: Expert) -> Weights:
@@ -185,16 +214,27 @@ def pair_weights(anchor: Anchor, expert: Expert) -> Weights:
         BundleError: The expert was made for another anchor.
     """
     check_fits(expert, anchor.manifest.ref, anchor.manifest.architecture)
+    return weights_beside(anchor, expert.manifest.name, expert.feed_forward(anchor), expert.router())
+
+
+def weights_beside(anchor: Anchor, name: str, feed_forward: Mapping[str, RawTensor], rows: RawTensor) -> Weights:
+    """Return the model of the public expert and one that may not be a file yet, both active on every token.
+
+    Args:
+        anchor: The one that the other was made for.
+        name: The other's.
+        feed_forward: Its tensors by expert tensor name.
+        rows: Its router rows, (num_hidden_layers, hidden_size), F32.
+    """
     alone = anchor.weights()
-    rows = expert.router().data.reshape(len(alone.router), -1)
     router = tuple(
         RawTensor("F32", (2, zeros.shape[1]), np.concatenate([zeros.data, row]))
-        for zeros, row in zip(alone.router, rows, strict=True)
+        for zeros, row in zip(alone.router, rows.data.reshape(len(alone.router), -1), strict=True)
     )
     return Weights(
         dense_config=alone.dense_config,
         shared=alone.shared,
-        experts={PUBLIC: alone.experts[PUBLIC], expert.manifest.name: expert.feed_forward(anchor)},
+        experts={PUBLIC: alone.experts[PUBLIC], name: feed_forward},
         router=router,
         num_experts_per_tok=2,
     )

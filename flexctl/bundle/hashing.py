@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -16,7 +18,17 @@ from flexctl.bundle.manifest import TensorInfo
 from flexctl.bundle.tensors import RawTensor, Span, is_finite
 from flexctl.errors import BundleError
 
-__all__ = ["Advance", "check_tensors", "hash_file", "hash_raw", "hash_spans", "in_parallel", "silent"]
+__all__ = [
+    "Advance",
+    "Piece",
+    "check_tensors",
+    "hash_file",
+    "hash_raw",
+    "hash_spans",
+    "in_parallel",
+    "locked",
+    "silent",
+]
 
 BUFFER_BYTES = 1 << 20
 Advance = Callable[[int], None]
@@ -24,9 +36,35 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of some bundle or checkpoint.
+
+    Attributes:
+        name: Its name in the file that it lies in.
+        span: Where it lies.
+        info: What its bytes are promised to be, by a manifest or by whoever hashed them.
+    """
+
+    name: str
+    span: Span
+    info: TensorInfo
+
+
 def silent(count: int) -> None:
     """Take note of ``count`` bytes done, and tell nobody."""
     del count
+
+
+def locked(advance: Advance) -> Advance:
+    """Return an ``advance`` that several threads may call at once."""
+    lock = threading.Lock()
+
+    def counted(count: int) -> None:
+        with lock:
+            advance(count)
+
+    return counted
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexctl.bundle.cache import seal
-from flexctl.bundle.composition import LowRank, Piece
-from flexctl.bundle.hashing import Advance, hash_spans, silent
+from flexctl.bundle.composition import LowRank
+from flexctl.bundle.hashing import Advance, Piece, hash_spans, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.lowrank import expand
 from flexctl.bundle.manifest import TensorInfo
-from flexctl.bundle.store import copy_range
+from flexctl.bundle.store import append_range
 from flexctl.bundle.tensors import ITEM_SIZES, Span, size_of
 from flexctl.errors import BundleError
 
@@ -115,10 +115,7 @@ def _write(file: WeightFile, target: Path, public: Mapping[str, Span]) -> None:
                 for block in expand(public[source.name], source.a.span, source.b.span):
                     output.write(block.data)
                 continue
-            output.flush()
-            offset, count = output.tell(), source.stop - source.start
-            copy_range(source.path, source.start, output.fileno(), offset, count)
-            output.seek(offset + count)
+            append_range(source.path, source.start, output, source.stop - source.start)
 
 
 def _joined(sources: Iterable[Piece | LowRank]) -> Iterator[Span | LowRank]:

@@ -18,13 +18,22 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from flexctl import workspace
 from flexctl.bundle.codec import parse_json, read_bytes
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED
 from flexctl.errors import BundleError, FlexctlError, UsageError
 
-__all__ = ["check_directory_target", "copy_range", "new_directory", "new_file", "place_of_change", "require_space"]
+__all__ = [
+    "append_range",
+    "check_directory_target",
+    "copy_range",
+    "new_directory",
+    "new_file",
+    "place_of_change",
+    "require_space",
+]
 
 COPY_BYTES = 1 << 20
 KERNEL_COPY_BYTES = 1 << 28
@@ -147,6 +156,14 @@ def require_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise FlexctlError(f"{path}: needs {needed} bytes, the disk has {free} free", hint="free some space, or use -o")
+
+
+def append_range(source: Path, start: int, output: BinaryIO, count: int) -> None:
+    """Copy ``count`` bytes of a file, from ``start`` on, to where ``output`` stands, by ``copy_range``."""
+    output.flush()
+    offset = output.tell()
+    copy_range(source, start, output.fileno(), offset, count)
+    output.seek(offset + count)
 
 
 def copy_range(source: Path, source_start: int, target: int, target_start: int, count: int) -> None:

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexctl.bundle.tensors import RawTensor
+import numpy as np
 
-__all__ = ["Weights"]
+from flexctl.bundle.manifest import Architecture
+from flexctl.bundle.names import PUBLIC
+from flexctl.bundle.tensors import RawTensor, Span
+
+__all__ = ["Weights", "dense_weights"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,3 +33,25 @@ class Weights:
     experts: Mapping[str, Mapping[str, RawTensor]]
     router: tuple[RawTensor, ...]
     num_experts_per_tok: int
+
+
+def dense_weights(
+    config: Mapping[str, Any], architecture: Architecture, shared: Mapping[str, Span], feed_forward: Mapping[str, Span]
+) -> Weights:
+    """Return a dense model as one of the public expert alone, whose router rows are zero.
+
+    Args:
+        config: config.json of the dense class.
+        architecture: Its sizes.
+        shared: Where the weights outside the feed-forward networks lie, by dense name.
+        feed_forward: Where the others lie, by expert tensor name.
+    """
+    hidden = architecture.hidden_size
+    zeros = RawTensor("F32", (1, hidden), np.zeros(4 * hidden, np.uint8))
+    return Weights(
+        dense_config=config,
+        shared={name: span.read() for name, span in shared.items()},
+        experts={PUBLIC: {name: span.read() for name, span in feed_forward.items()}},
+        router=(zeros,) * architecture.num_hidden_layers,
+        num_experts_per_tok=1,
+    )
