@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flexctl.engine.embed_router import EmbedRouterConfig, EmbedRouterResult, embed_router
     from flexctl.engine.evaluate import EvaluateConfig, EvaluateResult, evaluate
     from flexctl.engine.generate import GenerateConfig, GenerateResult, generate
+    from flexctl.engine.import_expert import ImportExpertConfig, ImportExpertResult, import_expert
     from flexctl.engine.init_anchor import InitAnchorConfig, InitAnchorResult, init_anchor
     from flexctl.engine.inspect import InspectConfig, InspectResult, inspect
     from flexctl.engine.list import ListConfig, ListResult, list
@@ -41,6 +42,7 @@ _NAMES = {
     "engine.embed_router": ("EmbedRouterConfig", "EmbedRouterResult", "embed_router"),
     "engine.evaluate": ("EvaluateConfig", "EvaluateResult", "evaluate"),
     "engine.generate": ("GenerateConfig", "GenerateResult", "generate"),
+    "engine.import_expert": ("ImportExpertConfig", "ImportExpertResult", "import_expert"),
     "engine.init_anchor": ("InitAnchorConfig", "InitAnchorResult", "init_anchor"),
     "engine.inspect": ("InspectConfig", "InspectResult", "inspect"),
     "engine.list": ("ListConfig", "ListResult", "list"),
@@ -65,6 +67,8 @@ __all__ = [
     "FlexctlError",
     "GenerateConfig",
     "GenerateResult",
+    "ImportExpertConfig",
+    "ImportExpertResult",
     "InitAnchorConfig",
     "InitAnchorResult",
     "InspectConfig",
@@ -96,6 +100,7 @@ __all__ = [
     "embed_router",
     "evaluate",
     "generate",
+    "import_expert",
     "init_anchor",
     "inspect",
     "list",

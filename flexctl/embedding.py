@@ -17,17 +17,13 @@ from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
 
-__all__ = ["PASSAGES", "check_kind", "embed_rows", "encoder_direction", "encoder_name"]
+__all__ = ["PASSAGES", "check_kind", "embed_rows", "encoder_direction", "encoder_name", "names_a_file"]
 
 PASSAGES = 512
 """Passages of an owner that rows are made from, at most."""
 
 RIDGE = 1.0
 """Ridge penalty of the map from embeddings to router inputs, in units of documents; embeddings have length 1."""
-
-
-PASSAGES = 512
-PASSAGE_TOKENS = 256
 
 
 def embed_rows(
@@ -51,11 +47,14 @@ def embed_rows(
         encoder: sentence-transformers model, a directory or Hub id; needed by the encoder kind alone.
 
     Raises:
-        UsageError: The kind is unknown, or the encoder is missing or cannot be loaded.
+        UsageError: The kind is unknown, there are fewer than two passages, or the encoder is missing or cannot be
+            loaded.
 
     Source: docs/how-it-works.md, section 4.
     """
     check_kind(kind, encoder)
+    if len(own) < 2:
+        raise UsageError(f"--data: {len(own)} passages are too few for router rows", hint="give more text")
     domain = Domain.from_documents(measure_documents(model, frame(own)), space)
     if kind != "encoder" or encoder is None:
         return finish_rows(space, domain, direction(kind, space, domain.mean))
@@ -75,6 +74,11 @@ def check_kind(kind: str, encoder: str | None) -> None:
         raise UsageError(f"--router: {kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file")
     if kind == "encoder" and encoder is None:
         raise UsageError("--router encoder: no sentence encoder given", hint="add --encoder DIRECTORY_OR_HUB_ID")
+
+
+def names_a_file(router: str) -> bool:
+    """Return whether what ``--router`` names is a file with rows rather than a kind."""
+    return router.endswith(".st") or Path(router).exists()
 
 
 def encoder_name(kind: str, encoder: str | None) -> str | None:

@@ -37,6 +37,7 @@ FILE_NAME = "flexctl.toml"
 COMMANDS = (
     "init_anchor",
     "train_expert",
+    "import_expert",
     "embed_router",
     "merge",
     "remove",

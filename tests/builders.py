@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from flexctl.bundle import (
     write_anchor,
     write_expert,
 )
-from flexctl.bundle.anchor import write_tensors
+from flexctl.bundle.anchor import checkpoint_spans, write_tensors
 from flexctl.bundle.codec import canonical_json, encode
 from flexctl.bundle.hashing import hash_raw
 from flexctl.bundle.headers import header_bytes
 from flexctl.bundle.layout import ROUTER_TENSOR, expert_layout
 from flexctl.bundle.manifest import MANIFEST_KEY, digest_of
-from flexctl.bundle.tensors import from_float32
+from flexctl.bundle.tensors import TensorType, from_float32, size_of, to_float32
 from flexctl.families import family_of
 
 # The cache of hashed files is the user's own; tests have one that nobody else reads.
@@ -62,8 +63,14 @@ def make_checkpoint(
     shards: int = 1,
     tied: bool = False,
     seed: int = 0,
+    tokenizer: Path | None = None,
+    sparse: bool = False,
 ) -> Path:
-    """Write a stock dense checkpoint with random weights, in one file or in several with an index."""
+    """Write a stock dense checkpoint with random weights, in one file or in several with an index.
+
+    A sparse one is all zeros that take no room on the disk; ``tokenizer`` is a directory to take real tokenizer files
+    from.
+    """
     path.mkdir(parents=True)
     config = {
         "model_type": model_type,
@@ -86,8 +93,10 @@ def make_checkpoint(
     rng = np.random.PCG64(seed)
     shapes = _dense_shapes(model_type, layers, hidden, inner, vocab, tied)
     names = list(shapes)
-    tensors = {name: random_tensor(rng, dtype, shape) for name, shape in shapes.items()}
-    if shards == 1:
+    tensors = {} if sparse else {name: random_tensor(rng, dtype, shape) for name, shape in shapes.items()}
+    if sparse:
+        write_zeros(path / "model.safetensors", {name: TensorType(dtype, shape) for name, shape in shapes.items()})
+    elif shards == 1:
         write_tensors(path / "model.safetensors", tensors)
     else:
         weight_map = {}
@@ -102,6 +111,45 @@ def make_checkpoint(
     (path / "generation_config.json").write_text('{"do_sample": false}\n')
     (path / "tokenizer.json").write_text('{"version": "1.0"}\n')
     (path / "tokenizer_config.json").write_text('{"model_max_length": 64}\n')
+    for file in tokenizer.glob("tokenizer*") if tokenizer else ():
+        shutil.copy(file, path)
+    return path
+
+
+def write_zeros(path: Path, tensors: Mapping[str, TensorType]) -> None:
+    """Write a safetensors file whose tensors are a hole, all zeros."""
+    head = header_bytes(tensors, {"format": "pt"})
+    with path.open("xb") as file:
+        file.write(head)
+        file.truncate(len(head) + sum(map(size_of, tensors.values())))
+
+
+def noisy(tensor: RawTensor, seed: int, size: float = 0.05) -> RawTensor:
+    """Return a tensor with normal noise of standard deviation ``size``."""
+    values = to_float32(tensor.dtype, tensor.data)
+    noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(len(values)).astype(np.float32)
+    return RawTensor(tensor.dtype, tensor.shape, from_float32(tensor.dtype, values + size * noise))
+
+
+def fine_tune(
+    base: Path,
+    path: Path,
+    names: Sequence[str] | None = None,
+    change: Callable[[dict[str, RawTensor]], Mapping[str, RawTensor]] = dict,
+) -> Path:
+    """Write a copy of a dense checkpoint in which tensors have moved, and whatever else ``change`` does to them.
+
+    Args:
+        base: Checkpoint or anchor.
+        path: Directory to write.
+        names: Tensors that get noise; None is all of the feed-forward networks.
+        change: What else becomes of the tensors.
+    """
+    shutil.copytree(base, path, ignore=shutil.ignore_patterns("flexctl.json", "*.safetensors*", "run.json"))
+    tensors = {name: span.read() for name, span in checkpoint_spans(base).items()}
+    moved = [name for name in tensors if ".mlp." in name] if names is None else names
+    tensors |= {name: noisy(tensors[name], sum(name.encode())) for name in moved}
+    write_tensors(path / "model.safetensors", change(tensors))
     return path
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from builders import fine_tune
 from conftest import Texts
 
 from flexctl.cli.app import main
@@ -71,6 +72,8 @@ def test_first_screen(
 
 def test_life_of_an_expert(folder: Path, texts: Texts, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(checkpoint, "OLMo-2-1B")
+    shutil.copytree(texts.code_test, "medicine")
+    fine_tune(checkpoint, Path("OLMo-2-1B-medicine"))
     lines = commands(LIFE)
     assert len(lines) >= 10
     for line in lines:

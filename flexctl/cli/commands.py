@@ -154,6 +154,44 @@ def train_expert(
 
 
 @_command(
+    "flexctl import-expert OLMo-2-1B-law --data law/",
+    "flexctl import-expert acme/OLMo-2-1B-law --name law --data law.jsonl --ffn-only",
+)
+def import_expert(
+    dense: o.Dense,
+    data: o.Data = None,
+    anchor: o.Anchor = None,
+    name: o.Name = None,
+    output: o.Output = None,
+    ffn_only: o.FfnOnly = None,
+    router: o.Router = None,
+    encoder: o.Encoder = None,
+    license: o.License = None,
+    purpose: o.Purpose = None,
+    expires: o.Expires = None,
+    label: o.Label = None,
+    contact: o.Contact = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Make an expert of a checkpoint fine-tuned elsewhere.
+
+    DENSE_DIR must have been fine-tuned from the anchor, and in its feed-forward weights alone. Where others
+    moved too it is refused; --ffn-only leaves those behind, and the losses shown say what that costs.
+    Router rows come from --data. Weights are copied as bytes; with --router FILE.st no model is built at
+    all, so that memory stays flat however large the checkpoint is.
+    """
+    return _call("import_expert", locals())
+
+
+@_command(
     "flexctl embed-router --data law/ -o law-rows.st",
     "flexctl embed-router --data law/ --expert experts/law.st -o law-2.st",
 )
@@ -248,7 +286,7 @@ def replace(
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
 ) -> Call:
-    """Replace one expert by its new version, and say what changed."""
+    """Replace one expert by its new version; say what changed."""
     return _call("replace", locals())
 
 

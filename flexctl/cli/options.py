@@ -22,6 +22,10 @@ Source = Annotated[
     str | None,
     Argument(metavar="SOURCE", help="Checkpoint directory or Hub id; without it a small model is trained."),
 ]
+Dense = Annotated[
+    str,
+    Argument(metavar="DENSE_DIR", help="Directory or Hub id of a dense checkpoint fine-tuned from the anchor."),
+]
 Experts = Annotated[
     list[Path] | None,
     Argument(metavar="EXPERT", help="Expert files (.st), or hf://OWNER/NAME; the first may be a merged model."),
@@ -73,6 +77,11 @@ DryRun = Annotated[bool | None, Option("--dry-run", help="Check everything, say 
 TrustCache = Annotated[
     bool | None,
     Option("--trust-cache", help="Skip re-hashing files that did not change since the last check."),
+]
+
+FfnOnly = Annotated[
+    bool | None,
+    Option("--ffn-only", help="Take feed-forward weights although others moved; what those learned is lost."),
 ]
 
 # Text.

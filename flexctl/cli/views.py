@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         EmbedRouterResult,
         EvaluateResult,
         GenerateResult,
+        ImportExpertResult,
         InitAnchorResult,
         InspectResult,
         ListResult,
@@ -113,6 +114,17 @@ def _train_expert(result: TrainExpertResult) -> list[str]:
     if result.frozen_verified:
         lines += ["", "Everything but the expert is the anchor's, bit for bit."]
     return lines
+
+
+def _import_expert(result: ImportExpertResult) -> list[str]:
+    amounts = f"{number(result.tokens)} tokens of text" if result.tokens else None
+    taken = f"{number(result.changed)} tensors differ from the anchor's"
+    lines = [_sentence(result, f"Imported expert {result.name}: {cell(result.path)}", taken, amounts)]
+    if result.loss:
+        lines += ["", *_matrix({"own": result.loss}, "loss")]
+    if result.frozen_verified:
+        return [*lines, "", "Everything but the expert is the anchor's, bit for bit."]
+    return [*lines, "", f"{number(len(result.moved))} other tensors had moved and were left behind."]
 
 
 def _embed_router(result: EmbedRouterResult) -> list[str]:
@@ -261,6 +273,7 @@ def _leading(shares: Mapping[str, float]) -> str:
 _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "init_anchor": _init_anchor,
     "train_expert": _train_expert,
+    "import_expert": _import_expert,
     "embed_router": _embed_router,
     "merge": _merge,
     "remove": _remove,

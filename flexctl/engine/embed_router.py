@@ -220,7 +220,7 @@ def _measure(
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.space import RouterSpace
     from flexctl.model.tensors import to_torch
-    from flexctl.training.documents import read_documents, sample_passages
+    from flexctl.training.documents import read_documents, sample_halves
     from flexctl.training.sample import PublicSample
     from flexctl.training.tokens import frame_passages
 
@@ -232,15 +232,12 @@ def _measure(
     space = RouterSpace.from_tensors(anchor.router_space())
     sample = PublicSample.from_tensors(anchor.public_sample())
     reporter.note(f"measuring router inputs for {config.router} rows")
-    own = sample_passages(read_documents(config.data), 2 * PASSAGES, config.seed)
-    public = sample_passages(sample.texts(tokenizer), 2 * PASSAGES, config.seed)
-    if len(own) < 4:
-        raise UsageError(f"--data: {len(own)} passages are too few for router rows", hint="give more text")
-    half = len(own) // 2
-    rows = embed_rows(config.router, model, space, own[:half], public[: len(public) // 2], frame, config.encoder)
+    own, own_unseen = sample_halves(read_documents(config.data), PASSAGES, config.seed)
+    public, public_unseen = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
+    rows = embed_rows(config.router, model, space, own, public, frame, config.encoder)
     rivals = {expert.manifest.name: to_torch(expert.router()) for expert in others}
-    layers = _report(model, rows, frame(own[half:]), frame(public[len(public) // 2 :]), rivals)
-    return rows, half, layers
+    layers = _report(model, rows, frame(own_unseen), frame(public_unseen), rivals)
+    return rows, len(own), layers
 
 
 def _report(

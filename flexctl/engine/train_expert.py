@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from flexctl.bundle import (
     write_expert,
 )
 from flexctl.bundle.names import check_expert_name
-from flexctl.config import refuse_out_of_range
+from flexctl.config import refuse_no_date, refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub import localise
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
@@ -348,7 +347,7 @@ def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) ->
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path) -> None:
-    from flexctl.embedding import check_kind
+    from flexctl.embedding import check_kind, names_a_file
     from flexctl.model.building import autocast_dtype, pick_device
     from flexctl.training.documents import text_files
 
@@ -356,24 +355,16 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
         raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
     if not 0 <= config.public_mix < 1:
         raise UsageError(f"--public-mix: {config.public_mix} is not a share from 0 to below 1")
-    if config.expires is not None:
-        try:
-            date.fromisoformat(config.expires)
-        except ValueError as error:
-            raise UsageError(f"--expires: {config.expires!r} is no date", hint="write YYYY-MM-DD") from error
+    refuse_no_date(config.expires)
     sizes = ("max_tokens", "max_steps", "epochs", "seq_len", "batch_tokens", "micro_batch", "checkpoint_steps")
     weights = ("warmup_steps", "tether", "public_match")
     refuse_out_of_range(config, above_zero=(*sizes, "lr", "threads"), from_zero=weights)
     autocast_dtype(config.dtype, pick_device(config.device))
-    if _names_a_file(config.router):
+    if names_a_file(config.router):
         open_router_file(Path(config.router), anchor)
     else:
         check_kind(config.router, config.encoder)
     text_files([*config.data, *([config.public] if config.public else [])])
-
-
-def _names_a_file(router: str) -> bool:
-    return router.endswith(".st") or Path(router).exists()
 
 
 def _start_rows(
@@ -385,12 +376,12 @@ def _start_rows(
     public: PublicSample,
     tokenizer: Any,
 ) -> tuple[Tensor, RouterInfo]:
-    from flexctl.embedding import PASSAGES, embed_rows, encoder_name
+    from flexctl.embedding import PASSAGES, embed_rows, encoder_name, names_a_file
     from flexctl.model.tensors import to_torch
     from flexctl.training.documents import sample_passages
     from flexctl.training.tokens import frame_passages
 
-    if _names_a_file(config.router):
+    if names_a_file(config.router):
         given = open_router_file(Path(config.router), anchor)
         return to_torch(given.rows), given.info
     own = sample_passages(corpus.documents(), PASSAGES, config.seed)

@@ -181,7 +181,7 @@ def fetch_checkpoint(repository: str) -> Path:
     """Return a local directory with the checkpoint of a Hub repository; nothing but data files is fetched.
 
     Args:
-        repository: ``owner/name``.
+        repository: ``owner/name``, also as ``hf://owner/name@revision``.
 
     Raises:
         UsageError: There is neither such a directory nor such a repository.
@@ -192,10 +192,12 @@ def fetch_checkpoint(repository: str) -> Path:
     try:
         address = parse(repository)
         with explained(address), _no_bars():
-            return Path(snapshot_download(address.repository, allow_patterns=list(_CHECKPOINT_FILES)))
+            return Path(
+                snapshot_download(address.repository, revision=address.revision, allow_patterns=list(_CHECKPOINT_FILES))
+            )
     except UsageError as error:
         raise UsageError(
-            f"SOURCE: {repository!r} is neither a directory nor a repository on the Hub that is open to you",
+            f"{repository!r} is neither a directory nor a repository on the Hub that is open to you",
             hint="give a local checkpoint directory, or owner/name",
         ) from error
 

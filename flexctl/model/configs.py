@@ -8,9 +8,20 @@ from typing import Any
 from flexctl.errors import BundleError
 from flexctl.families import family_of
 
-__all__ = ["resolve_moe_config"]
+__all__ = ["refuse_other_architecture", "resolve_moe_config"]
 
 _PRIVATE = ("architectures", "model_type", "transformers_version", "_name_or_path")
+# What may differ between two checkpoints whose layers compute the same: files, generation, training, the longest text.
+_IMMATERIAL = {
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "use_cache",
+}
 _GENERIC_KEPT = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
 
@@ -46,6 +57,32 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     finished[family.count_field] = finished.pop("num_local_experts", 1)
     finished |= _older_rope_fields(finished["rope_parameters"])
     return dict(sorted(finished.items()))
+
+
+def refuse_other_architecture(config: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Refuse a dense config whose model is of another family, has other sizes, or computes otherwise than the anchor.
+
+    Both go through their Transformers class, so that a key that one of them leaves to its default makes no difference.
+
+    Args:
+        config: config.json in question.
+        expected: The anchor's.
+        where: File of ``config``, for the message.
+
+    Raises:
+        BundleError: A field differs.
+    """
+    if config.get("model_type") != expected["model_type"]:
+        raise BundleError(
+            f"{where}: model_type is {config.get('model_type')!r}; the anchor's is {expected['model_type']!r}"
+        )
+    found, wanted = resolve_moe_config(config), resolve_moe_config(expected)
+    for name in sorted(wanted.keys() - _IMMATERIAL):
+        if found.get(name) != wanted[name]:
+            raise BundleError(
+                f"{where}: {name} is {found.get(name)!r}; the anchor's is {wanted[name]!r}",
+                hint="an expert must come from the very anchor that it is merged with",
+            )
 
 
 def _older_rope_fields(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:

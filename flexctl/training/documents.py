@@ -16,7 +16,7 @@ import zstandard
 
 from flexctl.errors import UsageError
 
-__all__ = ["read_documents", "sample_passages", "text_files"]
+__all__ = ["read_documents", "sample_halves", "sample_passages", "text_files"]
 
 PASSAGE_CHARACTERS = 1000
 
@@ -176,3 +176,13 @@ def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str
         for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS)
     )
     return heapq.nsmallest(count, (passage for passage in passages if passage.strip()), key=rank)
+
+
+def sample_halves(documents: Iterable[str], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Return two samples of at most ``count`` passages each, of about one size and with none in both.
+
+    One is to make router rows from, the other to see how they do.
+    """
+    passages = sample_passages(documents, 2 * count, seed)
+    half = len(passages) // 2
+    return passages[:half], passages[half:]

@@ -1,14 +1,21 @@
-"""A byte-level BPE tokenizer, trained on public text."""
+"""A byte-level BPE tokenizer, trained on public text, and whether two tokenizers are the same."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["train_tokenizer"]
+from flexctl.bundle.names import shown
+from flexctl.errors import BundleError
+from flexctl.model.building import load_tokenizer
+
+__all__ = ["refuse_other_tokenizer", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, context: int) -> Any:
@@ -41,3 +48,35 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, context: int) -> 
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )
+
+
+def refuse_other_tokenizer(path: Path, anchor: Path) -> None:
+    """Refuse a checkpoint whose tokenizer makes other tokens than the anchor's; one that has no tokenizer passes.
+
+    Files may differ where that changes no token: another version wrote them, or cuts texts at another length.
+
+    Raises:
+        BundleError: Vocabulary, merges, special tokens or the steps around them differ, or it cannot be read.
+    """
+    if not any((path / name).is_file() for name in _FILES):
+        return
+    try:
+        found = _rules(path)
+    except (LookupError, OSError, TypeError, ValueError) as error:
+        raise BundleError(f"{path}: its tokenizer cannot be read: {shown(str(error))}") from error
+    if found != _rules(anchor):
+        raise BundleError(
+            f"{path}: its tokenizer makes other tokens than the anchor's in {anchor}",
+            hint="fine-tune with the anchor's own tokenizer",
+        )
+
+
+def _rules(path: Path) -> str:
+    """Return all that decides which tokens a text becomes."""
+    tokenizer = load_tokenizer(path)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    backend.no_truncation()
+    backend.no_padding()
+    return str(backend.to_str())

@@ -130,6 +130,9 @@ def test_a_checkpoint_from_the_hub(hub: Hub, in_empty_folder: Path) -> None:
     files = read_directory(make_checkpoint(Path("base").absolute()))
     hub.make("acme/base", {**files, "modeling.py": b"raise SystemExit", "pytorch_model.bin": b"x"})
     assert read_directory(fetch_checkpoint("acme/base")) == files
+    assert read_directory(fetch_checkpoint("hf://acme/base@main")) == files
+    with pytest.raises(UsageError, match="neither a directory nor a repository"):
+        fetch_checkpoint("hf://acme/base@other")
     with pytest.raises(UsageError, match="neither a directory nor a repository"):
         fetch_checkpoint("acme/nothing")
     with pytest.raises(UsageError, match="neither a directory nor a repository"):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexctl.errors import UsageError
-from flexctl.training.documents import PASSAGE_CHARACTERS, read_documents, sample_passages, text_files
+from flexctl.training.documents import PASSAGE_CHARACTERS, read_documents, sample_halves, sample_passages, text_files
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -155,3 +155,12 @@ def test_passages_are_a_seeded_sample_whatever_the_order(texts: list[str], count
 def test_other_seeds_give_other_samples() -> None:
     texts = [f"document {i}" for i in range(100)]
     assert set(sample_passages(texts, 10, seed=0)) != set(sample_passages(texts, 10, seed=1))
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_halves_share_no_passage_and_are_the_sample(count: int) -> None:
+    texts = [f"text {i}" for i in range(9)]
+    first, second = sample_halves(texts, count, seed=1)
+    assert not set(first) & set(second)
+    assert [*first, *second] == sample_passages(texts, 2 * count, seed=1)
+    assert len(first) == min(count, 4) <= len(second)

@@ -1,0 +1,370 @@
+"""Make an expert of a dense checkpoint that was fine-tuned elsewhere from the same anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import workspace
+from flexctl.bundle import (
+    Anchor,
+    DataInfo,
+    RawTensor,
+    RouterInfo,
+    Weights,
+    compare_dense,
+    open_anchor,
+    open_dense,
+    open_router_file,
+    read_dense_config,
+    slug,
+    weights_beside,
+    write_expert,
+)
+from flexctl.bundle.names import check_expert_name
+from flexctl.config import refuse_no_date, refuse_out_of_range
+from flexctl.errors import BundleError, UsageError
+from flexctl.hub import fetch_checkpoint, localise
+from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flexctl.bundle.dense import Comparison, DenseCheckpoint
+
+__all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
+
+_MAX_SEQ_LEN = 1024
+_SCORE_BATCH_TOKENS = 8192
+_SCORED_PASSAGES = 128
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportExpertConfig:
+    """What ``import_expert`` is asked to do.
+
+    Attributes:
+        dense: Directory or Hub id of the fine-tuned checkpoint.
+        data: The text that it was fine-tuned on, or like it: folders, text files, .jsonl (also .gz, .zst).
+        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
+        name: The expert's name; None makes it from the folder or file of ``data``.
+        output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
+        ffn_only: Take the feed-forward weights although others moved too; what those learned is lost.
+        router: Kind of router row (discriminant, hidden, encoder), or a file with router rows. With a file no model
+            is built, so nothing is scored and memory stays flat.
+        encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
+        seed: Of the sample of ``data``.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the models: auto, float32 or bfloat16.
+        license: SPDX id or text, for the manifest.
+        purpose: What the expert may be used for, for the manifest.
+        expires: Date (YYYY-MM-DD) on which rights end; merge refuses it afterwards.
+        label: What the data is, for the manifest.
+        contact: Whom to ask, for the manifest.
+        overwrite: Replace an existing file.
+        dry_run: Check everything, every weight against the anchor too; write nothing.
+    """
+
+    dense: str
+    data: tuple[Path, ...]
+    anchor: Path | None = None
+    name: str | None = None
+    output: Path | None = None
+    ffn_only: bool = False
+    router: str = "discriminant"
+    encoder: str | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    license: str | None = None
+    purpose: tuple[str, ...] = ()
+    expires: str | None = None
+    label: str | None = None
+    contact: str | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportExpertResult:
+    """What ``import_expert`` made.
+
+    Attributes:
+        dense_digest: Of all weights of the checkpoint.
+        changed: Feed-forward tensors that differ from the anchor's.
+        moved: Other tensors that differ, which were left behind.
+        frozen_verified: Nothing but the expert differs from the anchor, bit for bit.
+        documents: Documents of ``data``.
+        tokens: Tokens of ``data``.
+        loss: Nats a token on passages of ``data`` that the rows were not made from, of the ``anchor``, of the
+            checkpoint as it was (``dense``) and of the expert beside the public one (``pair``). The checkpoint may
+            have trained on them. None when rows came from a file.
+        bias: The router bias of each layer.
+        warnings: What a person should look at, also told to the reporter.
+    """
+
+    path: Path
+    digest: str | None
+    name: str
+    anchor_digest: str
+    dense_digest: str
+    changed: int
+    moved: list[str]
+    frozen_verified: bool
+    documents: int = 0
+    tokens: int = 0
+    loss: dict[str, float] | None = None
+    bias: list[float] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    bytes_written: int = 0
+    peak_rss_bytes: int = 0
+    dry_run: bool = False
+
+
+def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> ImportExpertResult:
+    """Make an expert of a dense checkpoint's feed-forward weights and write its file.
+
+    Weights are read and copied as bytes; models are built for router rows and losses alone, one at a time.
+
+    Args:
+        config: Which checkpoint, which text, where to.
+        reporter: Hears of progress and of what is lost.
+
+    Returns:
+        What was made, and what is lost where other weights had moved too.
+
+    Raises:
+        UsageError: A setting or the data is wrong, or the target exists.
+        BundleError: The anchor, the checkpoint or the router file is not valid, they do not belong together, or other
+            weights than the feed-forward ones moved.
+    """
+    place = workspace.find()
+    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
+    name = check_expert_name(config.name or slug(config.data[0].resolve().name.split(".")[0]), "--name")
+    target = config.output or place.experts / f"{name}.st"
+    _refuse_bad_settings(config, anchor, target)
+    checkpoint = _open_checkpoint(config, anchor)
+    with reporter.progress("comparing with the anchor", checkpoint.size, "bytes") as bar:
+        found = compare_dense(checkpoint, anchor, bar.advance)
+    _refuse_misfit(config, checkpoint, found)
+    result = ImportExpertResult(
+        path=target,
+        digest=None,
+        name=name,
+        anchor_digest=anchor.digest,
+        dense_digest=found.digest,
+        changed=len(found.changed),
+        moved=list(found.moved),
+        frozen_verified=not found.moved,
+        dry_run=config.dry_run,
+    )
+    return result if config.dry_run else _make(config, anchor, checkpoint, found, result, reporter)
+
+
+def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Path) -> None:
+    from flexctl.embedding import check_kind, names_a_file
+    from flexctl.model.building import pick_device, pick_dtype, set_threads
+    from flexctl.training.documents import text_files
+
+    if target.exists() and not config.overwrite:
+        raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
+    refuse_no_date(config.expires)
+    refuse_out_of_range(config, above_zero=("threads",))
+    pick_dtype(config.dtype, pick_device(config.device))
+    set_threads(config.threads)
+    if names_a_file(config.router):
+        open_router_file(Path(config.router), anchor)
+    else:
+        check_kind(config.router, config.encoder)
+    text_files(config.data)
+
+
+def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpoint:
+    from flexctl.model.configs import refuse_other_architecture
+    from flexctl.training.tokenizer import refuse_other_tokenizer
+
+    path = Path(config.dense)
+    if not path.is_dir():
+        path = fetch_checkpoint(config.dense)
+    refuse_other_architecture(read_dense_config(path), anchor.config, str(path / "config.json"))
+    refuse_other_tokenizer(path, anchor.path)
+    return open_dense(path, anchor)
+
+
+def _refuse_misfit(config: ImportExpertConfig, checkpoint: DenseCheckpoint, found: Comparison) -> None:
+    if found.moved and not config.ffn_only:
+        raise BundleError(
+            f"{checkpoint.path}: not only feed-forward weights moved from the anchor's: {_moved(found.moved)} too",
+            hint="fine-tune the feed-forward weights alone, or give --ffn-only, which loses what the others learned",
+        )
+    if not found.changed:
+        raise BundleError(
+            f"{checkpoint.path}: its feed-forward weights are all the anchor's own", hint="there is nothing to import"
+        )
+
+
+def _moved(names: Sequence[str]) -> str:
+    """Return how many weights outside the feed-forward networks moved, and the first few."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} other weight{'s' if len(names) != 1 else ''} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def _make(
+    config: ImportExpertConfig,
+    anchor: Anchor,
+    checkpoint: DenseCheckpoint,
+    found: Comparison,
+    result: ImportExpertResult,
+    reporter: Reporter,
+) -> ImportExpertResult:
+    from flexctl.model.building import load_tokenizer
+
+    tokenizer = load_tokenizer(anchor.path)
+    data = _data_info(config, tokenizer, reporter)
+    rows, router, loss = _rows(config, anchor, checkpoint, tokenizer, reporter)
+    warnings = _warnings(found.moved, loss)
+    for warning in warnings:
+        reporter.warn(warning)
+    size = sum(piece.span.stop - piece.span.start for piece in found.feed_forward.values())
+    with reporter.progress("writing", size + rows.data.nbytes, "bytes") as bar:
+        expert = write_expert(
+            result.path,
+            anchor=anchor,
+            name=result.name,
+            tensors={**found.feed_forward, "router.weight": rows},
+            data=data,
+            training={
+                "imported": {"digest": found.digest, "changed": len(found.changed), "moved": len(found.moved)},
+                "seed": config.seed,
+                "losses": loss,
+                "frozen_verified": result.frozen_verified,
+            },
+            router=router,
+            run={"peak_rss_bytes": peak_rss_bytes()},
+            overwrite=config.overwrite,
+            advance=bar.advance,
+        )
+    return replace(
+        result,
+        digest=expert.digest,
+        documents=data.documents or 0,
+        tokens=data.tokens or 0,
+        loss=loss,
+        bias=list(router.bias),
+        warnings=warnings,
+        bytes_written=result.path.stat().st_size,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _data_info(config: ImportExpertConfig, tokenizer: Any, reporter: Reporter) -> DataInfo:
+    """Return the manifest's account of the text, after one pass over it."""
+    from flexctl.training.documents import read_documents, text_files
+    from flexctl.training.tokens import frame_documents
+
+    documents = tokens = num_bytes = 0
+    size = sum(file.stat().st_size for file in text_files(config.data))
+    with reporter.progress("counting tokens", size, "bytes") as bar:
+        for document in frame_documents(tokenizer, read_documents(config.data)):
+            documents += 1
+            tokens += len(document.tokens) - 1
+            num_bytes += document.num_bytes
+            bar.advance(document.num_bytes)
+    if not documents:
+        raise UsageError(f"--data: no document with text in {', '.join(map(str, config.data))}")
+    return DataInfo(
+        documents=documents,
+        tokens=tokens,
+        bytes=num_bytes,
+        label=config.label,
+        license=config.license,
+        purposes=config.purpose,
+        expires=config.expires,
+        contact=config.contact,
+    )
+
+
+def _rows(
+    config: ImportExpertConfig, anchor: Anchor, checkpoint: DenseCheckpoint, tokenizer: Any, reporter: Reporter
+) -> tuple[RawTensor, RouterInfo, dict[str, float] | None]:
+    """Return router rows, how they came about, and the losses where models were built for them."""
+    from flexctl.embedding import PASSAGES, embed_rows, encoder_name, names_a_file
+    from flexctl.model.space import RouterSpace
+    from flexctl.model.tensors import to_bytes
+    from flexctl.training.documents import read_documents, sample_halves
+    from flexctl.training.sample import PublicSample
+    from flexctl.training.tokens import frame_passages
+
+    if names_a_file(config.router):
+        given = open_router_file(Path(config.router), anchor)
+        return given.rows, replace(given.info, trained=False), None
+    own, unseen = sample_halves(read_documents(config.data), PASSAGES, config.seed)
+    sample = PublicSample.from_tensors(anchor.public_sample())
+    public, _ = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
+    space = RouterSpace.from_tensors(anchor.router_space())
+    reporter.note(f"measuring router inputs for {config.router} rows")
+    model = _build(config, anchor.weights())
+    found = embed_rows(config.router, model, space, own, public, partial(frame_passages, tokenizer), config.encoder)
+    del model
+    rows = RawTensor(*to_bytes(found.rows))
+    info = RouterInfo(
+        kind=config.router,
+        samples=len(own),
+        encoder=encoder_name(config.router, config.encoder),
+        trained=False,
+        bias=tuple(float(b) for b in found.bias),
+    )
+    reporter.note("scoring the anchor, the checkpoint and the pair")
+    return rows, info, _losses(config, anchor, checkpoint, rows, tokenizer, unseen[:_SCORED_PASSAGES])
+
+
+def _losses(
+    config: ImportExpertConfig,
+    anchor: Anchor,
+    checkpoint: DenseCheckpoint,
+    rows: RawTensor,
+    tokenizer: Any,
+    passages: Sequence[str],
+) -> dict[str, float]:
+    """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
+    from flexctl.evaluation.scoring import score_documents
+    from flexctl.training.tokens import frame_documents
+
+    tensors = {name: span.read() for name, span in checkpoint.feed_forward(anchor).items()}
+    models = {
+        "anchor": anchor.weights(),
+        "dense": checkpoint.weights(anchor),
+        "pair": weights_beside(anchor, "imported", tensors, rows),
+    }
+    documents = list(frame_documents(tokenizer, passages))
+    seq_len = min(_MAX_SEQ_LEN, int(anchor.config.get("max_position_embeddings") or _MAX_SEQ_LEN))
+    return {
+        name: score_documents(_build(config, weights), documents, seq_len=seq_len, batch_tokens=_SCORE_BATCH_TOKENS).nll
+        for name, weights in models.items()
+    }
+
+
+def _build(config: ImportExpertConfig, weights: Weights) -> nn.Module:
+    from flexctl.model.building import build_model, pick_device, pick_dtype
+
+    device = pick_device(config.device)
+    return build_model(weights, device=device, dtype=pick_dtype(config.dtype, device))
+
+
+def _warnings(moved: Sequence[str], loss: dict[str, float] | None) -> list[str]:
+    found = []
+    if moved:
+        lost = f"{_moved(moved)} moved and stayed behind, and what they learned is lost"
+        if loss is None:
+            found.append(f"{lost}; how much was not measured, as --router is a file: see flexctl evaluate")
+        else:
+            found.append(f"{lost}: loss {loss['dense']:.3f} as it was, {loss['pair']:.3f} beside the anchor's weights")
+    if loss is not None and loss["pair"] >= loss["anchor"]:
+        found.append(f"the expert is no help on its own text: loss {loss['pair']:.3f}, anchor {loss['anchor']:.3f}")
+    return found

@@ -1,0 +1,109 @@
+"""Memory stays flat: merge and import-expert on checkpoints several times what the process may have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import make_anchor, make_checkpoint, write_zeros
+
+from flexctl.bundle import Anchor, RawTensor, RouterInfo, anchor, write_router_file
+from flexctl.bundle.anchor import checkpoint_spans
+from flexctl.bundle.headers import read_header
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the process by RLIMIT_DATA and reads /proc")
+
+SMALL = {"layers": 2, "hidden": 64, "inner": 128, "vocab": 320}
+HEADROOM = 64_000_000
+"""What a process may still allocate, its threads' stacks included, once it has handled the small checkpoint."""
+
+MEASURE = """
+import json, re, resource, sys
+from pathlib import Path
+from flexctl.engine.import_expert import ImportExpertConfig, import_expert
+from flexctl.engine.merge import MergeConfig, merge
+from flexctl.runtime import peak_rss_bytes
+
+def import_and_merge(root):
+    import_expert(ImportExpertConfig(
+        dense=str(root / "dense"), data=(root / "text.txt",), anchor=root / "anchor", name="law",
+        router=str(root / "rows.st"), output=root / "law.st",
+    ))
+    merge(MergeConfig(experts=(root / "law.st",), anchor=root / "anchor", output=root / "merged"))
+    return peak_rss_bytes()
+
+small, large, headroom = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+peaks = [import_and_merge(small)]
+status = Path("/proc/self/status").read_text()
+limit = int(re.search(r"VmData:\\s+(\\d+) kB", status)[1]) * 1024 + headroom
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+peaks.append(import_and_merge(large))
+print(json.dumps(peaks))
+"""
+
+
+def make_world(root: Path, tokenizer: Path, **sizes: int) -> int:
+    """Write an anchor, a fine-tuned checkpoint and router rows, nearly all zeros; return the checkpoint's bytes."""
+    made = make_anchor(root / "anchor", dtype="BF16", tokenizer=tokenizer, sparse=True, **sizes)
+    dense = make_checkpoint(root / "dense", dtype="BF16", tokenizer=tokenizer, sparse=True, **sizes)
+    with (dense / "model.safetensors").open("r+b") as file:
+        for name, span in checkpoint_spans(dense).items():
+            if ".mlp." in name:
+                file.seek(span.start)
+                file.write(np.array([0x3F80], "<u2").tobytes())
+    write_rows(root / "rows.st", made)
+    (root / "text.txt").write_text("1 + 1 = 2\n" * 20)
+    return (dense / "model.safetensors").stat().st_size
+
+
+def write_rows(path: Path, made: Anchor) -> None:
+    layers, hidden = made.manifest.architecture.num_hidden_layers, made.manifest.architecture.hidden_size
+    info = RouterInfo(kind="hidden", samples=3, encoder=None, trained=False, bias=(-1.0,) * layers)
+    rows = RawTensor("F32", (layers, hidden), np.zeros(4 * layers * hidden, np.uint8))
+    write_router_file(path, anchor=made, name="law", rows=rows, router=info, overwrite=False)
+
+
+def peaks(small: Path, large: Path) -> list[int]:
+    """Return the peak resident bytes of a process after the small world, and after the large one under the limit."""
+    command = [sys.executable, "-c", MEASURE, str(small), str(large), str(HEADROOM)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[int] = json.loads(done.stdout)
+    return found
+
+
+def test_import_and_merge_of_a_checkpoint_four_times_the_limit(tmp_path: Path, checkpoint: Path) -> None:
+    make_world(tmp_path / "small", checkpoint, **SMALL)
+    size = make_world(tmp_path / "large", checkpoint, layers=2, hidden=2048, inner=8192, vocab=320)
+    assert size > 4 * HEADROOM
+    small, large = peaks(tmp_path / "small", tmp_path / "large")
+    assert large - small < 24_000_000, "less than one of its matrices, 33.6 MB"
+
+
+@pytest.mark.slow
+def test_import_and_merge_of_a_checkpoint_larger_than_most_machines_memory(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """25 GB in holes, a single tensor 12 GB; the merged model takes that room on the disk."""
+    if shutil.disk_usage(tmp_path).free < 40e9:
+        pytest.skip("needs 40 GB of free disk")
+    copy = anchor._copy
+
+    def with_holes(source: Path, target: Path) -> None:
+        if source.name == "model.safetensors":
+            write_zeros(target, read_header(source).tensors)
+        else:
+            copy(source, target)
+
+    monkeypatch.setattr(anchor, "_copy", with_holes)
+    make_world(tmp_path / "small", checkpoint, **SMALL)
+    size = make_world(tmp_path / "large", checkpoint, layers=1, hidden=4096, inner=4096, vocab=1_500_000)
+    assert size > 24e9
+    small, large = peaks(tmp_path / "small", tmp_path / "large")
+    shutil.rmtree(tmp_path / "large")
+    assert large - small < 24_000_000
