@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexctl.cli.text import amount, cell, local, number, paint, pairs, printable, table
@@ -196,17 +197,52 @@ def _list(result: ListResult) -> list[str]:
     if result.anchor is None:
         lines.append("no anchor yet: flexctl init-anchor --data PATH")
     else:
-        lines.append(_bundle_line("anchor", result.anchor, ("name", "model_type")))
+        lines.append(_bundle_line(result.path, "anchor", result.anchor, ("name", "model_type")))
     if result.merged is None:
         lines.append("no merged model yet: flexctl merge EXPERT.st")
     else:
-        lines.append(_bundle_line("merged", result.merged, ("experts", "license")))
+        lines += _listed_merged(result, result.merged)
     if not result.experts:
         return [*lines, "no experts yet: flexctl train-expert --data PATH"]
-    headers = ("name", "path", "digest", "size_bytes", "license", "expires", "in_merged")
-    rows = [[expert[name] for name in headers] for expert in result.experts]
-    broken = [f"{cell(expert['path'])}: {cell(expert['error'])}" for expert in result.experts if expert["error"]]
-    return [*lines, "", *table(headers, rows), *broken]
+    whole = [expert for expert in result.experts if not expert["error"]]
+    broken = [f"broken: {local(printable(expert['error']))}" for expert in result.experts if expert["error"]]
+    return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *broken]
+
+
+_LISTED = ("expert", "size_bytes", "rank", "license", "expires", "merged")
+_LICENSE_SHOWN = 16
+
+
+def _listed_merged(result: ListResult, merged: Mapping[str, Any]) -> list[str]:
+    """Return the merged model's line, and one of the experts in it that have no file in the workspace."""
+    if merged["error"]:
+        return [_bundle_line(result.path, "merged", merged, ())]
+    count = len(merged["experts"]) - 1
+    facts = {
+        **merged,
+        "experts": f"public and {count} expert{'s' if count != 1 else ''}",
+        "active": f"{merged['num_experts_per_tok']} active",
+    }
+    files = {expert["name"] for expert in result.experts}
+    alone = [name for name in merged["experts"][1:] if name not in files]
+    more = [f"        also holds, without a file here: {cell(alone)}"] if alone else []
+    return [_bundle_line(result.path, "merged", facts, ("experts", "active")), *more]
+
+
+def _listed_expert(expert: Mapping[str, Any]) -> list[Any]:
+    """Return an expert's row of the table; its file is named where that is not NAME.st."""
+    name, file = expert["name"], expert["path"].name
+    license = expert["license"] or "unknown"
+    expires = f"{expert['expires']} EXPIRED" if expert["expired"] else expert["expires"]
+    merged = "yes" if expert["in_merged"] else "another" if expert["other_in_merged"] else "no"
+    return [
+        name if file == f"{name}.st" else f"{name} ({file})",
+        expert["size_bytes"],
+        "full" if expert["rank"] is None else str(expert["rank"]),
+        license if len(license) <= _LICENSE_SHOWN else f"{license[: _LICENSE_SHOWN - 3]}...",
+        expires,
+        merged,
+    ]
 
 
 def _push(result: PushResult) -> list[str]:
@@ -231,9 +267,13 @@ def _transfer(result: PushResult | PullResult, done: str) -> list[str]:
     return [line, "", *_nested(result.files, whole=False)] if result.dry_run else [line]
 
 
-def _bundle_line(kind: str, bundle: Mapping[str, Any], fields: tuple[str, ...]) -> str:
-    facts = [bundle["error"]] if bundle["error"] else [*(bundle[name] for name in fields), bundle["digest"]]
-    return f"{kind}  {cell(bundle['path'])}: {'; '.join(map(cell, facts))}"
+def _bundle_line(root: Path, kind: str, bundle: Mapping[str, Any], fields: tuple[str, ...]) -> str:
+    """Return what there is to say of the workspace's anchor or merged model; its path where that is not the usual."""
+    if bundle["error"]:
+        return f"{kind}  broken: {local(printable(bundle['error']))}"
+    path = cell(bundle["path"].relative_to(root) if bundle["path"].is_relative_to(root) else bundle["path"])
+    facts = [*(bundle[name] for name in fields), f"license {bundle['license'] or 'unknown'}", bundle["digest"]]
+    return f"{kind}  {'' if path == kind else f'{path}: '}{', '.join(map(cell, facts))}"
 
 
 def _generate(result: GenerateResult, *, colour: bool) -> list[str]:

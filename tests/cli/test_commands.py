@@ -183,7 +183,7 @@ def test_list(space: Terminal, anchor: Path) -> None:
     assert Path(found["anchor"]["path"]) == anchor
     assert [expert["name"] for expert in found["experts"]] == ["code", "sums"]
     assert all(expert["in_merged"] for expert in found["experts"])
-    assert "public, code, sums" in space.text("list")
+    assert "public and 2 experts" in space.text("list")
 
 
 def test_list_of_nothing_says_what_to_do(terminal: Terminal) -> None:

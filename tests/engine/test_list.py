@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,9 @@ def test_a_workspace_is_listed_from_wherever_one_stands_in_it(world: World) -> N
         "path": world.root / "anchor",
         "name": "tiny-anchor",
         "digest": world.anchor.digest,
+        "size_bytes": sum(file.stat().st_size for file in (world.root / "anchor").iterdir()),
         "model_type": "olmo2",
+        "license": "Apache-2.0",
         "error": None,
     }
     code, law = result.experts
@@ -43,12 +46,15 @@ def test_a_workspace_is_listed_from_wherever_one_stands_in_it(world: World) -> N
         "path": world.experts["code"].path,
         "digest": world.experts["code"].digest,
         "size_bytes": world.experts["code"].path.stat().st_size,
+        "rank": None,
         "license": "Apache-2.0",
         "expires": None,
+        "expired": False,
         "in_merged": True,
+        "other_in_merged": False,
         "error": None,
     }
-    assert (law["license"], law["in_merged"]) == ("MIT", False)
+    assert (law["license"], law["in_merged"], law["other_in_merged"]) == ("MIT", False, False)
     assert result.merged is not None
     assert result.merged["experts"] == ("public", "code")
     assert result.merged["num_experts_per_tok"] == 2
@@ -57,7 +63,17 @@ def test_a_workspace_is_listed_from_wherever_one_stands_in_it(world: World) -> N
 def test_an_old_version_of_an_expert_is_not_the_one_inside(world: World) -> None:
     merge(MergeConfig(experts=world.files()))
     make_expert(world.root / "experts/law.st", world.anchor, "law", seed=3, overwrite=True)
-    assert [expert["in_merged"] for expert in list_(ListConfig()).experts] == [True, False]
+    experts = list_(ListConfig()).experts
+    assert [expert["in_merged"] for expert in experts] == [True, False]
+    assert [expert["other_in_merged"] for expert in experts] == [False, True]
+
+
+def test_rank_and_expired_rights(world: World) -> None:
+    make_expert(world.root / "experts/low.st", world.anchor, "low", rank=2, expires="2030-06-30")
+    day = datetime.date(2030, 6, 30)
+    last = list_(ListConfig(), today=day).experts[-1]
+    assert (last["name"], last["rank"], last["expires"], last["expired"]) == ("low", 2, "2030-06-30", False)
+    assert list_(ListConfig(), today=day + datetime.timedelta(days=1)).experts[-1]["expired"]
 
 
 def test_what_is_broken_is_listed_with_its_error(world: World) -> None:
