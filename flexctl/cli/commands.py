@@ -272,12 +272,19 @@ def remove(
 
 @_command(
     "flexctl replace law law-2.st",
+    "flexctl replace law law-2.st --data law=heldout/law --data news=heldout/news",
 )
 def replace(
     name: o.OneName,
     expert: o.OneExpert,
     source: o.From = None,
     output: o.OutputElsewhere = None,
+    data: o.DataSets = None,
+    seq_len: o.SeqLen = None,
+    batch_tokens: o.ScoredTokens = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
     allow_expired: o.AllowExpired = None,
     trust_cache: o.TrustCache = None,
     overwrite: o.Overwrite = None,
@@ -286,7 +293,10 @@ def replace(
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
 ) -> Call:
-    """Replace one expert by its new version; say what changed."""
+    """Replace one expert by its new version; say what changed.
+
+    With --data also how each domain's bits per byte changed, scored as evaluate does.
+    """
     return _call("replace", locals())
 
 

@@ -158,6 +158,10 @@ def _replace(result: ReplaceResult) -> list[str]:
     lines = [_sentence(result, f"Replaced {result.name} in {cell(result.path)}", digests)]
     if result.changes:
         lines += ["", *_nested(result.changes, whole=False)]
+    if result.bits_per_byte:
+        headers = ("bits per byte", "before", "after", "change")
+        rows = [[name, b["before"], b["after"], b["after"] - b["before"]] for name, b in result.bits_per_byte.items()]
+        lines += ["", *table(headers, rows)]
     return lines
 
 

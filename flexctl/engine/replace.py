@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexctl import workspace
 from flexctl.bundle.assembly import assemble
@@ -15,10 +15,14 @@ from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.bundle.manifest import ExpertManifest
 from flexctl.bundle.merged import Merged, open_merged
-from flexctl.bundle.store import place_of_change
+from flexctl.bundle.store import check_directory_target, place_of_change
+from flexctl.config import refuse_out_of_range
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import localise
 from flexctl.runtime import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from flexctl.evaluation.domains import Domain
 
 __all__ = ["ReplaceConfig", "ReplaceResult", "replace"]
 
@@ -32,6 +36,12 @@ class ReplaceConfig:
         expert: File of the one that comes, or ``hf://owner/name``; it must bear the same name.
         source: Directory of the merged model; the workspace's if None.
         output: Directory to write; if None the source is replaced.
+        data: Test texts, NAME=PATH each, to score on before and after as ``evaluate`` does; none, no scores.
+        seq_len: Window length; None is 1024, or what the model can hold.
+        batch_tokens: Positions that go through the model at once.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the model that is scored: auto, float32 or bfloat16.
         allow_expired: Take experts whose rights are over.
         overwrite: Replace a merged model that exists; a workspace's own needs none.
         dry_run: Check everything that headers and manifests tell, write nothing.
@@ -42,6 +52,12 @@ class ReplaceConfig:
     expert: Path
     source: Path | None = None
     output: Path | None = None
+    data: tuple[str, ...] = ()
+    seq_len: int | None = None
+    batch_tokens: int = 8192
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
     allow_expired: bool = False
     overwrite: bool = False
     dry_run: bool = False
@@ -61,6 +77,7 @@ class ReplaceResult:
         changes: {field, old, new} for every field of the owner's manifest that differs, hashes aside.
         bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
         dry_run: Whether nothing was written.
+        bits_per_byte: Domain -> {before, after} on its test text; empty without data, and after a dry run.
     """
 
     path: Path
@@ -71,6 +88,7 @@ class ReplaceResult:
     changes: tuple[Mapping[str, Any], ...]
     bytes_written: int
     dry_run: bool
+    bits_per_byte: Mapping[str, Mapping[str, float]]
 
 
 def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> ReplaceResult:
@@ -82,9 +100,11 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         today: The day that rights are compared with; the real one if None.
 
     Raises:
-        UsageError: The merged model has no such expert, has this very one already, or the target may not be replaced.
+        UsageError: The merged model has no such expert, has this very one already, the target may not be replaced, or
+            a setting or the data is wrong.
         BundleError: The new expert bears another name or does not fit, or bytes are not those of a manifest.
     """
+    domains = _domains(config)
     source = config.source or workspace.find().merged
     merged = open_merged(source)
     expert = open_expert(localise(config.expert, reporter))
@@ -98,14 +118,19 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
     target, replaces_own = place_of_change(source, config.output)
+    overwrite = config.overwrite or replaces_own
+    check_directory_target(target, kind="merged", overwrite=overwrite)
+    # One model is in memory at a time: the old one is scored and gone before the new one is.
+    before = _score(source, domains, config, reporter, "before")
     digest, written = assemble(
         target,
         composition,
-        overwrite=config.overwrite or replaces_own,
+        overwrite=overwrite,
         trust_cache=config.trust_cache,
         dry_run=config.dry_run,
         reporter=reporter,
     )
+    after = _score(target, domains, config, reporter, "after")
     return ReplaceResult(
         path=target,
         digest=digest,
@@ -115,7 +140,41 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         changes=tuple(_changes(old, expert.manifest)),
         bytes_written=written,
         dry_run=config.dry_run,
+        bits_per_byte={name: {"before": before[name], "after": after[name]} for name in before},
     )
+
+
+def _domains(config: ReplaceConfig) -> list[Domain]:
+    """Return what to score on, after refusing settings that cannot be scored with."""
+    if not config.data:
+        return []
+    from flexctl.evaluation.domains import parse_domains
+    from flexctl.model.building import pick_device, pick_dtype
+
+    refuse_out_of_range(config, above_zero=("seq_len", "batch_tokens", "threads"))
+    pick_dtype(config.dtype, pick_device(config.device))
+    return parse_domains(config.data)
+
+
+def _score(
+    path: Path, domains: Sequence[Domain], config: ReplaceConfig, reporter: Reporter, when: str
+) -> dict[str, float]:
+    """Return the bits per byte of the merged model in a directory on each domain, as ``evaluate`` finds them."""
+    if not domains or config.dry_run:
+        return {}
+    from flexctl.evaluation.domains import score_domain, window_length
+    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+
+    set_threads(config.threads)
+    device, weights, tokenizer = pick_device(config.device), open_merged(path).weights(), load_tokenizer(path)
+    model = build_model(weights, device=device, dtype=pick_dtype(config.dtype, device))
+    sizes = {"seq_len": window_length(weights.dense_config, config.seq_len), "batch_tokens": config.batch_tokens}
+    return {
+        domain.name: score_domain(
+            model, tokenizer, domain, **sizes, reporter=reporter, title=f"scoring {domain.name} {when}"
+        ).bits_per_byte
+        for domain in domains
+    }
 
 
 def _old_manifest(merged: Merged, expert: Expert) -> ExpertManifest:
