@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,9 @@ _EXCEPTIONS: Mapping[str, Mapping[str, str | None]] = {
     "push": {"path": None, "repository": None},
     "pull": {"repository": None},
 }
+
+# What separates paths in the environment; the colon of hf:// is no separator.
+_PATH_SEPARATOR = re.escape(os.pathsep) + "(?!//)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -185,7 +189,7 @@ def _parts(value: Any, item: Any, source: _Source) -> list[Any]:
         return list(value)
     if source.is_text and isinstance(value, str):
         # Paths may hold commas; everything else is a name or a pair NAME=PATH.
-        return [part for part in value.split(os.pathsep if item is Path else ",") if part]
+        return [part for part in re.split(_PATH_SEPARATOR if item is Path else ",", value) if part]
     return [value]
 
 

@@ -17,7 +17,8 @@ LAYERS = (
     {"cli"},
     {"engine"},
     {"evaluation"},
-    {"training", "embedding", "hub"},
+    {"training", "embedding"},
+    {"hub"},
     {"model", "bundle"},
     {"families", "workspace", "config", "runtime", "errors"},
 )
@@ -28,6 +29,8 @@ SHARED_DEPTH = len(LAYERS) - 1
 ONLY_IMPORTER = {
     "sentence_transformers": ("embedding.py",),
     "huggingface_hub": ("hub/",),
+    "datasets": ("hub/data.py",),
+    "pyarrow": ("training/tables.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "torch": ("model/", "training/", "evaluation/", "engine/", "embedding.py"),

@@ -73,6 +73,7 @@ def _flexctl(
 def init_anchor(
     source: o.Source = None,
     data: o.Data = None,
+    text_field: o.TextField = None,
     output: o.Output = None,
     name: o.Name = None,
     preset: o.Preset = None,
@@ -109,6 +110,7 @@ def init_anchor(
 )
 def train_expert(
     data: o.Data = None,
+    text_field: o.TextField = None,
     anchor: o.Anchor = None,
     name: o.Name = None,
     output: o.Output = None,
@@ -197,6 +199,7 @@ def import_expert(
 )
 def embed_router(
     data: o.Data = None,
+    text_field: o.TextField = None,
     anchor: o.Anchor = None,
     router: o.RouterKind = None,
     encoder: o.Encoder = None,
@@ -308,6 +311,7 @@ def replace(
 def evaluate(
     bundle: o.Bundle = None,
     data: o.DataSets = None,
+    text_field: o.TextField = None,
     without: o.Without = None,
     anchor: o.Anchor = None,
     top_k: o.TopK = None,

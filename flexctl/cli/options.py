@@ -87,11 +87,19 @@ FfnOnly = Annotated[
 # Text.
 Data = Annotated[
     list[Path] | None,
-    Option("--data", metavar="PATH", help=".jsonl or text file, or a folder of them; repeatable."),
+    Option(
+        "--data",
+        metavar="PATH",
+        help="Text, .jsonl, .csv or .parquet, a folder of them, or hf://datasets/OWNER/NAME; repeatable.",
+    ),
 ]
 DataSets = Annotated[
     list[str] | None,
     Option("--data", metavar="NAME=PATH", help="A domain's name and its text; repeatable."),
+]
+TextField = Annotated[
+    str | None,
+    Option("--text-field", metavar="NAME", help="Column or .jsonl field that holds the text (default: text)."),
 ]
 Public = Annotated[
     Path | None,

@@ -42,7 +42,8 @@ class EmbedRouterConfig:
     """What ``embed_router`` is asked to do.
 
     Attributes:
-        data: Sample texts of the owner.
+        data: Sample texts of the owner, as in ``train_expert``.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
         router: Kind of row: discriminant, hidden or encoder.
         encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
@@ -58,6 +59,7 @@ class EmbedRouterConfig:
     """
 
     data: tuple[Path, ...]
+    text_field: str = "text"
     anchor: Path | None = None
     router: str = "discriminant"
     encoder: str | None = None
@@ -232,7 +234,7 @@ def _measure(
     space = RouterSpace.from_tensors(anchor.router_space())
     sample = PublicSample.from_tensors(anchor.public_sample())
     reporter.note(f"measuring router inputs for {config.router} rows")
-    own, own_unseen = sample_halves(read_documents(config.data), PASSAGES, config.seed)
+    own, own_unseen = sample_halves(read_documents(config.data, config.text_field), PASSAGES, config.seed)
     public, public_unseen = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
     rows = embed_rows(config.router, model, space, own, public, frame, config.encoder)
     rivals = {expert.manifest.name: to_torch(expert.router()) for expert in others}

@@ -28,7 +28,9 @@ class EvaluateConfig:
     """What ``evaluate`` is asked to do.
 
     Attributes:
-        data: Test texts, NAME=PATH each; a path is a folder, a text file or a .jsonl (also .gz, .zst).
+        data: Test texts, NAME=PATH each; a path is a folder, a file or ``hf://datasets/owner/name``,
+            as in ``train_expert``.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         bundle: Anchor, expert or merged model, or ``hf://owner/name``; None is the workspace's merged model.
         without: Experts to leave out, as a mask at run time.
         anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
@@ -42,6 +44,7 @@ class EvaluateConfig:
     """
 
     data: tuple[str, ...]
+    text_field: str = "text"
     bundle: Path | None = None
     without: tuple[str, ...] = ()
     anchor: Path | None = None
@@ -124,7 +127,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     from flexctl.model.routed import exclude, set_top_k
 
     refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
-    domains = parse_domains(config.data)
+    domains = parse_domains(config.data, config.text_field)
     place = workspace.find()
     runnable = hub.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
     names = runnable.experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,7 +42,8 @@ class InitAnchorConfig:
     """What ``init_anchor`` is asked to do.
 
     Attributes:
-        data: Public text: folders, text files, .jsonl (also .gz, .zst).
+        data: Public text, as in ``train_expert``.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         source: Directory (or Hub id) of a dense checkpoint; None trains a small OLMo-2-shaped model on ``data``.
         output: The anchor directory; None is the workspace's.
         name: The anchor's name; None is the source's folder name, or the preset.
@@ -64,6 +65,7 @@ class InitAnchorConfig:
     """
 
     data: tuple[Path, ...]
+    text_field: str = "text"
     source: str | None = None
     output: Path | None = None
     name: str | None = None
@@ -127,9 +129,11 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     """
     from flexctl.model.building import set_threads
     from flexctl.training.checkpoints import working_folder
+    from flexctl.training.documents import pinned
 
     target = config.output or workspace.find().anchor
     _refuse_bad_settings(config, target)
+    config = replace(config, data=pinned(config.data))
     set_threads(config.threads)
     source = _source_directory(config)
     _warn_of_tied_head(source, reporter)
@@ -145,14 +149,12 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path) -> None:
     from flexctl.model.building import autocast_dtype, pick_device
-    from flexctl.training.documents import text_files
 
     if target.exists() and not config.overwrite:
         raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
     sizes = ("max_tokens", "sample_tokens", "seq_len", "batch_tokens", "lr", "threads")
     refuse_out_of_range(config, above_zero=sizes, from_zero=("anneal_tokens",))
     autocast_dtype(config.dtype, pick_device(config.device))
-    text_files(config.data)
 
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
@@ -234,7 +236,7 @@ def _checkpoint(
     preset = PRESETS[config.preset]
     if source is None:
         reporter.note(f"training a tokenizer of {preset.vocab_size} entries")
-        tokenizer = train_tokenizer(read_documents(config.data), preset.vocab_size, preset.seq_len)
+        tokenizer = train_tokenizer(read_documents(config.data, config.text_field), preset.vocab_size, preset.seq_len)
         model = new_model(preset, tokenizer, config.seed)
     elif config.anneal_tokens:
         tokenizer, model = load_tokenizer(source), load_dense(source)
@@ -257,7 +259,7 @@ def _train(config: InitAnchorConfig, model: Any, tokenizer: Any, work: Path, rep
     from flexctl.training.whole import train_whole
 
     device = pick_device(config.device)
-    stream = pack(work / "public.tokens", frame_documents(tokenizer, read_documents(config.data)))
+    stream = pack(work / "public.tokens", frame_documents(tokenizer, read_documents(config.data, config.text_field)))
     return train_whole(
         model.to(device),
         stream,
@@ -301,7 +303,7 @@ def _calibrate_and_write(
     from flexctl.training.tokens import frame_documents
 
     reporter.note("drawing the public sample")
-    documents = frame_documents(load_tokenizer(checkpoint), read_documents(config.data))
+    documents = frame_documents(load_tokenizer(checkpoint), read_documents(config.data, config.text_field))
     sample = draw_sample(documents, config.sample_tokens, config.seed)
     model = load_dense(checkpoint)
     num_parameters = model.num_parameters()

@@ -46,7 +46,9 @@ class TrainExpertConfig:
     """What ``train_expert`` is asked to do. Defaults were chosen by measurement: docs/results.md.
 
     Attributes:
-        data: The owner's text: folders, text files, .jsonl (also .gz, .zst).
+        data: The owner's text: folders, text files, .jsonl, .csv, .tsv (each also .gz, .zst), .parquet, or
+            ``hf://datasets/owner/name`` on the Hub (docs/hub.md).
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
         name: The expert's name; None makes it from the folder or file of ``data``.
         output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
@@ -63,7 +65,7 @@ class TrainExpertConfig:
         micro_batch: Sequences at once; None fills about 8192 tokens.
         public_mix: Share of public text in each step, from 0 to below 1.
         public_match: How strongly the expert is held to the public expert's output on public text.
-        public: Public text to use in place of the anchor's sample.
+        public: Public text to use in place of the anchor's sample, as ``data``.
         freeze_router: Leave the router rows as they start.
         tether: How strongly router rows are held to where they start.
         seed: Of the held-out split and of the order.
@@ -82,6 +84,7 @@ class TrainExpertConfig:
     """
 
     data: tuple[Path, ...]
+    text_field: str = "text"
     anchor: Path | None = None
     name: str | None = None
     output: Path | None = None
@@ -182,12 +185,14 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         FlexctlError: Training failed.
     """
     from flexctl.training.checkpoints import working_folder
+    from flexctl.training.documents import pinned, source_name
 
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(config.data[0].resolve().name.split(".")[0]), "--name")
+    name = check_expert_name(config.name or slug(source_name(config.data[0])), "--name")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
+    config = replace(config, data=pinned(config.data))
     if config.dry_run:
         return TrainExpertResult(
             path=target,
@@ -286,7 +291,9 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
 
     set_threads(config.threads)
     tokenizer = load_tokenizer(anchor.path)
-    corpus = prepare_corpus(config.data, tokenizer, work, seed=config.seed, reporter=reporter)
+    corpus = prepare_corpus(
+        config.data, tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
+    )
     public = _public_sample(config, anchor, tokenizer)
     kept = [d for i, d in enumerate(public.documents) if i % _PUBLIC_HELD_OUT_EVERY]
     budget = resolve_budget(
@@ -342,7 +349,7 @@ def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) ->
     kept = anchor.public_sample()
     if config.public is None:
         return PublicSample.from_tensors(kept)
-    documents = frame_documents(tokenizer, read_documents([config.public]))
+    documents = frame_documents(tokenizer, read_documents([config.public], config.text_field))
     return draw_sample(documents, kept["tokens"].shape[0], config.seed)
 
 
@@ -364,7 +371,8 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
         open_router_file(Path(config.router), anchor)
     else:
         check_kind(config.router, config.encoder)
-    text_files([*config.data, *([config.public] if config.public else [])])
+    if config.public is not None:
+        text_files([config.public])
 
 
 def _start_rows(

@@ -12,7 +12,7 @@ from torch import nn
 from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
 from flexctl.runtime import Reporter
-from flexctl.training.documents import read_documents, text_files
+from flexctl.training.documents import pinned, read_documents, size_bytes
 from flexctl.training.tokens import Framed, frame_documents
 
 __all__ = ["Domain", "parse_domains", "score_domain", "window_length"]
@@ -26,26 +26,29 @@ class Domain:
 
     Attributes:
         name: What the user calls it.
-        path: A folder, a text file or a .jsonl (also .gz, .zst).
+        path: A folder or file of text, or ``hf://datasets/...``, as ``read_documents`` takes it.
+        text_field: The column or field that holds the text.
     """
 
     name: str
     path: Path
+    text_field: str = "text"
 
     def documents(self) -> Iterator[str]:
         """Yield the documents' texts, read anew."""
-        return read_documents([self.path])
+        return read_documents([self.path], self.text_field)
 
     def size_bytes(self) -> int:
         """Return the size of its files, packed ones as they are."""
-        return sum(file.stat().st_size for file in text_files([self.path]))
+        return size_bytes([self.path])
 
 
-def parse_domains(data: Sequence[str]) -> list[Domain]:
+def parse_domains(data: Sequence[str], text_field: str = "text") -> list[Domain]:
     """Return the domains of ``--data``, in the order given.
 
     Args:
         data: NAME=PATH each.
+        text_field: The column or field that holds the text.
 
     Raises:
         UsageError: One is not NAME=PATH, a name is given twice, or there is no text at a path.
@@ -57,8 +60,8 @@ def parse_domains(data: Sequence[str]) -> list[Domain]:
             raise UsageError(f"--data: {item!r} is not NAME=PATH", hint="for example --data news=./news-test")
         if name in domains:
             raise UsageError(f"--data: {name!r} is given twice")
-        text_files([Path(path)])
-        domains[name] = Domain(name=name, path=Path(path))
+        (source,) = pinned([Path(path)])
+        domains[name] = Domain(name=name, path=source, text_field=text_field)
     if not domains:
         raise UsageError("--data: nothing to evaluate on", hint="add --data NAME=PATH")
     return list(domains.values())

@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from flexctl.errors import FlexctlError, UsageError
-from flexctl.hub.address import Address
+from flexctl.hub.address import Address, DataAddress
 
 __all__ = ["explained"]
 
-_KEPT = "what arrived is kept"
-
 
 @contextmanager
-def explained(address: Address) -> Iterator[None]:
+def explained(address: Address | DataAddress) -> Iterator[None]:
     """Turn what huggingface_hub raises in the block into a FlexctlError that names the address.
 
     The new error's cause is the Hub's answer where there is one. Errors of this machine's own, as a full disk, pass.
@@ -42,7 +40,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _failure(chain: list[BaseException], address: Address) -> FlexctlError:
+def _failure(chain: list[BaseException], address: Address | DataAddress) -> FlexctlError:
     """Return what it means that no answer came."""
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -54,10 +52,10 @@ def _failure(chain: list[BaseException], address: Address) -> FlexctlError:
             f"{address}: HF_HUB_OFFLINE is set, and the cache does not have all of it", hint="unset HF_HUB_OFFLINE"
         )
     reason = _one_line(next((str(cause) for cause in reversed(chain) if str(cause)), type(chain[0]).__name__))
-    return FlexctlError(f"{address}: the connection to the Hub failed: {reason}", hint=f"run it again; {_KEPT}")
+    return FlexctlError(f"{address}: the connection to the Hub failed: {reason}", hint=_again(address))
 
 
-def _refusal(error: Any, address: Address) -> FlexctlError:
+def _refusal(error: Any, address: Address | DataAddress) -> FlexctlError:
     """Return what the Hub's refusal means."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -75,17 +73,24 @@ def _refusal(error: Any, address: Address) -> FlexctlError:
     if status == 401:
         return FlexctlError(f"{address}: the Hub wants a valid token (401){said}", hint=log_in)
     if status == 403:
-        hint = f"use a token that may write to {address.repository.split('/')[0]}"
+        owner, act = address.repository.split("/")[0], "read" if isinstance(address, DataAddress) else "write to"
+        hint = f"use a token that may {act} {owner}"
         return FlexctlError(f"{address}: the token may not do this (403){said}", hint=hint)
     if status in (409, 412):
         return FlexctlError(f"{address}: was changed meanwhile ({status}){said}", hint="run the command again")
     if status == 429:
         wait = error.response.headers.get("Retry-After")
         when = f"in {wait} s" if wait and wait.isdigit() else "in some minutes"
-        return FlexctlError(f"{address}: the Hub limits requests (429){said}", hint=f"run it again {when}; {_KEPT}")
+        return FlexctlError(f"{address}: the Hub limits requests (429){said}", hint=_again(address, when))
     if status >= 500:
-        return FlexctlError(f"{address}: the Hub is in trouble ({status}){said}", hint=f"run it again later; {_KEPT}")
+        return FlexctlError(f"{address}: the Hub is in trouble ({status}){said}", hint=_again(address, "later"))
     return FlexctlError(f"{address}: the Hub refused ({status}){said}")
+
+
+def _again(address: Address | DataAddress, when: str = "") -> str:
+    """Return the hint to try again; text is read from the Hub anew, a bundle's files stay in the cache."""
+    hint = f"run it again {when}".rstrip()
+    return hint if isinstance(address, DataAddress) else f"{hint}; what arrived is kept"
 
 
 def _one_line(text: str) -> str:

@@ -15,10 +15,10 @@ from flexctl.bundle.merged import CARD_FILE
 from flexctl.bundle.names import check_file_name
 from flexctl.bundle.opening import read_manifest_of
 from flexctl.errors import BundleError, UsageError
-from flexctl.hub.address import Address
+from flexctl.hub.address import Address, DataAddress
 from flexctl.hub.refusals import explained
 
-__all__ = ["IGNORED", "Remote", "look", "manifest_of"]
+__all__ = ["IGNORED", "Remote", "look", "manifest_of", "read_range"]
 
 IGNORED = (".gitattributes", "run.json")
 """Files beside a bundle that are neither sent nor brought back: the Hub's own, and one machine's."""
@@ -137,18 +137,36 @@ def _glimpse(remote: Remote) -> Iterator[Path]:
 def _read(remote: Remote, name: str, stop: int) -> bytes:
     """Return the first ``stop`` bytes of a file, or all of it if it has fewer."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
     wanted = min(stop, remote.sizes[name])
-    if not wanted:
-        return b""
     url = hf_hub_url(remote.address.repository, name, revision=remote.commit)
+    return read_range(remote.address, url, 0, wanted) if wanted else b""
+
+
+def read_range(address: Address | DataAddress, url: str, start: int, stop: int) -> bytes:
+    """Return a file's bytes from ``start`` to before ``stop``.
+
+    Args:
+        address: For errors.
+        url: Where the file is.
+        start: First byte.
+        stop: Above ``start``, and not beyond the file's end.
+
+    Raises:
+        FlexctlError: The Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+
     # Without compression, as a part of a compressed stream is of no use.
-    headers = {**build_hf_headers(), "Range": f"bytes=0-{wanted - 1}", "Accept-Encoding": "identity"}
-    with explained(remote.address):
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with explained(address):
         response = http_backoff("GET", url, headers=headers, follow_redirects=True)
         hf_raise_for_status(response)
-        return bytes(response.content[:wanted])
+        skipped = start if response.status_code == 200 else 0  # a server may send all of the file
+        data = bytes(response.content[skipped : skipped + stop - start])
+        if len(data) != stop - start:
+            raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+    return data
 
 
 def _read_head(remote: Remote, name: str) -> bytes:

@@ -16,7 +16,7 @@ from flexctl.hub.refusals import explained
 from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
 from flexctl.runtime import SILENT, Progress, Reporter
 
-__all__ = ["fetch", "fetch_checkpoint", "localise", "prepare", "runnable", "send"]
+__all__ = ["fetch", "fetch_checkpoint", "localise", "no_bars", "prepare", "runnable", "send"]
 
 _ALONE_BYTES = 100_000
 _CHECKPOINT_FILES = (
@@ -52,7 +52,7 @@ def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
     if folder is None:
         names = [address.file] if address.file else sorted(remote.sizes)
         total = sum(remote.sizes[name] for name in names)
-        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), _no_bars():
+        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), no_bars():
             count = _Count(progress)
             folder = Path(
                 snapshot_download(
@@ -157,7 +157,7 @@ def send(head: Remote, files: Mapping[str, Path | bytes], *, message: str, repor
     with (
         reporter.progress(f"sending to {address.repository}", sum(sizes), "bytes") as progress,
         explained(address),
-        _no_bars(),
+        no_bars(),
     ):
         count = _Count(progress)
         for addition, size in zip(additions, sizes, strict=True):
@@ -191,7 +191,7 @@ def fetch_checkpoint(repository: str) -> Path:
 
     try:
         address = parse(repository)
-        with explained(address), _no_bars():
+        with explained(address), no_bars():
             return Path(
                 snapshot_download(address.repository, revision=address.revision, allow_patterns=list(_CHECKPOINT_FILES))
             )
@@ -203,7 +203,7 @@ def fetch_checkpoint(repository: str) -> Path:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Keep huggingface_hub from drawing its own progress."""
     from huggingface_hub import utils
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,30 @@ class Corpus:
         survey: Counts.
         stream: Training tokens, on disk.
         held_out: Framed documents kept out of training, at most ``HELD_OUT_TOKENS`` tokens of them.
-        paths: Where the text is.
+        read: Yields every document, read anew.
         seed: Of the split.
     """
 
     survey: Survey
     stream: TokenStream
     held_out: Sequence[Framed] | None
-    paths: Sequence[Path]
+    read: Callable[[], Iterator[str]]
     seed: int
 
     def documents(self) -> Iterator[str]:
         """Yield the training documents, read anew."""
-        return _part(self.paths, self.seed, self.survey.threshold, held_out=False)
+        return _part(self.read(), self.seed, self.survey.threshold, held_out=False)
 
 
-def prepare_corpus(paths: Sequence[Path], tokenizer: Any, work: Path, *, seed: int, reporter: Reporter) -> Corpus:
+def prepare_corpus(
+    paths: Sequence[Path],
+    tokenizer: Any,
+    work: Path,
+    *,
+    text_field: str = "text",
+    seed: int,
+    reporter: Reporter,
+) -> Corpus:
     """Return the owner's text as training tokens in ``work`` and held-out documents.
 
     One document in twenty is held out, at least one where there are two or more: those with the smallest seeded hash,
@@ -75,13 +84,20 @@ def prepare_corpus(paths: Sequence[Path], tokenizer: Any, work: Path, *, seed: i
         paths: What --data names.
         tokenizer: The anchor's.
         work: Folder for the token file.
+        text_field: The column or field that holds the text.
         seed: Of the split.
         reporter: Hears of progress.
+
+    Raises:
+        UsageError: There is no document with text, or a file cannot be read.
     """
-    survey = _survey(paths, seed)
+    read = partial(read_documents, paths, text_field)
+    survey = _survey(read(), seed)
+    if not survey.documents:
+        raise UsageError(f"--data: no document with text in {', '.join(map(str, paths))}")
     held_out = None
     if survey.held_out:
-        framed = frame_documents(tokenizer, _part(paths, seed, survey.threshold, held_out=True))
+        framed = frame_documents(tokenizer, _part(read(), seed, survey.threshold, held_out=True))
         held_out = draw_sample(framed, HELD_OUT_TOKENS, seed).documents
     else:
         reporter.warn("--data is a single document: nothing is held out, so no gain can be reported")
@@ -92,25 +108,23 @@ def prepare_corpus(paths: Sequence[Path], tokenizer: Any, work: Path, *, seed: i
         with reporter.progress("tokenising", survey.num_bytes, "bytes") as bar:
 
             def counted() -> Iterator[str]:
-                for text in _part(paths, seed, survey.threshold, held_out=False):
+                for text in _part(read(), seed, survey.threshold, held_out=False):
                     bar.advance(len(text.encode()))
                     yield text
 
             pack(file, frame_documents(tokenizer, counted()))
         mark.write_text(identity)
-    return Corpus(survey=survey, stream=TokenStream.open(file), held_out=held_out, paths=paths, seed=seed)
+    return Corpus(survey=survey, stream=TokenStream.open(file), held_out=held_out, read=read, seed=seed)
 
 
-def _survey(paths: Sequence[Path], seed: int) -> Survey:
+def _survey(documents: Iterable[str], seed: int) -> Survey:
     digest = hashlib.sha256()
     ranks, sizes = array("Q"), array("Q")
-    for text in read_documents(paths):
+    for text in documents:
         raw = text.encode()
         digest.update(len(raw).to_bytes(8, "big") + raw)
         ranks.append(_rank(text, seed))
         sizes.append(len(raw))
-    if not ranks:
-        raise UsageError(f"--data: no document with text in {', '.join(map(str, paths))}")
     wanted = max(1, round(len(ranks) * HELD_OUT_SHARE)) if len(ranks) > 1 else 0
     threshold = sorted(ranks)[wanted - 1] if wanted else -1
     kept = [size for rank, size in zip(ranks, sizes, strict=True) if rank > threshold]
@@ -132,7 +146,7 @@ def _rank(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{text}".encode()).digest()[:8], "big")
 
 
-def _part(paths: Sequence[Path], seed: int, threshold: int, *, held_out: bool) -> Iterator[str]:
-    for text in read_documents(paths):
+def _part(documents: Iterable[str], seed: int, threshold: int, *, held_out: bool) -> Iterator[str]:
+    for text in documents:
         if (_rank(text, seed) <= threshold) == held_out:
             yield text

@@ -1,4 +1,4 @@
-"""Documents from files: the one reader of text that training, router rows and evaluation share."""
+"""Documents from files, here or on the Hub: the one reader of text that training, router rows and evaluation share."""
 
 from __future__ import annotations
 
@@ -9,44 +9,90 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import zstandard
 
+from flexctl import hub
 from flexctl.errors import UsageError
+from flexctl.training.tables import missing_field, read_csv, read_parquet
 
-__all__ = ["read_documents", "sample_halves", "sample_passages", "text_files"]
+__all__ = ["pinned", "read_documents", "sample_halves", "sample_passages", "size_bytes", "source_name", "text_files"]
 
 PASSAGE_CHARACTERS = 1000
 
 _JSONL = (".jsonl", ".ndjson")
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PACKED = (".gz", ".zst")
 _READ_BYTES = 65_536
+_FORMATS = "give a folder, a text file, .jsonl, .csv, .parquet or hf://datasets/OWNER/NAME"
 _BINARY = frozenset(
-    """.7z .a .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy .npz
-    .o .parquet .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl
+    """.7z .a .arrow .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy
+    .npz .o .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl
     .woff .woff2 .xz .zip""".split()  # noqa: SIM905
 )
 
 
-def text_files(paths: Iterable[Path]) -> list[Path]:
+def text_files(paths: Iterable[Path]) -> list[Path | hub.DataFile]:
     """Return the files behind ``paths``, sorted by name within each folder; hidden and binary ones are left out.
 
     Raises:
         UsageError: A path does not exist, or there is no text file behind it.
+        FlexctlError: The Hub cannot be reached, or refuses.
     """
-    found: list[Path] = []
+    found: list[Path | hub.DataFile] = []
     for path in paths:
-        if path.is_file():
+        if hub.is_remote(path):
+            found += _files_on_the_hub(hub.parse_data(path))
+        elif path.is_file():
             found.append(path)
         elif path.is_dir():
             found += _files_below(path)
         else:
-            raise UsageError(f"--data: {path} does not exist", hint="give a folder of text, a text file or a .jsonl")
+            raise UsageError(f"--data: {path} does not exist", hint=_FORMATS)
     if not found:
         raise UsageError(f"--data: no text file in {', '.join(map(str, paths))}")
     return found
+
+
+def pinned(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Return ``paths`` with data sets on the Hub at the commit they have now; there is text behind each.
+
+    Whoever reads more than once does so from what this returns, and so reads the same every time.
+
+    Raises:
+        UsageError, FlexctlError: As ``text_files``.
+    """
+    return tuple(_pinned(path) for path in paths)
+
+
+def _pinned(path: Path) -> Path:
+    first = text_files([path])[0]
+    if isinstance(first, Path):
+        return path
+    return Path(str(replace(first.address, revision=first.commit)))
+
+
+def size_bytes(paths: Iterable[Path]) -> int:
+    """Return the size of the files behind ``paths``, packed ones and tables as they are."""
+    return sum(file.stat().st_size if isinstance(file, Path) else file.size for file in text_files(paths))
+
+
+def source_name(path: Path) -> str:
+    """Return what to call the text at ``path``: the name of its folder, file or data set, without endings."""
+    name = hub.parse_data(path).repository.split("/")[1] if hub.is_remote(path) else path.resolve().name
+    return name.split(".")[0]
+
+
+def _files_on_the_hub(address: hub.DataAddress) -> list[hub.DataFile]:
+    return [
+        file
+        for file in hub.data_files(address)
+        if file.path == address.path or _is_text_name(PurePosixPath(file.path).relative_to(address.path or ""))
+    ]
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -54,36 +100,59 @@ def _files_below(folder: Path) -> list[Path]:
     return [path for path in inside if path.is_file() and _is_text_name(path.relative_to(folder))]
 
 
-def _is_text_name(relative: Path) -> bool:
+def _is_text_name(relative: PurePath) -> bool:
     hidden = any(part.startswith(".") for part in relative.parts)
     return not hidden and relative.suffix.lower() not in _BINARY
 
 
-def read_documents(paths: Sequence[Path]) -> Iterator[str]:
-    """Yield each document's text: a line of a .jsonl file, or a whole file otherwise.
+def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[str]:
+    """Yield each document's text: a row of a table, a line of a .jsonl file, or a whole file otherwise.
 
-    Empty documents are left out. Memory holds one document at a time.
+    Empty documents are left out. Memory holds one document, or a few rows, at a time.
+
+    Args:
+        paths: Folders, files, and ``hf://datasets/...``, which is fetched while it is read.
+        text_field: The column or the field of a line that holds the text.
 
     Raises:
-        UsageError: A file cannot be read, is not UTF-8, or a line is no ``{"text": ...}``.
+        UsageError: A file cannot be read, is not UTF-8, or a row or line has no such field with text.
+        FlexctlError: The Hub cannot be reached, or refuses.
     """
-    for path in text_files(paths):
+    for file in text_files(paths):
         try:
-            yield from _read_file(path)
+            for text in _read_file(file, text_field):
+                if text.strip():
+                    yield text
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise UsageError(f"{path}: cannot be read: {error}") from error
+            raise UsageError(f"{file}: cannot be read: {error}") from error
 
 
-def _read_file(path: Path) -> Iterator[str]:
-    inner = Path(path.stem) if path.suffix.lower() in _PACKED else path
-    with _open(path) as stream:
-        if inner.suffix.lower() in _JSONL:
-            for number, line in enumerate(stream, start=1):
-                where = f"{path}, line {number}"
-                if decoded := _decoded(where, line).strip():
-                    yield from _kept(_text_of(where, decoded))
+def _read_file(file: Path | hub.DataFile, text_field: str) -> Iterator[str]:
+    name, kind = str(file), _kind(file)
+    with _opened(file) as stream:
+        if kind in _SEPARATORS:
+            yield from read_csv(stream, name, text_field, separator=_SEPARATORS[kind])
+        elif kind == ".parquet":
+            yield from read_parquet(stream, name, text_field)
+        elif kind in _JSONL:
+            yield from _read_lines(stream, name, text_field)
         else:
-            yield from _kept(_decoded(str(path), stream.read()))
+            yield _decoded(name, stream.read())
+
+
+def _kind(file: Path | hub.DataFile) -> str:
+    """Return the ending that says how to read a file, without that of its packing."""
+    suffixes = [suffix.lower() for suffix in PurePath(file.name).suffixes]
+    kind = next((suffix for suffix in reversed(suffixes) if suffix not in _PACKED), "")
+    # On the Hub, a .json file that a data set is made of has a record a line.
+    return ".jsonl" if kind == ".json" and isinstance(file, hub.DataFile) else kind
+
+
+def _read_lines(stream: io.BufferedIOBase, name: str, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        where = f"{name}, line {number}"
+        if decoded := _decoded(where, line).strip():
+            yield _text_of(where, decoded, text_field)
 
 
 def _decoded(where: str, raw: bytes) -> str:
@@ -95,26 +164,26 @@ def _decoded(where: str, raw: bytes) -> str:
         ) from error
 
 
-def _kept(text: str) -> Iterator[str]:
-    if text.strip():
-        yield text
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    """Return the unpacked bytes: lines then end at newlines alone, and line ends stay as they are."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix == ".zst":
-        return io.BufferedReader(_Unzstd(path))
-    return path.open("rb")
+@contextmanager
+def _opened(file: Path | hub.DataFile) -> Iterator[io.BufferedIOBase]:
+    """Give the unpacked bytes: lines then end at newlines alone, and line ends stay as they are."""
+    suffix = PurePath(file.name).suffix.lower()
+    with file.open("rb") as packed:
+        if suffix == ".gz":
+            with gzip.open(packed) as unpacked:
+                yield unpacked
+        elif suffix == ".zst":
+            with io.BufferedReader(_Unzstd(packed)) as unpacked:
+                yield unpacked
+        else:
+            yield packed
 
 
 class _Unzstd(io.RawIOBase):
     """A .zst file's unpacked bytes, frame after frame; the library takes a file that was cut short for a whole one."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
+    def __init__(self, packed: io.BufferedIOBase) -> None:
+        self._file = packed
         self._frame: Any = None
         self._packed, self._unpacked = b"", b""
 
@@ -141,23 +210,23 @@ class _Unzstd(io.RawIOBase):
             self._packed, self._frame = self._frame.unused_data, None
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
-
-def _text_of(where: str, line: str) -> str:
+def _text_of(where: str, line: str, text_field: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
-    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise UsageError(f"{where}: no record with fields", hint=f'a line is {{"{text_field}": "..."}}')
+    if text_field not in record:
+        raise missing_field(where, text_field, record, "field")
+    text = "" if record[text_field] is None else record[text_field]
     if not isinstance(text, str):
-        raise UsageError(f'{where}: no "text" field with a string', hint='a line is {"text": "..."}')
+        raise UsageError(f"{where}: {text_field!r} holds {json.dumps(text)[:40]}, not text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f'{where}: "text" holds half a surrogate pair at character {error.start}') from error
+        raise UsageError(f"{where}: {text_field!r} holds half a surrogate pair at character {error.start}") from error
     return text
 
 

@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_secretOfAcme"
 READ_TOKEN = "hf_secretOfReader"
@@ -131,7 +132,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Find out who asks for what, fail where told to, else do it."""
-        self.path = unquote(urlsplit(self.path).path)
+        asked = urlsplit(self.path)
+        self.path, self.query = unquote(asked.path), parse_qs(asked.query)
         failure = self.server.failure(f"{self.command} {self.path}")
         length = int(self.headers.get("Content-Length") or 0)
         if failure is not None and failure.cut is not None and self.command == "PUT":
@@ -236,10 +238,37 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": f["path"], "size": f["size"]} for f in files_of(repository.commits[oid])]
             self.json({"id": repo, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings})
 
-    def tree(self, repo: str, rev: str) -> None:
+    def data_info(self, repo: str, rev: str | None = None) -> None:
+        """As the Hub does, tell everyone what a gated data set holds; its files are not for everyone."""
+        known = self.server.repositories.get(repo)
+        if known is None or not known.gated:
+            self.info(repo, rev)
+            return
+        oid = known.branches["main"]
+        self.json({"id": repo, "sha": oid, "gated": "manual", "siblings": []})
+
+    def tree(self, repo: str, rev: str, folder: str) -> None:
+        found = self.revision(repo, rev)
+        if found is None:
+            return
+        inside = f"{folder}/" if folder else ""
+        listed = [entry for entry in entries_of(found[0].commits[found[1]]) if entry["path"].startswith(inside)]
+        if self.query.get("recursive", ["false"])[0].lower() == "false":
+            listed = [entry for entry in listed if "/" not in entry["path"].removeprefix(inside)]
+        if listed:
+            self.json(listed)
+        else:
+            self.refuse(404, f"{folder} does not exist", X_Error_Code="EntryNotFound")
+
+    def paths_info(self, repo: str, rev: str) -> None:
         found = self.revision(repo, rev)
         if found is not None:
-            self.json(files_of(found[0].commits[found[1]]))
+            asked = parse_qs(self.body.decode())["paths"]
+            self.json([entry for entry in entries_of(found[0].commits[found[1]]) if entry["path"] in asked])
+
+    def allowed(self, repo: str) -> None:
+        if self.repository(repo) is not None:
+            self.json({})
 
     def resolve(self, repo: str, rev: str, file: str) -> None:
         found = self.revision(repo, rev)
@@ -381,8 +410,12 @@ REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = (
     (rf"GET /api/models/{REPO}", "info"),
     (rf"GET /api/models/{REPO}/revision/(?P<rev>.+)", "info"),
-    (rf"GET /api/models/{REPO}/tree/(?P<rev>[^/]+)/?", "tree"),
-    (rf"(?:GET|HEAD) /{REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)", "resolve"),
+    (rf"GET /api/datasets/{REPO}", "data_info"),
+    (rf"GET /api/datasets/{REPO}/revision/(?P<rev>.+)", "data_info"),
+    (rf"GET /api/datasets/{REPO}/auth-check", "allowed"),
+    (rf"GET /api/(?:models|datasets)/{REPO}/tree/(?P<rev>[^/]+)/?(?P<folder>.*)", "tree"),
+    (rf"POST /api/datasets/{REPO}/paths-info/(?P<rev>[^/]+)", "paths_info"),
+    (rf"(?:GET|HEAD) (?:/datasets)?/{REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)", "resolve"),
     (r"(?:GET|HEAD) /cdn/(?P<oid>\w+)", "cdn"),
     (r"GET /api/whoami-v2", "whoami"),
     (r"POST /api/repos/create", "create"),
@@ -394,6 +427,12 @@ ROUTES = (
     (rf"POST /{REPO}\.git/info/lfs/objects/verify", "verify"),
     (r"PUT /lfs/(?P<oid>\w+)", "upload"),
 )
+
+
+def entries_of(commit: Commit) -> list[dict[str, Any]]:
+    """Return a commit's folders and files as the Hub lists them."""
+    folders = {str(folder) for name in commit.files for folder in PurePosixPath(name).parents} - {"."}
+    return [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)] + files_of(commit)
 
 
 def files_of(commit: Commit) -> list[dict[str, Any]]:

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexctl.errors import UsageError
-from flexctl.training.documents import PASSAGE_CHARACTERS, read_documents, sample_halves, sample_passages, text_files
+from flexctl.training.documents import (
+    PASSAGE_CHARACTERS,
+    pinned,
+    read_documents,
+    sample_halves,
+    sample_passages,
+    size_bytes,
+    source_name,
+    text_files,
+)
 
 
 def put(path: Path, content: str | bytes) -> Path:
@@ -85,7 +94,7 @@ def test_jsonl_with_crlf_and_blank_lines(tmp_path: Path) -> None:
 def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
     put(tmp_path / "a.txt", " \n\t\n")
     put(tmp_path / "b.txt", "")
-    put(tmp_path / "c.jsonl", lines("", "  ", "real"))
+    put(tmp_path / "c.jsonl", lines("", "  ", "real") + '{"text": null}\n')
     assert read(tmp_path) == ["real"]
 
 
@@ -93,10 +102,11 @@ def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ('{"text": "unclosed', "line 2: not JSON"),
-        ('["text"]', 'line 2: no "text" field'),
-        ('{"content": "x"}', 'line 2: no "text" field'),
-        ('{"text": null}', 'line 2: no "text" field'),
-        ('{"text": 5}', 'line 2: no "text" field'),
+        ('["text"]', "line 2: no record with fields"),
+        ('{"content": "x"}', "line 2: no field 'text'; there are 'content'"),
+        ("{}", "line 2: no field 'text'; there are none"),
+        ('{"text": 5}', "line 2: 'text' holds 5, not text"),
+        ('{"text": ["x"]}', "line 2: 'text' holds [\"x\"], not text"),
         ('{"text": "half a pair: \\ud83d"}', "line 2: "),
         ("plain words", "line 2: not JSON"),
     ],
@@ -119,6 +129,15 @@ def test_packed_files_that_are_broken_are_refused(tmp_path: Path, ending: str) -
     refused(put(tmp_path / f"cut.{ending}", whole[: len(whole) // 2]))
     middle = len(whole) // 2
     refused(put(tmp_path / f"garbled.{ending}", whole[:middle] + bytes(64) + whole[middle + 64 :]))
+
+
+def test_size_and_name_of_what_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "law.texts" / "a.txt", "12345")
+    put(tmp_path / "law.texts" / "b.csv", "text\n1\n")
+    assert size_bytes([tmp_path / "law.texts", tmp_path / "law.texts" / "a.txt"]) == 5 + 7 + 5
+    assert source_name(tmp_path / "law.texts") == source_name(tmp_path / "law.texts" / ".") == "law"
+    assert source_name(Path("hf://datasets/acme/notes.v2@main:en:test")) == "notes"
+    assert pinned([tmp_path]) == (tmp_path,)
 
 
 def test_paths_without_text_are_refused(tmp_path: Path) -> None:
