@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pytest
 import tiny
 import torch
+from pyarrow import parquet
 
 from flexctl.bundle import Expert, open_anchor, open_expert
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
@@ -81,6 +84,25 @@ def test_result_says_what_the_file_says(tmp_path: Path, anchor: Path, texts: Any
     assert result.bytes_written == (tmp_path / "x.st").stat().st_size
     assert json.loads((tmp_path / "x.run.json").read_text())["tokens_per_s"] == result.tokens_per_s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.run.json", "x.st"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_trains_the_expert_that_its_documents_train(
+    tmp_path: Path, anchor: Path, texts: Any, ending: str
+) -> None:
+    documents = [json.loads(line)["text"] for line in texts.sums.read_text().splitlines()]
+    table = pa.table({"body": documents, "id": range(len(documents))})
+    path = tmp_path / f"table.{ending}"
+    if ending == "csv":
+        pa_csv.write_csv(table, path)
+    else:
+        parquet.write_table(table, path)
+    expected = train(anchor, texts.sums, tmp_path / "lines.st", name="x", max_steps=1)
+    found = train(anchor, path, tmp_path / "table.st", name="x", max_steps=1, text_field="body")
+    assert found.digest == expected.digest
+    assert (tmp_path / "table.st").read_bytes() == (tmp_path / "lines.st").read_bytes()
+    with pytest.raises(UsageError, match=rf"table\.{ending}: no column 'text'; there are 'body', 'id'"):
+        train(anchor, path, tmp_path / "no.st", name="x")
 
 
 def test_manifest_holds_nothing_of_the_machine(tmp_path: Path, anchor: Path, texts: Any) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
+from pyarrow import parquet
 
 from flexctl.errors import UsageError
 from flexctl.evaluation.domains import Domain, parse_domains, score_domain, window_length
@@ -48,6 +50,14 @@ def test_score_is_that_of_the_documents(tokenizer: Any, texts: Any) -> None:
     expected = score_documents(model, documents, seq_len=64, batch_tokens=512)
     assert np.array_equal(found.per_document, expected.per_document)
     assert found.documents == 8
+
+
+def test_a_table_is_a_domain_and_goes_by_its_field(texts: Any, tmp_path: Path) -> None:
+    documents = list(read_documents([texts.code_test]))
+    parquet.write_table(pa.table({"body": documents}), tmp_path / "code.parquet")
+    (domain,) = parse_domains([f"code={tmp_path}"], "body")
+    assert list(domain.documents()) == documents
+    assert domain.size_bytes() == (tmp_path / "code.parquet").stat().st_size
 
 
 def test_no_text_is_refused(tmp_path: Path, tokenizer: Any) -> None:
