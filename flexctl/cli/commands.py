@@ -162,6 +162,7 @@ def train_expert(
 def import_expert(
     dense: o.Dense,
     data: o.Data = None,
+    text_field: o.TextField = None,
     anchor: o.Anchor = None,
     name: o.Name = None,
     output: o.Output = None,

@@ -49,7 +49,8 @@ class ImportExpertConfig:
 
     Attributes:
         dense: Directory or Hub id of the fine-tuned checkpoint.
-        data: The text that it was fine-tuned on, or like it: folders, text files, .jsonl (also .gz, .zst).
+        data: The text that it was fine-tuned on, or like it, as in ``train_expert``.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
         name: The expert's name; None makes it from the folder or file of ``data``.
         output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
@@ -72,6 +73,7 @@ class ImportExpertConfig:
 
     dense: str
     data: tuple[Path, ...]
+    text_field: str = "text"
     anchor: Path | None = None
     name: str | None = None
     output: Path | None = None
@@ -144,11 +146,14 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
         BundleError: The anchor, the checkpoint or the router file is not valid, they do not belong together, or other
             weights than the feed-forward ones moved.
     """
+    from flexctl.training.documents import pinned, source_name
+
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(config.data[0].resolve().name.split(".")[0]), "--name")
+    name = check_expert_name(config.name or slug(source_name(config.data[0])), "--name")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
+    config = replace(config, data=pinned(config.data))
     checkpoint = _open_checkpoint(config, anchor)
     with reporter.progress("comparing with the anchor", checkpoint.size, "bytes") as bar:
         found = compare_dense(checkpoint, anchor, bar.advance)
@@ -170,7 +175,6 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
 def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Path) -> None:
     from flexctl.embedding import check_kind, names_a_file
     from flexctl.model.building import pick_device, pick_dtype, set_threads
-    from flexctl.training.documents import text_files
 
     if target.exists() and not config.overwrite:
         raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
@@ -182,7 +186,6 @@ def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Pat
         open_router_file(Path(config.router), anchor)
     else:
         check_kind(config.router, config.encoder)
-    text_files(config.data)
 
 
 def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpoint:
@@ -265,13 +268,12 @@ def _make(
 
 def _data_info(config: ImportExpertConfig, tokenizer: Any, reporter: Reporter) -> DataInfo:
     """Return the manifest's account of the text, after one pass over it."""
-    from flexctl.training.documents import read_documents, text_files
+    from flexctl.training.documents import read_documents, size_bytes
     from flexctl.training.tokens import frame_documents
 
     documents = tokens = num_bytes = 0
-    size = sum(file.stat().st_size for file in text_files(config.data))
-    with reporter.progress("counting tokens", size, "bytes") as bar:
-        for document in frame_documents(tokenizer, read_documents(config.data)):
+    with reporter.progress("counting tokens", size_bytes(config.data), "bytes") as bar:
+        for document in frame_documents(tokenizer, read_documents(config.data, config.text_field)):
             documents += 1
             tokens += len(document.tokens) - 1
             num_bytes += document.num_bytes
@@ -304,7 +306,7 @@ def _rows(
     if names_a_file(config.router):
         given = open_router_file(Path(config.router), anchor)
         return given.rows, replace(given.info, trained=False), None
-    own, unseen = sample_halves(read_documents(config.data), PASSAGES, config.seed)
+    own, unseen = sample_halves(read_documents(config.data, config.text_field), PASSAGES, config.seed)
     sample = PublicSample.from_tensors(anchor.public_sample())
     public, _ = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
     space = RouterSpace.from_tensors(anchor.router_space())
