@@ -284,6 +284,7 @@ def replace(
     source: o.From = None,
     output: o.OutputElsewhere = None,
     data: o.DataSets = None,
+    text_field: o.TextField = None,
     seq_len: o.SeqLen = None,
     batch_tokens: o.ScoredTokens = None,
     threads: o.Threads = None,

@@ -37,6 +37,7 @@ class ReplaceConfig:
         source: Directory of the merged model; the workspace's if None.
         output: Directory to write; if None the source is replaced.
         data: Test texts, NAME=PATH each, to score on before and after as ``evaluate`` does; none, no scores.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         seq_len: Window length; None is 1024, or what the model can hold.
         batch_tokens: Positions that go through the model at once.
         threads: CPU threads; None is torch's choice.
@@ -53,6 +54,7 @@ class ReplaceConfig:
     source: Path | None = None
     output: Path | None = None
     data: tuple[str, ...] = ()
+    text_field: str = "text"
     seq_len: int | None = None
     batch_tokens: int = 8192
     threads: int | None = None
@@ -153,7 +155,7 @@ def _domains(config: ReplaceConfig) -> list[Domain]:
 
     refuse_out_of_range(config, above_zero=("seq_len", "batch_tokens", "threads"))
     pick_dtype(config.dtype, pick_device(config.device))
-    return parse_domains(config.data)
+    return parse_domains(config.data, config.text_field)
 
 
 def _score(
