@@ -11,7 +11,7 @@ import numpy as np
 
 from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.codec import indented_json
-from flexctl.bundle.hashing import Advance, Piece, check_tensors, hash_raw, silent
+from flexctl.bundle.hashing import Advance, Piece, hash_raw, hash_spans, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import ROUTER_TENSOR, expert_head, expert_layout
 from flexctl.bundle.lowrank import expand
@@ -181,8 +181,9 @@ def write_expert(
             file.write(head)
             for tensor_name in layout:
                 _append(tensors[tensor_name], file)
-        for problem in check_tensors(temporary, open_expert(temporary).spans, infos, advance):
-            raise BundleError(problem, hint="the disk did not keep what was written, or a source has changed")
+        for tensor_name, found, finite in hash_spans(temporary, open_expert(temporary).spans, advance):
+            if found != infos[tensor_name] or not finite:
+                raise _broken(tensors[tensor_name], f"{path}: tensor {tensor_name}", finite)
     with new_file(path.with_suffix(".run.json"), overwrite=True) as temporary:
         temporary.write_bytes(indented_json(run))
     return open_expert(path)
@@ -194,6 +195,17 @@ def _info(tensor: RawTensor | Piece, where: str) -> TensorInfo:
     if not is_finite(tensor.dtype, tensor.data):
         raise BundleError(f"{where}: holds NaN or infinity", hint="train with a lower --lr")
     return hash_raw(tensor)
+
+
+def _broken(tensor: RawTensor | Piece, where: str, finite: bool) -> BundleError:
+    """Return what is wrong with a tensor that was not found in the file as it should be."""
+    if isinstance(tensor, Piece):
+        where, hint = f"{tensor.span.path}: tensor {tensor.name}", "the file was changed, fetch it again"
+    else:
+        hint = "the disk did not keep what was written"
+    return BundleError(
+        f"{where}: {'its bytes are not those promised' if finite else 'holds NaN or infinity'}", hint=hint
+    )
 
 
 def _append(tensor: RawTensor | Piece, output: BinaryIO) -> None:

@@ -21,6 +21,7 @@ from flexctl.bundle import (
     write_router_file,
 )
 from flexctl.bundle.expert import check_fits
+from flexctl.bundle.hashing import Piece
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.hub import localise
@@ -183,12 +184,12 @@ def _write(
             target, anchor=anchor, name=name, rows=rows, router=info, overwrite=config.overwrite
         )
         return written.digest
-    tensors = {key: expert.tensor(key) for key in expert.spans} | {"router.weight": rows}
+    pieces = {key: Piece(key, span, expert.manifest.tensors[key]) for key, span in expert.spans.items()}
     copy = write_expert(
         target,
         anchor=anchor,
         name=name,
-        tensors=tensors,
+        tensors={**pieces, "router.weight": rows},
         data=expert.manifest.data,
         training=expert.manifest.training,
         router=info,

@@ -85,6 +85,18 @@ def test_copy_of_an_expert_has_new_rows_and_nothing_else(
     assert copy.router().data.tobytes() == open_router_file(tmp_path / "file.st").rows.data.tobytes()
 
 
+def test_a_copy_of_tampered_bytes_is_refused(
+    tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path]
+) -> None:
+    """They would get a digest of their own, and pass for the owner's."""
+    data = bytearray(experts["code"].read_bytes())
+    data[open_expert(experts["code"]).spans["layers.0.mlp.up_proj.weight"].start] ^= 1
+    (tmp_path / "tampered.st").write_bytes(data)
+    with pytest.raises(BundleError, match=r"tampered\.st: tensor layers\.0\.mlp\.up_proj\.weight: its bytes are not"):
+        embed(anchor, texts.code, tmp_path / "copy.st", expert=tmp_path / "tampered.st")
+    assert [path.name for path in tmp_path.iterdir()] == ["tampered.st"]
+
+
 def test_a_guarantee_does_not_cover_new_rows(
     tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
