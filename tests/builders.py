@@ -204,10 +204,16 @@ def make_anchor(
     return open_anchor(path)
 
 
-def make_tensors(anchor: Anchor, seed: int, rank: int | None = None) -> dict[str, RawTensor]:
-    """Return random tensors of an expert for ``anchor``."""
+def make_tensors(
+    anchor: Anchor, seed: int, rank: int | None = None, *, several_ranks: bool = False
+) -> dict[str, RawTensor]:
+    """Return random tensors of an expert for ``anchor``; of several ranks, matrices have ranks from 1 to ``rank``."""
     rng = np.random.PCG64([seed, rank or 0])
     layout = expert_layout(anchor.manifest.architecture, rank)
+    if rank and several_ranks:
+        firsts = [(name, tensor) for name, tensor in layout.items() if name.endswith("lora_A")]
+        found = {name: replace(a, shape=(1 + i % rank, a.shape[1])) for i, (name, a) in enumerate(firsts)}
+        layout = expert_layout(anchor.manifest.architecture, rank, found)
     return {name: random_tensor(rng, tensor.dtype, tensor.shape) for name, tensor in layout.items()}
 
 

@@ -13,7 +13,7 @@ from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.codec import indented_json
 from flexctl.bundle.hashing import Advance, Piece, hash_raw, hash_spans, silent
 from flexctl.bundle.headers import read_header
-from flexctl.bundle.layout import ROUTER_TENSOR, expert_head, expert_layout
+from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, expert_head, expert_layout
 from flexctl.bundle.lowrank import expand
 from flexctl.bundle.manifest import (
     MANIFEST_KEY,
@@ -30,7 +30,7 @@ from flexctl.bundle.manifest import (
 )
 from flexctl.bundle.names import PUBLIC, check_expert_name, shown
 from flexctl.bundle.store import append_range, new_file, require_space
-from flexctl.bundle.tensors import RawTensor, Span, check_agreement, is_finite, size_of
+from flexctl.bundle.tensors import RawTensor, Span, TensorType, Typed, check_agreement, is_finite, size_of
 from flexctl.bundle.validation import read_manifest
 from flexctl.bundle.weights import Weights
 from flexctl.errors import BundleError, UsageError
@@ -106,8 +106,7 @@ def open_expert(path: Path) -> Expert:
     manifest, text, spans = embedded_manifest(path)
     if not isinstance(manifest, ExpertManifest):
         raise BundleError(f"{path}: kind is {manifest.kind!r}; expected 'expert'")
-    layout = expert_layout(manifest.architecture, manifest.rank)
-    check_agreement(spans, layout, str(path))
+    layout = _checked_layout(spans, manifest.architecture, manifest.rank, path)
     return Expert(path=path, manifest=manifest, manifest_text=text, spans={name: spans[name] for name in layout})
 
 
@@ -141,7 +140,7 @@ def write_expert(
         run: What no digest covers: times, machine, speed.
         overwrite: Whether an expert that exists may be replaced.
         privacy: The guarantee, where there is one.
-        rank: Of a low-rank expert.
+        rank: Of a low-rank expert, the highest of its matrices.
         parents: Digests of the experts that this one was made from.
         advance: Told the bytes that are written and proven.
 
@@ -153,11 +152,10 @@ def write_expert(
         FlexctlError: The disk has no room.
     """
     architecture = anchor.manifest.architecture
-    layout = expert_layout(architecture, rank)
     typed = {
         tensor_name: tensor.info if isinstance(tensor, Piece) else tensor for tensor_name, tensor in tensors.items()
     }
-    check_agreement(typed, layout, str(path))
+    layout = _checked_layout(typed, architecture, rank, path)
     infos = {tensor_name: _info(tensors[tensor_name], f"{path}: tensor {tensor_name}") for tensor_name in layout}
     require_space(path, sum(map(size_of, layout.values())))
     manifest = ExpertManifest(
@@ -175,7 +173,7 @@ def write_expert(
         tensors=infos,
     )
     text = write_manifest(manifest).decode("utf-8")
-    head = expert_head(family_of(anchor.manifest.model_type), architecture, rank, text)
+    head = expert_head(family_of(anchor.manifest.model_type), layout, text)
     with new_file(path, overwrite=overwrite) as temporary:
         with temporary.open("xb") as file:
             file.write(head)
@@ -273,6 +271,22 @@ def check_fits(expert: Expert, anchor: AnchorRef, architecture: Architecture) ->
     if expert.manifest.architecture != architecture:
         found = shown(expert.manifest.architecture)
         raise BundleError(f"{expert.path}: architecture is {found}; expected {shown(architecture)}")
+
+
+def _checked_layout(
+    tensors: Mapping[str, Typed], architecture: Architecture, rank: int | None, path: Path
+) -> dict[str, TensorType]:
+    """Return the layout of an expert's file, whose tensors must be those of its architecture and rank.
+
+    Raises:
+        BundleError: They are not; the message names the first.
+    """
+    layout = expert_layout(architecture, rank, tensors)
+    check_agreement(tensors, layout, str(path))
+    ranks = [tensor.shape[0] for name, tensor in layout.items() if name.endswith(LOW_RANK_PARTS[0])]
+    if rank is not None and rank != max(ranks):
+        raise BundleError(f"{path}: rank is {rank}; expected {max(ranks)}, the highest of its matrices")
+    return layout
 
 
 def embedded_manifest(path: Path) -> tuple[Manifest, str, Mapping[str, Span]]:

@@ -39,12 +39,15 @@ STOCK_METADATA = {"format": "pt"}
 AnyTyped = TypeVar("AnyTyped", bound=Typed)
 
 
-def expert_layout(architecture: Architecture, rank: int | None = None) -> dict[str, TensorType]:
+def expert_layout(
+    architecture: Architecture, rank: int | None = None, found: Mapping[str, Typed] | None = None
+) -> dict[str, TensorType]:
     """Return the tensors of an expert's file, in the order of their bytes.
 
     Args:
         architecture: The anchor's.
-        rank: Of a low-rank expert; None is a full one.
+        rank: Of a low-rank expert, the highest of its matrices; None is a full one.
+        found: Its tensors, as far as they are there: a matrix whose A has fewer rows has that rank.
 
     Returns:
         ``layers.{i}.mlp.{gate,up,down}_proj.weight`` with layers in numeric order (each as ``.lora_A`` and
@@ -58,8 +61,10 @@ def expert_layout(architecture: Architecture, rank: int | None = None) -> dict[s
         if rank is None:
             layout[name] = TensorType(dtype, (rows, columns))
         else:
-            layout[f"{name}.lora_A"] = TensorType(dtype, (rank, columns))
-            layout[f"{name}.lora_B"] = TensorType(dtype, (rows, rank))
+            a, b = (f"{name}.{part}" for part in LOW_RANK_PARTS)
+            own = _rank_of(found[a], rank) if found and a in found else rank
+            layout[a] = TensorType(dtype, (own, columns))
+            layout[b] = TensorType(dtype, (rows, own))
     layout[ROUTER_TENSOR] = TensorType("F32", (architecture.num_hidden_layers, hidden))
     return layout
 
@@ -72,16 +77,14 @@ def feed_forward_keys(family: Family, num_hidden_layers: int, index: int) -> dic
     }
 
 
-def expert_head(family: Family, architecture: Architecture, rank: int | None, manifest: str) -> bytes:
+def expert_head(family: Family, layout: Mapping[str, TensorType], manifest: str) -> bytes:
     """Return what comes before the tensors in an expert's file.
 
     Args:
         family: Of its anchor.
-        architecture: Of its anchor.
-        rank: Of a low-rank expert; None is a full one.
+        layout: As from ``expert_layout``.
         manifest: The expert's manifest, as text.
     """
-    layout = expert_layout(architecture, rank)
     return header_bytes(layout, {MANIFEST_KEY: manifest}, _data_start(family, layout, manifest))
 
 
@@ -122,6 +125,11 @@ def index_json(weight_map: Mapping[str, str], tensors: Mapping[str, Typed]) -> b
 def shared_order(tensors: Mapping[str, AnyTyped]) -> dict[str, AnyTyped]:
     """Return tensors in the order of model-shared: wide dtypes first, so that all are aligned, then by name."""
     return dict(sorted(tensors.items(), key=lambda item: (-ITEM_SIZES[item[1].dtype], item[0])))
+
+
+def _rank_of(a: Typed, highest: int) -> int:
+    """Return the rank that A has, or the highest that it may have where it has none."""
+    return a.shape[0] if a.shape and 1 <= a.shape[0] <= highest else highest
 
 
 def _merged_metadata(manifest: str | None) -> dict[str, str]:

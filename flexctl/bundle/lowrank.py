@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.tensors import Bytes, Span, from_float32, to_float32
+from flexctl.errors import UsageError
 
-__all__ = ["expand"]
+__all__ = ["expand", "most_rank", "refuse_useless_rank"]
 
 BLOCK_BYTES = 1 << 22
 
@@ -40,3 +42,24 @@ def expand(base: Span, a: Span, b: Span) -> Iterator[Bytes]:
             for r in range(rank):
                 block += weights[:, r, None] * factor[r]
         yield from_float32(base.dtype, block)
+
+
+def most_rank(architecture: Architecture) -> int:
+    """Return the highest rank with which A and B together are smaller than the full matrix."""
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    return (hidden * inner - 1) // (hidden + inner)
+
+
+def refuse_useless_rank(rank: int | None, architecture: Architecture) -> None:
+    """Refuse a rank that makes an expert no smaller than full matrices would.
+
+    Raises:
+        UsageError: It is above ``most_rank``.
+    """
+    most = most_rank(architecture)
+    if rank is not None and rank > most:
+        shape = f"{architecture.intermediate_size} x {architecture.hidden_size}"
+        raise UsageError(
+            f"--rank: {rank} is no smaller than full matrices of {shape}; the highest that is smaller is {most}",
+            hint=f"use --rank {most} or less, or leave --rank out for a full expert",
+        )

@@ -116,6 +116,7 @@ def train_expert(
     output: o.Output = None,
     router: o.Router = None,
     encoder: o.Encoder = None,
+    rank: o.Rank = None,
     max_tokens: o.MaxTokens = None,
     max_steps: o.MaxSteps = None,
     epochs: o.Epochs = None,

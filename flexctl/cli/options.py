@@ -146,6 +146,10 @@ PublicMatch = Annotated[
     str | None,
     Option("--public-match", metavar="X", help="How strongly the expert is held to the public one on public text."),
 ]
+Rank = Annotated[
+    str | None,
+    Option("--rank", metavar="R", help="Train low-rank differences to the public expert: a smaller file, less memory."),
+]
 FreezeRouter = Annotated[bool | None, Option("--freeze-router", help="Leave the router rows as they start.")]
 Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint.")]
 CheckpointSteps = Annotated[

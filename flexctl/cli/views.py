@@ -109,7 +109,9 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 def _train_expert(result: TrainExpertResult) -> list[str]:
     speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
     amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
-    lines = [_sentence(result, f"Trained expert {result.name}: {cell(result.path)}", amounts, speed)]
+    rank = f"rank {result.rank}" if result.rank is not None else None
+    size = amount(result.bytes_written, "bytes") if rank and result.bytes_written else None
+    lines = [_sentence(result, f"Trained expert {result.name}: {cell(result.path)}", rank, size, amounts, speed)]
     if result.held_out:
         lines += ["", *_matrix(result.held_out, "held-out loss")]
     if result.frozen_verified:

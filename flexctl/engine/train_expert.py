@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import workspace
 from flexctl.bundle import (
+    PUBLIC,
     Anchor,
     DataInfo,
     RawTensor,
@@ -19,6 +20,7 @@ from flexctl.bundle import (
     slug,
     write_expert,
 )
+from flexctl.bundle.lowrank import refuse_useless_rank
 from flexctl.bundle.names import check_expert_name
 from flexctl.config import refuse_no_date, refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
@@ -54,6 +56,7 @@ class TrainExpertConfig:
         output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
         router: Kind of router row (discriminant, hidden, encoder), or a file with router rows.
         encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
+        rank: Train differences of this rank to the public expert's matrices; None trains full matrices.
         max_tokens: Stop after this many of the owner's tokens, to the nearest step.
         max_steps: At most this many optimiser steps.
         epochs: Passes over the owner's text.
@@ -90,6 +93,7 @@ class TrainExpertConfig:
     output: Path | None = None
     router: str = "discriminant"
     encoder: str | None = None
+    rank: int | None = None
     max_tokens: int | None = None
     max_steps: int | None = None
     epochs: float = 1.0
@@ -130,6 +134,8 @@ class TrainExpertResult:
         tokens_per_s: Own and public tokens a second; None when the run only finished what was there.
         frozen_verified: Every frozen tensor equals the anchor's, bit for bit.
         bias: The router bias of each layer.
+        rank: Of a low-rank expert; None of a full one.
+        bytes_written: Size of the expert's file.
     """
 
     path: Path
@@ -145,6 +151,7 @@ class TrainExpertResult:
     frozen_verified: bool | None = None
     privacy: dict[str, Any] | None = None
     bias: list[float] = field(default_factory=list)
+    rank: int | None = None
     bytes_written: int = 0
     peak_rss_bytes: int = 0
     dry_run: bool = False
@@ -202,6 +209,7 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
             tokens=0,
             public_tokens=0,
             steps=0,
+            rank=config.rank,
             dry_run=True,
         )
     with working_folder(target.parent / f".{name}.work") as work:
@@ -219,10 +227,19 @@ def _run(
     setup = _set_up(config, anchor, work, reporter)
     before = _held_out_losses(setup)
     tether = None if config.freeze_router else config.tether
-    pair = Pair(setup.model, setup.space, setup.rows, tether=tether, public_match=config.public_match)
+    pair = Pair(
+        setup.model,
+        setup.space,
+        setup.rows,
+        tether=tether,
+        public_match=config.public_match,
+        rank=config.rank,
+        seed=config.seed,
+    )
     outcome = _train(config, anchor, setup, pair, work, reporter)
     pair.close()
-    tensors = pair.round_weights(anchor.manifest.architecture.dtype) | {"router.weight": pair.rows}
+    public = anchor.weights().experts[PUBLIC]
+    tensors = pair.round_weights(anchor.manifest.architecture.dtype, public) | {"router.weight": pair.rows}
     after = _held_out_losses(setup)
     moved = moved_tensors(setup.model, anchor.weights())
     if moved:
@@ -261,6 +278,7 @@ def _run(
         router=replace(setup.router, trained=not config.freeze_router, bias=tuple(bias)),
         run={"tokens_per_s": outcome.tokens_per_s, "peak_rss_bytes": peak_rss_bytes()},
         overwrite=config.overwrite,
+        rank=config.rank,
     )
     return TrainExpertResult(
         path=target,
@@ -275,6 +293,7 @@ def _run(
         tokens_per_s=outcome.tokens_per_s,
         frozen_verified=True,
         bias=bias,
+        rank=config.rank,
         bytes_written=target.stat().st_size,
         peak_rss_bytes=peak_rss_bytes(),
     )
@@ -365,7 +384,8 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     refuse_no_date(config.expires)
     sizes = ("max_tokens", "max_steps", "epochs", "seq_len", "batch_tokens", "micro_batch", "checkpoint_steps")
     weights = ("warmup_steps", "tether", "public_match")
-    refuse_out_of_range(config, above_zero=(*sizes, "lr", "threads"), from_zero=weights)
+    refuse_out_of_range(config, above_zero=(*sizes, "lr", "rank", "threads"), from_zero=weights)
+    refuse_useless_rank(config.rank, anchor.manifest.architecture)
     autocast_dtype(config.dtype, pick_device(config.device))
     if names_a_file(config.router):
         open_router_file(Path(config.router), anchor)
@@ -417,6 +437,7 @@ def _train(
         "data": setup.corpus.survey.digest,
         "public": setup.public.digest,
         "rows": [float(row) for row in setup.rows.sum(dim=1)],
+        "rank": config.rank,
     }
     checkpoints = Checkpoints(
         work / "checkpoints",

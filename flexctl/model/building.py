@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flexctl.errors import UsageError
 from flexctl.families import PROJECTIONS, family_of
+from flexctl.model.lowrank import low_rank_copy
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
 
@@ -202,19 +203,27 @@ def _dense_block(like: nn.Module, tensors: Mapping[str, RawBytes], layer: int, d
     return block
 
 
-def add_expert(model: nn.Module, rows: Tensor) -> list[nn.Module]:
-    """Give every layer one more expert, a trainable float32 copy of the public one, active on every token.
+def add_expert(model: nn.Module, rows: Tensor, rank: int | None = None, seed: int = 0) -> list[nn.Module]:
+    """Give every layer one more expert that begins as the public one, active on every token.
 
     Args:
         model: As from ``build_model``.
         rows: Router rows of the new expert, (num_hidden_layers, hidden_size), float32.
+        rank: Of a low-rank expert, which shares the public one's matrices and trains differences to them; None is a
+            full one, a trainable float32 copy.
+        seed: Of a low-rank expert's first differences.
 
     Returns:
         The new feed-forward modules, a layer each.
     """
     added = []
+    generator = torch.Generator().manual_seed(seed % 2**63)
     for block, row in zip(routed_layers(model), rows, strict=True):
-        expert = copy.deepcopy(block.experts[0]).float().requires_grad_(True)
+        public = block.experts[0]
+        if rank is None:
+            expert = copy.deepcopy(public).float().requires_grad_(True)
+        else:
+            expert = low_rank_copy(public, rank, generator)
         block.experts.append(expert)
         device = block.router.public.device
         block.router = Router(torch.cat([block.router.rows, row[None].to(device)]))

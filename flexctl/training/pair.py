@@ -5,6 +5,7 @@ Shapes: L num_hidden_layers, H hidden_size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 
 from flexctl.families import PROJECTIONS
 from flexctl.model.building import add_expert
+from flexctl.model.lowrank import LowRankLinear, expand
 from flexctl.model.routed import routed_layers
 from flexctl.model.rows import clamp_bias
 from flexctl.model.space import RouterSpace
-from flexctl.model.tensors import DTYPES
+from flexctl.model.tensors import DTYPES, RawBytes, to_torch
 from flexctl.training.loop import ParameterGroup
 
 __all__ = ["Pair"]
 
 ROUTER_LR_FACTOR = 0.1
+LOW_RANK_LR_FACTOR = 4.0
 
 
 class Pair:
@@ -35,18 +38,28 @@ class Pair:
         rows: Router rows to start from, (L, H), float32.
         tether: Weight of the mean squared change of the rows' logits on public text; None freezes the rows.
         public_match: Weight of the expert's relative squared distance from the public expert's output on public text.
+        rank: Of a low-rank expert, which trains differences to the public matrices; None is a full one.
+        seed: Of a low-rank expert's start.
 
     Source: FlexOlmo section 3.3 for the pair; tether, match and the bias inside the row are ours
     (docs/how-it-works.md, sections 2 and 5).
     """
 
     def __init__(
-        self, model: nn.Module, space: RouterSpace, rows: Tensor, *, tether: float | None, public_match: float
+        self,
+        model: nn.Module,
+        space: RouterSpace,
+        rows: Tensor,
+        *,
+        tether: float | None,
+        public_match: float,
+        rank: int | None = None,
+        seed: int = 0,
     ) -> None:
-        self.experts = add_expert(model, rows)
+        self.experts = add_expert(model, rows, rank, seed)
         blocks = routed_layers(model)
         self._routers = [block.router.closed for block in blocks]
-        self._tether, self._match = tether, public_match
+        self._tether, self._match, self._rank = tether, public_match, rank
         self._runs_in = next(blocks[0].experts[0].parameters()).dtype
         device = self._routers[0].device
         self._start = rows.to(device)
@@ -81,8 +94,8 @@ class Pair:
 
     def groups(self) -> list[ParameterGroup]:
         """Return what trains: feed-forward weights, and the rows unless they are frozen."""
-        weights = [parameter for expert in self.experts for parameter in expert.parameters()]
-        groups = [ParameterGroup(parameters=weights)]
+        weights = [part for expert in self.experts for part in expert.parameters() if part.requires_grad]
+        groups = [ParameterGroup(parameters=weights, lr_factor=1.0 if self._rank is None else LOW_RANK_LR_FACTOR)]
         if self._tether is not None:
             groups.append(ParameterGroup(parameters=self._routers, lr_factor=ROUTER_LR_FACTOR))
         return groups
@@ -124,18 +137,37 @@ class Pair:
             parameter.copy_(row[None])
 
     @torch.no_grad()
-    def round_weights(self, dtype_name: str) -> dict[str, Tensor]:
+    def round_weights(self, dtype_name: str, public: Mapping[str, RawBytes]) -> dict[str, Tensor]:
         """Round the expert once to ``dtype_name`` ("BF16") and return its tensors by name.
 
-        In the model it is rounded too, and takes the dtype that the model runs in.
+        The model then has what readers will make of them, in the dtype that it runs in: matrices after rounding, a
+        low-rank expert's expanded.
+
+        Args:
+            dtype_name: The anchor's, in safetensors.
+            public: The public expert's matrices by expert tensor name, as the anchor has them.
         """
-        dtype = DTYPES[dtype_name]
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer, expert in enumerate(self.experts):
-            for name in PROJECTIONS:
-                weight = getattr(expert, name).weight
-                rounded = weight.detach().to(dtype, copy=True)
-                weight.copy_(rounded)
-                tensors[f"layers.{layer}.mlp.{name}.weight"] = rounded.cpu()
-            expert.to(self._runs_in)
+            for projection in PROJECTIONS:
+                name = f"layers.{layer}.mlp.{projection}.weight"
+                part = getattr(expert, projection)
+                if isinstance(part, LowRankLinear):
+                    a, b = _rounded(part.a, dtype_name), _rounded(part.b, dtype_name)
+                    tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+                    served = expand(to_torch(public[name]), a, b)
+                else:
+                    tensors[name] = served = _rounded(part.weight, dtype_name)
+                setattr(expert, projection, _linear(served.to(self._routers[0].device, self._runs_in)))
         return tensors
+
+
+def _rounded(weight: Tensor, dtype_name: str) -> Tensor:
+    return weight.detach().to("cpu", DTYPES[dtype_name], copy=True)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear

@@ -55,10 +55,10 @@ def copy(world: World, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-@pytest.mark.parametrize("rank", [None, 3])
-def test_an_expert_comes_back_as_it_was_written(tmp_path: Path, dtype: str, rank: int | None) -> None:
+@pytest.mark.parametrize(("rank", "several"), [(None, False), (3, False), (3, True)])
+def test_an_expert_comes_back_as_it_was_written(tmp_path: Path, dtype: str, rank: int | None, several: bool) -> None:
     anchor = make_anchor(tmp_path / "anchor", dtype=dtype)
-    tensors = make_tensors(anchor, 5, rank)
+    tensors = make_tensors(anchor, 5, rank, several_ranks=several)
     expert = make_expert(tmp_path / "x.st", anchor, "law", tensors=tensors, rank=rank)
     again = open_expert(tmp_path / "x.st")
     assert again.manifest == expert.manifest
@@ -75,7 +75,7 @@ def test_an_expert_of_schema_version_1_is_read_and_laid_out_for_good() -> None:
     expert = open_expert(FIXTURES / "expert.st")
     manifest = expert.manifest
     assert expert.manifest_text.encode() == (FIXTURES / "expert.json").read_bytes()
-    head = expert_head(family_of("olmo2"), manifest.architecture, manifest.rank, expert.manifest_text)
+    head = expert_head(family_of("olmo2"), expert_layout(manifest.architecture), expert.manifest_text)
     assert read_header(expert.path).head == head
     assert list(expert.spans) == list(expert_layout(manifest.architecture))
 
@@ -89,10 +89,10 @@ def test_weights_lie_at_the_same_offset_whatever_the_index(family: Any, rank: in
         manifest = "m" * length
         starts = {len(merged_expert_head(family, sizes, index, manifest)) for index in (0, 1, 9, 10, 999, 9999)}
         if rank is None:
-            starts.add(len(expert_head(family, sizes, None, manifest)))
+            starts.add(len(expert_head(family, expert_layout(sizes), manifest)))
         assert len(starts) == 1
         assert starts.pop() % PAGE_BYTES == 0
-        assert len(expert_head(family, sizes, rank, manifest)) % PAGE_BYTES == 0
+        assert len(expert_head(family, expert_layout(sizes, rank), manifest)) % PAGE_BYTES == 0
 
 
 def test_the_offset_is_the_first_page_that_holds_the_reference_header() -> None:
@@ -107,7 +107,7 @@ def test_the_offset_is_the_first_page_that_holds_the_reference_header() -> None:
     for length in range(2000, 4000, 37):
         manifest = '"' * length
         expected = len(header_bytes(reference, {"flexctl": manifest, "format": "pt"}))
-        assert len(expert_head(family, sizes, None, manifest)) == expected
+        assert len(expert_head(family, expert_layout(sizes), manifest)) == expected
 
 
 def test_keys_of_every_family() -> None:
@@ -277,6 +277,27 @@ def test_experts_that_are_refused(world: World, tmp_path: Path, tensors: Any, ch
     assert "\n" not in caught.value.message
 
 
+UP_A = "layers.0.mlp.up_proj.weight.lora_A"
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "message"),
+    [
+        (4, 3, rf"tensor {UP_A}: shape is \(4, 8\); expected \(3, 8\)"),
+        (0, 3, rf"tensor {UP_A}: shape is \(0, 8\); expected \(3, 8\)"),
+        (2, 3, r"up_proj.weight.lora_B: shape is \(12, 3\); expected \(12, 2\)"),
+        (3, 4, r"rank is 4; expected 3, the highest of its matrices"),
+    ],
+)
+def test_low_rank_experts_that_are_refused(world: World, tmp_path: Path, rows: int, rank: int, message: str) -> None:
+    low = make_expert(tmp_path / "low.st", world.anchor, "low", rank=3)
+    tensors = {name: low.tensor(name) for name in low.spans}
+    tensors[UP_A] = random_tensor(np.random.PCG64(0), tensors[UP_A].dtype, (rows, 8))
+    forged = forge_expert(tmp_path / "forged.st", low, tensors, rank=rank)
+    with pytest.raises(BundleError, match=message):
+        open_expert(forged)
+
+
 def test_other_metadata_beside_the_manifest_is_refused(world: World, tmp_path: Path) -> None:
     header = read_header(world.experts["code"].path)
     path = tmp_path / "x.st"
@@ -354,12 +375,14 @@ def slow_expand(base: RawTensor, a: RawTensor, b: RawTensor) -> bytes:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("several", [False, True])
 def test_a_low_rank_expert_is_expanded_as_law_3_says(
-    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dtype: str, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flexctl.bundle.lowrank.BLOCK_BYTES", 4 * 8 * 5)
     anchor = make_anchor(tmp_path / "anchor", dtype=dtype)
-    expert = make_expert(tmp_path / "low.st", anchor, "low", rank=3)
+    tensors = make_tensors(anchor, 5, 3, several_ranks=several)
+    expert = make_expert(tmp_path / "low.st", anchor, "low", tensors=tensors, rank=3)
     public = anchor.feed_forward()
     pair = pair_weights(anchor, expert)
     for name, tensor in pair.experts["low"].items():

@@ -13,19 +13,26 @@ import pyarrow.csv as pa_csv
 import pytest
 import tiny
 import torch
+from builders import read_directory
 from pyarrow import parquet
 
-from flexctl.bundle import Expert, open_anchor, open_expert
+from flexctl.bundle import Expert, open_anchor, open_expert, pair_weights
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
+from flexctl.engine.merge import MergeConfig, merge
+from flexctl.engine.remove import RemoveConfig, remove
 from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
 from flexctl.errors import BundleError, FlexctlError, UsageError
+from flexctl.evaluation.scoring import score_documents
 from flexctl.families import feed_forward_names
+from flexctl.model.building import build_model, load_tokenizer, stock_problems
 from flexctl.model.rows import bias_of
 from flexctl.model.space import RouterSpace
 from flexctl.model.tensors import to_torch
-from flexctl.runtime import SilentReporter
+from flexctl.runtime import SILENT, SilentReporter
 from flexctl.training import checkpoints, pair
+from flexctl.training.corpus import prepare_corpus
+from flexctl.training.sample import PublicSample
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -243,11 +250,11 @@ def test_expert_of_a_bfloat16_anchor_is_rounded_once_at_the_end(
     exact: dict[str, torch.Tensor] = {}
     rounding = pair.Pair.round_weights
 
-    def watched(which: pair.Pair, name: str) -> dict[str, torch.Tensor]:
+    def watched(which: pair.Pair, name: str, public: Any) -> dict[str, torch.Tensor]:
         for layer, module in enumerate(which.experts):
             for part, parameter in module.named_parameters():
                 exact[f"layers.{layer}.mlp.{part}"] = parameter.detach().clone()
-        return rounding(which, name)
+        return rounding(which, name, public)
 
     monkeypatch.setattr(pair.Pair, "round_weights", watched)
     result = train(bfloat16_anchor, texts.code, tmp_path / "x.st", dtype=dtype)
@@ -342,6 +349,84 @@ def test_interrupted_run_keeps_its_checkpoints(
     assert sorted(path.name for path in tmp_path.iterdir() if "straight" not in path.name) == ["x.run.json", "x.st"]
 
 
+def held_out_losses(anchor: Path, expert: Path, data: Path, work: Path) -> dict[str, float]:
+    """What the pair in a file scores on the text that training held out."""
+    opened, made_for = open_expert(expert), open_anchor(anchor)
+    model = build_model(pair_weights(made_for, opened), device=torch.device("cpu"), dtype=torch.float32)
+    work.mkdir()
+    own = prepare_corpus([data], load_tokenizer(anchor), work, seed=0, reporter=SILENT).held_out
+    public = PublicSample.from_tensors(made_for.public_sample()).documents[::20]
+    assert own is not None
+    parts = {"own": own, "public": public}
+    return {name: score_documents(model, parts[name], seq_len=32, batch_tokens=8192).nll for name in parts}
+
+
+@pytest.mark.parametrize("which", ["float32", "bfloat16"])
+def test_a_low_rank_expert_is_small_learns_and_reports_what_will_be_served(
+    tmp_path: Path, anchor: Path, texts: Any, which: str, request: pytest.FixtureRequest
+) -> None:
+    made_for = anchor if which == "float32" else request.getfixturevalue("bfloat16_anchor")
+    full = train(made_for, texts.code, tmp_path / "full.st")
+    result = train(made_for, texts.code, tmp_path / "x.st", rank=3, max_steps=12, lr=4e-3)
+    expert = open_expert(result.path)
+    assert (result.rank, expert.manifest.rank, full.rank) == (3, 3, None)
+    assert expert.manifest.tensors["layers.1.mlp.down_proj.weight.lora_A"].shape == (3, 48)
+    assert expert.manifest.tensors["layers.1.mlp.down_proj.weight.lora_B"].shape == (32, 3)
+    dtypes = {info.dtype for name, info in expert.manifest.tensors.items() if "lora" in name}
+    assert dtypes == {"F32" if which == "float32" else "BF16"}
+    weights = sum(span.stop - span.start for name, span in expert.spans.items() if "lora" in name)
+    fulls = sum(span.stop - span.start for name, span in open_expert(full.path).spans.items() if "mlp" in name)
+    assert weights / fulls == pytest.approx(3 * (48 + 32) / (48 * 32))
+    assert result.bytes_written < full.bytes_written
+    assert result.frozen_verified
+    assert result.held_out["own"]["after"] < result.held_out["own"]["before"] - 0.02
+    found = held_out_losses(made_for, result.path, texts.code, tmp_path / "work")
+    assert {name: losses["after"] for name, losses in result.held_out.items()} == pytest.approx(found, abs=1e-6)
+
+
+def test_a_low_rank_run_that_was_interrupted_goes_on_to_the_same_digest(
+    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laws 5 and 6."""
+    expected = train(anchor, texts.code, tmp_path / "straight.st", rank=2).digest
+    assert train(anchor, texts.code, tmp_path / "again.st", rank=2).digest == expected
+    assert train(anchor, texts.code, tmp_path / "other.st", rank=2, seed=1).digest != expected
+    save = checkpoints.Checkpoints.save_when_due
+
+    def stopping(self: Any, step: int, *args: Any) -> None:
+        save(self, step, *args)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save_when_due", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, rank=2)
+    for rank in (None, 3):
+        with pytest.raises(UsageError, match="that run had rank = 2"):
+            train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, rank=rank, resume=True)
+    assert train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, rank=2, resume=True).digest == expected
+
+
+def test_a_low_rank_expert_merges_with_a_full_one_and_either_goes_again(
+    tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path]
+) -> None:
+    """Laws 1 and 2, and stock Transformers takes the result."""
+    low = train(anchor, texts.sums, tmp_path / "low.st", name="low", rank=4).path
+    full = experts["code"]
+
+    def merged(name: str, *files: Path) -> Path:
+        merge(MergeConfig(experts=files, anchor=anchor, output=tmp_path / name))
+        return tmp_path / name
+
+    both, alone, low_alone = merged("both", full, low), merged("full", full), merged("low", low)
+    assert read_directory(merged("turned", low, full)) == read_directory(both)
+    for gone, left in (("low", alone), ("code", low_alone)):
+        remove(RemoveConfig(names=(gone,), source=both, output=tmp_path / f"without-{gone}"))
+        assert read_directory(tmp_path / f"without-{gone}") == read_directory(left)
+    assert stock_problems(both) == []
+
+
 def test_dry_run_checks_and_writes_nothing(tmp_path: Path, anchor: Path, texts: Any) -> None:
     result = train(anchor, texts.code, None, dry_run=True)
     assert (result.path, result.digest, result.dry_run) == (tmp_path / "experts" / "code.st", None, True)
@@ -379,6 +464,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"threads": 0}, "--threads"),
     ({"warmup_steps": -1}, "--warmup-steps"),
     ({"tether": -1.0}, "--tether"),
+    ({"rank": 0}, "--rank: 0"),
+    ({"rank": 20}, "--rank: 20 is no smaller than full matrices of 48 x 32; the highest that is smaller is 19"),
+    ({"rank": 1000}, "the highest that is smaller is 19"),
     ({"public_match": -1.0}, "--public-match"),
     ({"router": "magic"}, "--router"),
     ({"router": "missing.st"}, "missing.st"),
@@ -431,11 +519,11 @@ def test_frozen_tensors_that_moved_are_noticed(
     built: list[Any] = []
     adding = pair.add_expert
 
-    def watching(model: Any, rows: torch.Tensor) -> Any:
+    def watching(model: Any, *about: Any) -> Any:
         nonlocal frozen
         frozen = model
         built.append(model)
-        return adding(model, rows)
+        return adding(model, *about)
 
     frozen: Any = None
     monkeypatch.setattr(pair, "add_expert", watching)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from flexctl.model.building import moved_tensors, route
+from flexctl.model.lowrank import expand
 from flexctl.model.routed import routed_layers
 from flexctl.model.rows import bias_of, row_logits
 from flexctl.model.space import RouterSpace, fit_space, measure_inputs
 from flexctl.runtime import SILENT
 from flexctl.training.loop import LoopSettings, Outcome, train
-from flexctl.training.pair import ROUTER_LR_FACTOR, Pair
+from flexctl.training.pair import LOW_RANK_LR_FACTOR, ROUTER_LR_FACTOR, Pair
 from flexctl.training.tokens import Mixture, TokenStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,10 +43,15 @@ def start_rows(space: RouterSpace, bias: float) -> Tensor:
 
 
 def make_pair(
-    space: RouterSpace, *, tether: float | None = 1.0, bias: float = -0.5, match: float = 0.0
+    space: RouterSpace,
+    *,
+    tether: float | None = 1.0,
+    bias: float = -0.5,
+    match: float = 0.0,
+    rank: int | None = None,
 ) -> tuple[Any, Pair]:
     model = tiny.build(WEIGHTS)
-    return model, Pair(model, space, start_rows(space, bias), tether=tether, public_match=match)
+    return model, Pair(model, space, start_rows(space, bias), tether=tether, public_match=match, rank=rank)
 
 
 def make_data(public_share: float = 0.25) -> Mixture:
@@ -73,14 +79,29 @@ def trained_names(model: Any) -> set[str]:
 
 
 EXPERT = {f"model.layers.{i}.mlp.experts.1.{name}_proj.weight" for i in range(2) for name in ("gate", "up", "down")}
+LOW_RANK = {name.replace(".weight", f".{part}") for name in EXPERT for part in ("a", "b")}
 ROWS = {f"model.layers.{i}.mlp.router.closed" for i in range(2)}
 
 
-@pytest.mark.parametrize(("tether", "expected"), [(1.0, EXPERT | ROWS), (0.0, EXPERT | ROWS), (None, EXPERT)])
+@pytest.mark.parametrize(
+    ("tether", "rank", "expected"),
+    [
+        (1.0, None, EXPERT | ROWS),
+        (0.0, None, EXPERT | ROWS),
+        (None, None, EXPERT),
+        (1.0, 3, LOW_RANK | ROWS),
+        (None, 3, LOW_RANK),
+    ],
+)
 def test_only_the_expert_and_its_rows_have_gradients(
-    space: RouterSpace, tether: float | None, expected: set[str]
+    space: RouterSpace, tether: float | None, rank: int | None, expected: set[str]
 ) -> None:
-    model, pair = make_pair(space, tether=tether)
+    model, pair = make_pair(space, tether=tether, rank=rank)
+    for block in routed_layers(model):
+        for expert in block.experts[1:]:
+            for name, parameter in expert.named_parameters():
+                if name.endswith(".b"):
+                    torch.nn.init.normal_(parameter, std=0.1)
     assert trained_names(model) == expected
     grouped = {id(parameter) for group in pair.groups() for parameter in group.parameters}
     assert grouped == {id(parameter) for name, parameter in model.named_parameters() if name in expected}
@@ -90,26 +111,37 @@ def test_only_the_expert_and_its_rows_have_gradients(
         assert name not in expected or parameter.grad.abs().sum() > 0, name
 
 
-def test_frozen_tensors_do_not_move_and_the_others_do(space: RouterSpace) -> None:
-    model, pair = make_pair(space)
+@pytest.mark.parametrize(("rank", "expected"), [(None, EXPERT | ROWS), (3, LOW_RANK | ROWS)])
+def test_frozen_tensors_do_not_move_and_the_others_do(space: RouterSpace, rank: int | None, expected: set[str]) -> None:
+    model, pair = make_pair(space, rank=rank)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     run(model, pair)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == EXPERT | ROWS
+    assert moved == expected
     assert moved_tensors(model, WEIGHTS) == []
 
 
-def test_pair_begins_as_the_anchor(space: RouterSpace) -> None:
-    model, _ = make_pair(space)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_pair_begins_as_the_anchor(space: RouterSpace, rank: int | None) -> None:
+    model, _ = make_pair(space, rank=rank)
     with torch.no_grad():
         difference = model(BATCHES[0]).logits - tiny.build(WEIGHTS)(BATCHES[0]).logits
     assert difference.abs().max() <= 1e-4
 
 
-def test_rows_train_more_slowly(space: RouterSpace) -> None:
-    _, pair = make_pair(space)
-    assert [group.lr_factor for group in pair.groups()] == [1.0, ROUTER_LR_FACTOR]
-    assert ROUTER_LR_FACTOR < 1
+@pytest.mark.parametrize(("rank", "factor"), [(None, 1.0), (3, LOW_RANK_LR_FACTOR)])
+def test_rows_train_more_slowly_and_differences_faster(space: RouterSpace, rank: int | None, factor: float) -> None:
+    _, pair = make_pair(space, rank=rank)
+    assert [group.lr_factor for group in pair.groups()] == [factor, ROUTER_LR_FACTOR]
+    assert ROUTER_LR_FACTOR < 1 < LOW_RANK_LR_FACTOR
+
+
+def test_a_low_rank_expert_copies_no_matrix(space: RouterSpace) -> None:
+    model, _ = make_pair(space, rank=3)
+    places = {parameter.data_ptr() for name, parameter in model.named_parameters() if ".experts.0." in name}
+    shared = [value for name, value in model.state_dict().items() if name.endswith("_proj.base.weight")]
+    assert len(shared) == 6
+    assert {value.data_ptr() for value in shared} <= places
 
 
 def test_tether_is_the_mean_squared_change_of_public_logits(space: RouterSpace) -> None:
@@ -200,11 +232,12 @@ def test_match_is_the_relative_distance_from_public_on_public_sequences(space: R
     assert float(pair.match(torch.zeros(4, dtype=torch.bool))) == 0.0
 
 
-def test_match_holds_the_expert_on_public_text_and_moves_nothing_frozen(space: RouterSpace) -> None:
+@pytest.mark.parametrize("rank", [None, 3])
+def test_match_holds_the_expert_on_public_text_and_moves_nothing_frozen(space: RouterSpace, rank: int | None) -> None:
     distance = {}
     public = torch.from_numpy(np.array([[(i * 7) % 300 + 2 for i in range(100)]]))
     for match in (0.0, 100.0):
-        model, pair = make_pair(space, match=match)
+        model, pair = make_pair(space, match=match, rank=rank)
         run(model, pair, steps=15)
         outputs = zip(feed_forward_outputs(model, public, 0), feed_forward_outputs(model, public, 1), strict=True)
         distance[match] = sum(float((own - theirs).square().sum()) for theirs, own in outputs)
@@ -232,7 +265,7 @@ def test_weights_are_rounded_once_in_the_model_too(space: RouterSpace, name: str
     model, pair = make_pair(space)
     run(model, pair, steps=2)
     exact = {key: value.clone() for key, value in model.state_dict().items()}
-    tensors = pair.round_weights(name)
+    tensors = pair.round_weights(name, WEIGHTS.experts["public"])
     assert list(tensors) == [f"layers.{i}.mlp.{part}_proj.weight" for i in range(2) for part in ("gate", "up", "down")]
     for key, tensor in tensors.items():
         inside = f"model.{key}".replace(".mlp.", ".mlp.experts.1.")
@@ -240,8 +273,40 @@ def test_weights_are_rounded_once_in_the_model_too(space: RouterSpace, name: str
         assert tensor.dtype == {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[name]
         assert torch.equal(model.state_dict()[inside], tensor.float())
     assert (name == "F32") == all(torch.equal(value, exact[key]) for key, value in model.state_dict().items())
-    again = pair.round_weights(name)
+    again = pair.round_weights(name, WEIGHTS.experts["public"])
     assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+def test_what_a_low_rank_pair_serves_is_what_it_trained(space: RouterSpace) -> None:
+    """The forward in training never forms a matrix; served are expanded ones. In float32 nothing is rounded away."""
+    model, pair = make_pair(space, rank=3)
+    run(model, pair)
+    pair.close()
+    with torch.no_grad():
+        trained, anchor = model(BATCHES[0]).logits, tiny.build(WEIGHTS)(BATCHES[0]).logits
+    tensors = pair.round_weights("F32", WEIGHTS.experts["public"])
+    assert [*tensors][:2] == [f"layers.0.mlp.gate_proj.weight.lora_{part}" for part in "AB"]
+    assert len(tensors) == 12
+    assert set(model.state_dict()) == set(make_pair(space)[0].state_dict())
+    with torch.no_grad():
+        served = model(BATCHES[0]).logits
+    assert (served - trained).abs().max() <= 1e-4
+    assert (served - anchor).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["BF16", "F16"])
+def test_a_low_rank_pair_serves_rounded_differences(space: RouterSpace, name: str) -> None:
+    model, pair = make_pair(space, rank=3)
+    run(model, pair)
+    exact = {key: value.clone() for key, value in model.state_dict().items()}
+    tensors = pair.round_weights(name, WEIGHTS.experts["public"])
+    for key, inside in ((key, f"model.{key}".replace(".mlp.", ".mlp.experts.1.")) for key in WEIGHTS.experts["public"]):
+        a, b = tensors[f"{key}.lora_A"], tensors[f"{key}.lora_B"]
+        assert torch.equal(a, exact[inside.replace(".weight", ".a")].to(a.dtype))
+        assert torch.equal(b, exact[inside.replace(".weight", ".b")].to(a.dtype))
+        base = exact[inside.replace(".experts.1.", ".experts.0.")]
+        assert torch.equal(model.state_dict()[inside], expand(base, a, b))
+        assert not torch.equal(model.state_dict()[inside], base)
 
 
 def test_golden_losses() -> None:

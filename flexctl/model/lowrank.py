@@ -1,0 +1,72 @@
+"""Experts as low-rank differences to the public one: how they train, and the matrices that they stand for."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexctl.families import PROJECTIONS
+
+__all__ = ["LowRankLinear", "expand", "low_rank_copy"]
+
+
+class LowRankLinear(nn.Module):
+    """A linear map W x + B (A x): another map's W, which stays, and a difference of low rank, which trains.
+
+    B A is never formed, so for each token the difference costs rank (in + out) products in place of in times out.
+
+    Args:
+        base: The map with W, (out, in); shared, not copied.
+        rank: Rows of A (rank, in) and columns of B (out, rank), both float32.
+        generator: Draws A, uniform between -1/sqrt(in) and 1/sqrt(in). B is zero: the map begins as ``base``.
+
+    Source: Hu et al., "LoRA" (arXiv 2106.09685), without its alpha.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = base.weight.shape
+        drawn = torch.empty(rank, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+        self.base = base
+        self.a = nn.Parameter(drawn.to(base.weight.device))
+        self.b = nn.Parameter(torch.zeros(rows, rank, device=base.weight.device))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return (T, out) for inputs (T, in)."""
+        outputs: Tensor = self.base(inputs)
+        return outputs + F.linear(F.linear(inputs, self.a), self.b)
+
+
+def low_rank_copy(public: nn.Module, rank: int, generator: torch.Generator) -> nn.Module:
+    """Return a feed-forward network that shares the public one's matrices and trains a difference of ``rank`` to each.
+
+    Args:
+        public: A dense feed-forward module, frozen.
+        rank: Of each difference.
+        generator: Draws the differences' A, one matrix after the other.
+    """
+    shared = {id(parameter): parameter for parameter in public.parameters()}
+    network = copy.deepcopy(public, shared)
+    for name in PROJECTIONS:
+        setattr(network, name, LowRankLinear(getattr(network, name), rank, generator))
+    return network
+
+
+def expand(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return W + sum over r of B[:, r] A[r, :] as every reader computes it (law 3 of docs/format.md).
+
+    Args:
+        base: W, (out, in).
+        a: A, (rank, in).
+        b: B, (out, rank).
+
+    Returns:
+        The matrix, (out, in), rounded once to the dtype of W.
+    """
+    total = base.to(torch.float32, copy=True)
+    for row, column in zip(a.float(), b.float().T, strict=True):
+        total += column[:, None] * row
+    return total.to(base.dtype)
