@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flexctl.engine.compress import CompressConfig, CompressResult, compress
     from flexctl.engine.demo import DemoConfig, DemoResult, demo
     from flexctl.engine.embed_router import EmbedRouterConfig, EmbedRouterResult, embed_router
     from flexctl.engine.evaluate import EvaluateConfig, EvaluateResult, evaluate
@@ -38,6 +39,7 @@ _NAMES = {
     "errors": ("BundleError", "FlexctlError", "Interrupted", "UsageError"),
     "runtime": ("SILENT", "Progress", "Reporter"),
     "workspace": ("Workspace",),
+    "engine.compress": ("CompressConfig", "CompressResult", "compress"),
     "engine.demo": ("DemoConfig", "DemoResult", "demo"),
     "engine.embed_router": ("EmbedRouterConfig", "EmbedRouterResult", "embed_router"),
     "engine.evaluate": ("EvaluateConfig", "EvaluateResult", "evaluate"),
@@ -58,6 +60,8 @@ _MODULE_OF = {name: f"flexctl.{module}" for module, names in _NAMES.items() for 
 
 __all__ = [
     "BundleError",
+    "CompressConfig",
+    "CompressResult",
     "DemoConfig",
     "DemoResult",
     "EmbedRouterConfig",
@@ -96,6 +100,7 @@ __all__ = [
     "VerifyResult",
     "Workspace",
     "__version__",
+    "compress",
     "demo",
     "embed_router",
     "evaluate",

@@ -28,6 +28,7 @@ Config = TypeVar("Config")
 _EXCEPTIONS: Mapping[str, Mapping[str, str | None]] = {
     "init_anchor": {"source": None},
     "import_expert": {"dense": None},
+    "compress": {"expert": None},
     "merge": {"experts": None},
     "remove": {"names": None, "source": "from"},
     "replace": {"name": None, "expert": None, "source": "from"},

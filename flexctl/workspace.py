@@ -39,6 +39,7 @@ COMMANDS = (
     "train_expert",
     "import_expert",
     "embed_router",
+    "compress",
     "merge",
     "remove",
     "replace",

@@ -227,6 +227,35 @@ def embed_router(
 
 
 @_command(
+    "flexctl compress experts/law.st --data heldout/law",
+    "flexctl compress experts/law.st --data heldout/law --rank 16 -o law-small.st",
+)
+def compress(
+    expert: o.FullExpert,
+    data: o.Data = None,
+    rank: o.CompressRank = None,
+    size: o.Size = None,
+    anchor: o.Anchor = None,
+    output: o.OutputBeside = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Make a small, low-rank copy of an expert.
+
+    Cuts its difference to the public expert to a rank that is given, or to ranks that are chosen matrix
+    by matrix on --data within a size. The copy keeps name and rights and merges as the expert does.
+    """
+    return _call("compress", locals())
+
+
+@_command(
     "flexctl merge experts/*.st",
     "flexctl merge merged experts/news.st -o merged-2",
 )

@@ -35,6 +35,7 @@ OneName = Annotated[str, Argument(metavar="NAME", help="Name of the expert to re
 OneExpert = Annotated[
     Path, Argument(metavar="EXPERT", help="The expert's new file (.st) or hf://OWNER/NAME, of the same name.")
 ]
+FullExpert = Annotated[Path, Argument(metavar="EXPERT", help="The expert's file (.st).")]
 Bundle = Annotated[
     Path | None,
     Argument(
@@ -63,6 +64,10 @@ OutputFile = Annotated[
 ]
 OutputElsewhere = Annotated[
     Path | None, Option("--output", "-o", metavar="DIR", help="Write the result here and leave the model as it is.")
+]
+OutputBeside = Annotated[
+    Path | None,
+    Option("--output", "-o", metavar="FILE.st", help="File to write; NAME-rR.st or NAME-auto.st beside it by default."),
 ]
 OutputFolder = Annotated[Path | None, Option("--output", "-o", metavar="DIR", help="Directory to work in.")]
 From = Annotated[
@@ -149,6 +154,12 @@ PublicMatch = Annotated[
 Rank = Annotated[
     str | None,
     Option("--rank", metavar="R", help="Train low-rank differences to the public expert: a smaller file, less memory."),
+]
+CompressRank = Annotated[
+    str | None, Option("--rank", metavar="R|auto", help="Rank of every matrix; auto chooses one for each on --data.")
+]
+Size = Annotated[
+    str | None, Option("--size", metavar="SHARE", help="With --rank auto: share of the full matrices' bytes to take.")
 ]
 FreezeRouter = Annotated[bool | None, Option("--freeze-router", help="Leave the router rows as they start.")]
 Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint.")]

@@ -12,6 +12,7 @@ from flexctl.cli.text import amount, cell, local, number, paint, pairs, printabl
 
 if TYPE_CHECKING:
     from flexctl import (
+        CompressResult,
         DemoResult,
         EmbedRouterResult,
         EvaluateResult,
@@ -140,6 +141,19 @@ def _embed_router(result: EmbedRouterResult) -> list[str]:
             [*(getattr(layer, name) for name in headers), *map(layer.overlap.get, others)] for layer in result.layers
         ]
         lines += ["", *table([*headers, *(f"lost to {name}" for name in others)], rows)]
+    return lines
+
+
+def _compress(result: CompressResult) -> list[str]:
+    sizes = f"{amount(result.bytes_before, 'bytes')} to {amount(result.bytes_written, 'bytes')}"
+    fact = sizes if result.bytes_written else None
+    lines = [_sentence(result, f"Compressed expert {result.name} into {cell(result.path)}", fact)]
+    if result.held_out:
+        lines += ["", *_matrix(result.held_out, "held-out loss")]
+    if len({rank for layer in result.ranks for rank in layer.values()}) > 1:
+        lines += ["", *_matrix({str(i): layer for i, layer in enumerate(result.ranks)}, "ranks, by layer")]
+    elif result.ranks:
+        lines += ["", f"Every matrix has rank {result.rank}."]
     return lines
 
 
@@ -321,6 +335,7 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "train_expert": _train_expert,
     "import_expert": _import_expert,
     "embed_router": _embed_router,
+    "compress": _compress,
     "merge": _merge,
     "remove": _remove,
     "replace": _replace,

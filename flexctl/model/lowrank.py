@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flexctl.families import PROJECTIONS
 
-__all__ = ["LowRankLinear", "expand", "low_rank_copy"]
+__all__ = ["LowRankLinear", "decompose", "expand", "low_rank_copy"]
 
 
 class LowRankLinear(nn.Module):
@@ -53,6 +53,22 @@ def low_rank_copy(public: nn.Module, rank: int, generator: torch.Generator) -> n
     for name in PROJECTIONS:
         setattr(network, name, LowRankLinear(getattr(network, name), rank, generator))
     return network
+
+
+def decompose(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A (components, in) and B (out, components) with B A = ``difference``, largest components first.
+
+    The first R rows of A and columns of B are the nearest matrix of rank R. A singular value's root goes to either
+    side, so that both have entries of one size and rounding takes as little from one as from the other.
+
+    Args:
+        difference: (out, in), float32.
+
+    Source: Eckart and Young (1936), by singular value decomposition.
+    """
+    left, values, right = torch.linalg.svd(difference, full_matrices=False)
+    root = values.sqrt()
+    return root[:, None] * right, left * root
 
 
 def expand(base: Tensor, a: Tensor, b: Tensor) -> Tensor:

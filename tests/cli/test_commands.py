@@ -103,6 +103,18 @@ def test_embed_router(terminal: Terminal, anchor: Path, experts: dict[str, Path]
     assert "exists" in terminal.error("embed-router", *flags, "-o", "rows.st", code=2)
 
 
+def test_compress(terminal: Terminal, anchor: Path, experts: dict[str, Path], texts: Texts) -> None:
+    flags = (experts["code"], "--data", texts.code_test, "--anchor", anchor, "--threads", "1")
+    made = terminal.json("compress", *flags, "--rank", "3", "-o", "small.st")
+    assert (made["name"], made["rank"], made["ranks"][0]) == ("code", 3, {"gate": 3, "up": 3, "down": 3})
+    assert {"parent", "digest", "bytes_before", "bytes_written", "held_out"} <= set(made)
+    text = terminal.text("compress", *flags, "-o", "auto.st", "--size", "0.2")
+    assert text.startswith("Compressed expert code into auto.st: ")
+    assert "held-out loss" in text
+    assert "exists" in terminal.error("compress", *flags, "-o", "small.st", code=2)
+    assert terminal.error("compress", experts["code"], code=2) == "compress needs --data"
+
+
 def test_merge(terminal: Terminal, anchor: Path, experts: dict[str, Path]) -> None:
     flags = (*experts.values(), "--anchor", anchor)
     made = terminal.json("merge", *flags, "--top-k", "2")

@@ -1,0 +1,349 @@
+"""Make a low-rank expert of a full one: its difference to the public expert, cut to the ranks that pay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import workspace
+from flexctl.bundle import PUBLIC, Anchor, Expert, RawTensor, Weights, open_anchor, open_expert, pair_weights
+from flexctl.bundle import write_expert as write
+from flexctl.bundle.hashing import check_tensors
+from flexctl.bundle.lowrank import most_rank, refuse_useless_rank
+from flexctl.config import refuse_out_of_range
+from flexctl.errors import BundleError, UsageError
+from flexctl.families import feed_forward_names
+from flexctl.hub import localise
+from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from flexctl.training.ranks import Factors
+    from flexctl.training.tokens import Framed
+
+__all__ = ["CompressConfig", "CompressResult", "compress"]
+
+_TOKENS = 65_536
+_GAIN_TOKENS = 16_384
+_BATCH_TOKENS = 8192
+_PUBLIC_EVERY = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressConfig:
+    """What ``compress`` is asked to do.
+
+    Attributes:
+        expert: File of a full expert.
+        data: The owner's text, best some that the expert was not trained on. At most 65,536 tokens of it are used.
+        rank: Of every matrix; auto chooses one for each on ``data``, within ``size``.
+        size: With auto: share of the full matrices' bytes that the low-rank ones may take, between 0 and 1. The default
+            was chosen by measurement: docs/results.md.
+        anchor: The anchor that the expert was made for, a directory or ``hf://owner/name``; None is the workspace's.
+        output: The ``.st`` file to write; None is NAME-rR.st or NAME-auto.st beside the expert's.
+        seed: Of the sample of text.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the model: auto, float32 or bfloat16.
+        overwrite: Replace an existing file.
+        dry_run: Check everything, write nothing.
+    """
+
+    expert: Path
+    data: tuple[Path, ...]
+    rank: int | str = "auto"
+    size: float = 0.15
+    anchor: Path | None = None
+    output: Path | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressResult:
+    """What ``compress`` made.
+
+    Attributes:
+        parent: Digest of the expert that it was made from.
+        rank: The highest of all matrices.
+        ranks: {gate, up, down} of each layer.
+        bytes_before: Size of the expert's file.
+        bytes_written: Size of the new one.
+        held_out: ``{"own" and "public": {"anchor", "before", "after"}}``, nats a token, of the anchor and of the pair
+            with the expert as it was and as it is, after rounding. With auto, own is the half of the documents that
+            ranks were not chosen on. public is not there when the anchor's sample has one document.
+    """
+
+    path: Path
+    digest: str | None
+    name: str
+    parent: str
+    rank: int | None = None
+    ranks: list[dict[str, int]] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_written: int = 0
+    held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setup:
+    """The pair, ready to be scored.
+
+    Attributes:
+        choosing: The owner's documents that ranks are chosen on.
+        parts: Documents to report on, by name.
+        seq_len: Window length.
+    """
+
+    model: nn.Module
+    weights: Weights
+    choosing: Sequence[Framed]
+    parts: Mapping[str, Sequence[Framed]]
+    seq_len: int
+
+    def score(self, documents: Sequence[Framed]) -> float:
+        """Return the model's loss on documents, nats a token."""
+        from flexctl.evaluation.scoring import score_documents
+
+        return score_documents(self.model, documents, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS).nll
+
+    def losses(self) -> dict[str, float]:
+        """Return the model's loss on every part."""
+        return {name: self.score(documents) for name, documents in self.parts.items()}
+
+
+def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressResult:
+    """Write a low-rank copy of an expert. Name, rows, rights and training stay; ``parents`` names the original.
+
+    Args:
+        config: Which expert, how small, on which text.
+        reporter: Hears of progress.
+
+    Returns:
+        What was made, and the losses before and after.
+
+    Raises:
+        UsageError: A setting or the data is wrong, the target exists, or the result would not be smaller.
+        BundleError: Anchor or expert is not valid, or they do not belong together.
+    """
+    anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
+    expert = open_expert(config.expert)
+    target = config.output or config.expert.with_name(f"{config.expert.stem}-{_way(config)}.st")
+    weights = _checked(config, anchor, expert, target)
+    if config.dry_run:
+        return CompressResult(path=target, digest=None, name=expert.manifest.name, parent=expert.digest, dry_run=True)
+    setup = _set_up(config, anchor, weights)
+    held_out = _before(setup)
+    factors = _factors(config, anchor, setup, reporter)
+    ranks = _ranks(config, anchor, setup, factors, reporter)
+    tensors = _cut(anchor, setup, factors, ranks)
+    for part, loss in setup.losses().items():
+        held_out[part]["after"] = loss
+    written = _write(config, anchor, expert, target, tensors, ranks, held_out, reporter)
+    return CompressResult(
+        path=target,
+        digest=written.digest,
+        name=expert.manifest.name,
+        parent=expert.digest,
+        rank=written.manifest.rank,
+        ranks=_by_layer(ranks),
+        bytes_before=config.expert.stat().st_size,
+        bytes_written=target.stat().st_size,
+        held_out=held_out,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _way(config: CompressConfig) -> str:
+    return "auto" if config.rank == "auto" else f"r{config.rank}"
+
+
+def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Path) -> Weights:
+    """Return the weights of the pair after refusing what cannot be done."""
+    from flexctl.training.documents import text_files
+
+    if target.exists() and not config.overwrite:
+        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+    refuse_out_of_range(config, above_zero=("size", "threads"))
+    if config.size >= 1:
+        raise UsageError(f"--size: {config.size} is not a share below 1")
+    if isinstance(config.rank, int):
+        refuse_out_of_range(config, above_zero=("rank",))
+        refuse_useless_rank(config.rank, anchor.manifest.architecture)
+    elif config.rank != "auto":
+        raise UsageError(f"--rank: {config.rank!r} is neither a number nor auto")
+    else:
+        _components(config, anchor)
+    weights = pair_weights(anchor, expert)
+    if expert.manifest.rank is not None:
+        raise UsageError(
+            f"{expert.path}: is low-rank already, of rank {expert.manifest.rank}",
+            hint="compress the full expert that it was made from, or train one with a lower --rank",
+        )
+    for problem in check_tensors(expert.path, expert.spans, expert.manifest.tensors):
+        raise BundleError(problem, hint="fetch the file again")
+    text_files(config.data)
+    return weights
+
+
+def _components(config: CompressConfig, anchor: Anchor) -> int:
+    """Return how many rows all A together may have within ``size``; each costs the same, whatever its matrix."""
+    sizes = anchor.manifest.architecture
+    full = sizes.hidden_size * sizes.intermediate_size / (sizes.hidden_size + sizes.intermediate_size)
+    matrices = 3 * sizes.num_hidden_layers
+    components = int(config.size * full * matrices)
+    if components < matrices:
+        raise UsageError(
+            f"--size: {config.size} is too small for rank 1 in every matrix, which takes {1 / full:.4f}",
+            hint="give a larger --size",
+        )
+    return components
+
+
+def _set_up(config: CompressConfig, anchor: Anchor, weights: Weights) -> _Setup:
+    from flexctl.evaluation.domains import window_length
+    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+    from flexctl.training.documents import read_documents
+    from flexctl.training.sample import PublicSample, draw_sample
+    from flexctl.training.tokens import frame_documents
+
+    set_threads(config.threads)
+    device = pick_device(config.device)
+    framed = frame_documents(load_tokenizer(anchor.path), read_documents(config.data))
+    own = draw_sample(framed, _TOKENS, config.seed).documents
+    if not own:
+        raise UsageError(f"--data: no document with text in {', '.join(map(str, config.data))}")
+    apart = config.rank == "auto" and len(own) > 1
+    public = PublicSample.from_tensors(anchor.public_sample()).documents[::_PUBLIC_EVERY]
+    return _Setup(
+        model=build_model(weights, device=device, dtype=pick_dtype(config.dtype, device)),
+        weights=weights,
+        choosing=own[::2] if apart else own,
+        parts={"own": own[1::2] if apart else own, "public": draw_sample(public, _TOKENS, config.seed).documents},
+        seq_len=window_length(weights.dense_config, None),
+    )
+
+
+def _before(setup: _Setup) -> dict[str, dict[str, float]]:
+    from flexctl.model.routed import exclude
+
+    exclude(setup.model, [1])
+    anchor = setup.losses()
+    exclude(setup.model, [])
+    pair = setup.losses()
+    return {part: {"anchor": anchor[part], "before": pair[part]} for part in anchor}
+
+
+def _factors(config: CompressConfig, anchor: Anchor, setup: _Setup, reporter: Reporter) -> Factors:
+    """Return A and B of every difference, as many components as any rank may keep, one matrix after the other."""
+    from flexctl.model.lowrank import decompose
+    from flexctl.model.tensors import to_torch
+
+    most = config.rank if isinstance(config.rank, int) else most_rank(anchor.manifest.architecture)
+    public, own = setup.weights.experts.values()
+    factors = {}
+    with reporter.progress("decomposing", len(own), "matrices") as bar:
+        for name, matrix in own.items():
+            a, b = decompose(to_torch(matrix).float() - to_torch(public[name]).float())
+            factors[name] = a[:most].clone(), b[:, :most].clone()
+            bar.advance(1)
+    return factors
+
+
+def _ranks(
+    config: CompressConfig, anchor: Anchor, setup: _Setup, factors: Factors, reporter: Reporter
+) -> dict[str, int]:
+    from flexctl.training.ranks import choose_ranks
+
+    if isinstance(config.rank, int):
+        return dict.fromkeys(factors, config.rank)
+    return choose_ranks(
+        setup.model,
+        factors,
+        _components(config, anchor),
+        list(_sequences(setup)),
+        lambda: setup.score(setup.choosing),
+        reporter,
+    )
+
+
+def _sequences(setup: _Setup) -> Iterator[Tensor]:
+    """Yield batches of token ids to measure gains on, (B, S + 1)."""
+    import numpy as np
+    import torch
+
+    from flexctl.training.sample import PublicSample
+
+    stream = PublicSample(setup.choosing).stream()
+    seq_len = min(setup.seq_len, len(stream) - 1)
+    count = max(1, min(stream.num_sequences(seq_len), _GAIN_TOKENS // seq_len))
+    sequences = torch.from_numpy(np.stack([stream.sequence(i, seq_len) for i in range(count)]))
+    yield from sequences.to(next(setup.model.parameters()).device).split(max(1, _BATCH_TOKENS // seq_len))
+
+
+def _cut(anchor: Anchor, setup: _Setup, factors: Factors, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the tensors of the new file, and give the model the matrices that they stand for."""
+    import torch
+
+    from flexctl.model.lowrank import expand
+    from flexctl.model.tensors import DTYPES, to_torch
+    from flexctl.training.ranks import expert_matrices
+
+    dtype = DTYPES[anchor.manifest.architecture.dtype]
+    public, matrices = setup.weights.experts[PUBLIC], expert_matrices(setup.model, 1)
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        a, b = (part.to(dtype).contiguous() for part in (a[: ranks[name]], b[:, : ranks[name]]))
+        tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+        with torch.no_grad():
+            matrices[name].copy_(expand(to_torch(public[name]), a, b))
+    return tensors
+
+
+def _write(
+    config: CompressConfig,
+    anchor: Anchor,
+    expert: Expert,
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    held_out: Mapping[str, Any],
+    reporter: Reporter,
+) -> Expert:
+    """Write the new expert. Ranks that were chosen on the owner's text are no part of a privacy guarantee."""
+    from flexctl.model.tensors import to_bytes
+
+    manifest = expert.manifest
+    if manifest.privacy is not None and config.rank == "auto":
+        reporter.warn("the ranks were chosen on the owner's text, so the new expert claims no privacy guarantee")
+    return write(
+        target,
+        anchor=anchor,
+        name=manifest.name,
+        tensors={name: RawTensor(*to_bytes(tensor)) for name, tensor in tensors.items()}
+        | {"router.weight": expert.router()},
+        data=manifest.data,
+        training=manifest.training,
+        router=manifest.router,
+        privacy=None if config.rank == "auto" else manifest.privacy,
+        rank=max(ranks.values()),
+        parents=(expert.digest,),
+        run={"held_out": held_out, "peak_rss_bytes": peak_rss_bytes()},
+        overwrite=config.overwrite,
+    )
+
+
+def _by_layer(ranks: Mapping[str, int]) -> list[dict[str, int]]:
+    layers: list[dict[str, int]] = [{} for _ in range(len(ranks) // 3)]
+    for layer, projection, name in feed_forward_names(len(layers)):
+        layers[layer][projection.removesuffix("_proj")] = ranks[name]
+    return layers
