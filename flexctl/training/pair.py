@@ -23,7 +23,7 @@ from flexctl.training.loop import ParameterGroup
 __all__ = ["Pair"]
 
 ROUTER_LR_FACTOR = 0.1
-LOW_RANK_LR_FACTOR = 4.0
+LOW_RANK_LR_FACTOR = 10.0
 
 
 class Pair:
