@@ -5,6 +5,7 @@ Shapes: L num_hidden_layers, H hidden_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -168,7 +169,7 @@ def low_rank_lr_factor(rank: int) -> float:
 
     By measurement: docs/results.md, section 5. B A moves with the sum of its components, so more of them need less.
     """
-    return LOW_RANK_LR_FACTOR * min(1.0, (LOW_RANK_KNEE / rank) ** 0.5)
+    return LOW_RANK_LR_FACTOR * min(1.0, math.sqrt(LOW_RANK_KNEE / rank))
 
 
 def _rounded(weight: Tensor, dtype_name: str) -> Tensor:
