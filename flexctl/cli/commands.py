@@ -233,6 +233,7 @@ def embed_router(
 def compress(
     expert: o.FullExpert,
     data: o.Data = None,
+    text_field: o.TextField = None,
     rank: o.CompressRank = None,
     size: o.Size = None,
     anchor: o.Anchor = None,

@@ -39,6 +39,7 @@ class CompressConfig:
     Attributes:
         expert: File of a full expert.
         data: The owner's text, best some that the expert was not trained on. At most 65,536 tokens of it are used.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         rank: Of every matrix; auto chooses one for each on ``data``, within ``size``.
         size: With auto: share of the full matrices' bytes that the low-rank ones may take, between 0 and 1. The default
             was chosen by measurement: docs/results.md.
@@ -54,6 +55,7 @@ class CompressConfig:
 
     expert: Path
     data: tuple[Path, ...]
+    text_field: str = "text"
     rank: int | str = "auto"
     size: float = 0.15
     anchor: Path | None = None
@@ -218,7 +220,7 @@ def _set_up(config: CompressConfig, anchor: Anchor, weights: Weights) -> _Setup:
 
     set_threads(config.threads)
     device = pick_device(config.device)
-    framed = frame_documents(load_tokenizer(anchor.path), read_documents(config.data))
+    framed = frame_documents(load_tokenizer(anchor.path), read_documents(config.data, config.text_field))
     own = draw_sample(framed, _TOKENS, config.seed).documents
     if not own:
         raise UsageError(f"--data: no document with text in {', '.join(map(str, config.data))}")
