@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +30,6 @@ from flexctl.bundle.layout import ROUTER_TENSOR, expert_layout
 from flexctl.bundle.manifest import MANIFEST_KEY, digest_of
 from flexctl.bundle.tensors import TensorType, from_float32, size_of, to_float32
 from flexctl.families import family_of
-
-# The cache of hashed files is the user's own; tests have one that nobody else reads.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="flexctl-test-cache-")
 
 _NORMS = {
     "olmo2": {"self_attn.q_norm": "hidden", "self_attn.k_norm": "hidden", "post_feedforward_layernorm": "hidden"},

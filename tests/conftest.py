@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The cache of what was hashed and scored is the user's own; tests have one that nobody else reads.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="flexctl-test-cache-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

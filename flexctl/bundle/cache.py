@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flexctl.bundle.manifest import TensorInfo, digest_of
 
-__all__ = ["known", "remember", "seal"]
+__all__ = ["cache_folder", "known", "remember", "seal"]
 
 MAX_CACHE_BYTES = 4_000_000
 
@@ -52,6 +52,11 @@ def remember(seals: Iterable[str]) -> None:
             file.write("".join(f"{line}\n" for line in seals))
 
 
-def _cache_file() -> Path:
+def cache_folder() -> Path:
+    """Return flexctl's folder in the user's cache directory; it need not exist."""
     home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "flexctl" / "hashed-files"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "flexctl"
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "hashed-files"

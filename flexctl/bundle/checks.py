@@ -8,18 +8,17 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import hashlib
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexctl.bundle.anchor import Anchor
-from flexctl.bundle.cache import remember, seal
+from flexctl.bundle.cache import known, remember, seal
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import Expert, check_fits
-from flexctl.bundle.hashing import Advance, Piece, check_tensors, hash_file, in_parallel
+from flexctl.bundle.hashing import Advance, Piece, check_tensors, hash_file, in_parallel, locked
 from flexctl.bundle.layout import ROUTER_TENSOR, index_json
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED, AnchorManifest, TensorInfo, has_expired
 from flexctl.bundle.merged import CARD_FILE, CONFIG_FILE, INDEX_FILE, Merged, expert_file, weight_files
@@ -27,8 +26,9 @@ from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile
 from flexctl.bundle.tensors import Span
 from flexctl.errors import BundleError, UsageError
+from flexctl.runtime import Reporter
 
-__all__ = ["Check", "check_bundle"]
+__all__ = ["Check", "check_bundle", "prove"]
 
 Bundle = Anchor | Expert | Merged | RouterFile
 
@@ -69,17 +69,15 @@ def check_bundle(
         bundle = open_bundle(path)
     except BundleError as error:
         return None, [Check(name="structure", ok=False, detail=error.message)]
-    lock = threading.Lock()
-
-    def advance_alone(count: int) -> None:
-        with lock:
-            advance(count)
-
     if absent and not isinstance(bundle, Merged):
         raise UsageError(f"--absent: {path} is no merged model but an {bundle.manifest.kind}")
     checks = [
         Check(name="structure", ok=True, detail=f"{bundle.manifest.kind}: manifest, digest and headers agree"),
-        _check("tensors", _tensor_problems(bundle, advance_alone), f"{len(bundle.manifest.tensors)} have their hash"),
+        _check(
+            "tensors",
+            _tensor_problems(bundle, _tensor_files(bundle), locked(advance)),
+            f"{len(bundle.manifest.tensors)} have their hash",
+        ),
     ]
     if isinstance(bundle, Merged):
         checks += _merged_checks(bundle, anchor, today)
@@ -89,6 +87,29 @@ def check_bundle(
     else:
         checks += _owner_checks(bundle, anchor, today)
     return bundle.digest, checks
+
+
+def prove(bundle: Anchor | Expert | Merged, reporter: Reporter) -> None:
+    """Hash what a model is built from; files that were hashed before and did not change since are taken as they are.
+
+    Args:
+        bundle: What was opened.
+        reporter: Where progress goes.
+
+    Raises:
+        BundleError: A tensor or file is not what the manifest promises.
+    """
+    trusted = known()
+    pending = {
+        file: spans for file, spans in _tensor_files(bundle).items() if _seal(bundle, file, spans) not in trusted
+    }
+    total = sum(span.stop - span.start for spans in pending.values() for span in spans.values())
+    with reporter.progress("hashing", total, "bytes") as progress:
+        problems = [*_tensor_problems(bundle, pending, locked(progress.advance))]
+    if not isinstance(bundle, Expert):
+        problems += _file_problems(bundle)
+    if problems:
+        raise BundleError(problems[0], hint="fetch it again; flexctl verify tells all")
 
 
 def _check(name: str, problems: Iterable[str], fine: str) -> Check:
@@ -101,20 +122,22 @@ def _check(name: str, problems: Iterable[str], fine: str) -> Check:
     return Check(name=name, ok=not found, detail=found[0] + more if found else fine)
 
 
-def _tensor_problems(bundle: Bundle, advance: Advance) -> Iterator[str]:
-    """Hash every tensor, several files at a time; a merged model's files that are right are remembered."""
+def _tensor_problems(bundle: Bundle, files: Mapping[Path, Mapping[str, Span]], advance: Advance) -> Iterator[str]:
+    """Hash every tensor of some of a bundle's files, several at a time; files that are right are remembered."""
 
     def problems(file: tuple[Path, Mapping[str, Span]]) -> list[str]:
-        path, spans = file
-        before = seal(path, {name: infos[name] for name in spans})
-        found = list(check_tensors(path, spans, infos, advance))
-        if isinstance(bundle, Merged) and not found:
+        before = _seal(bundle, *file)
+        found = list(check_tensors(*file, bundle.manifest.tensors, advance))
+        if not found:
             remember([before])
         return found
 
-    infos: Mapping[str, TensorInfo] = bundle.manifest.tensors
-    for found in in_parallel(problems, _tensor_files(bundle).items()):
+    for found in in_parallel(problems, files.items()):
         yield from found
+
+
+def _seal(bundle: Bundle, file: Path, spans: Mapping[str, Span]) -> str:
+    return seal(file, {name: bundle.manifest.tensors[name] for name in spans})
 
 
 def _tensor_files(bundle: Bundle) -> dict[Path, dict[str, Span]]:

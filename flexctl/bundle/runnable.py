@@ -27,12 +27,14 @@ class Runnable:
         digest: Its digest.
         tokenizer: Directory with the tokenizer's files.
         weights: What it consists of.
+        bundles: The bundle itself, and the anchor that an expert runs beside.
     """
 
     path: Path | str
     digest: str
     tokenizer: Path
     weights: Weights
+    bundles: tuple[Anchor | Expert | Merged, ...]
 
     @property
     def experts(self) -> list[str]:
@@ -80,7 +82,13 @@ def open_runnable(path: Path, anchor: Path) -> Runnable:
     bundle = open_bundle(path)
     if isinstance(bundle, Expert):
         base = open_anchor(anchor)
-        return Runnable(path=path, digest=bundle.digest, tokenizer=anchor, weights=pair_weights(base, bundle))
+        return Runnable(
+            path=path,
+            digest=bundle.digest,
+            tokenizer=anchor,
+            weights=pair_weights(base, bundle),
+            bundles=(bundle, base),
+        )
     if isinstance(bundle, Anchor | Merged):
-        return Runnable(path=path, digest=bundle.digest, tokenizer=path, weights=bundle.weights())
+        return Runnable(path=path, digest=bundle.digest, tokenizer=path, weights=bundle.weights(), bundles=(bundle,))
     raise UsageError(f"{path}: a router file is no model", hint="give an anchor, an expert or a merged model")

@@ -45,12 +45,14 @@ _counter = itertools.count()
 
 
 @contextmanager
-def new_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_file(path: Path, *, overwrite: bool, beside: Path | None = None) -> Iterator[Path]:
     """Give a temporary sibling to write, and make it ``path`` when the block ends without an error.
 
     Args:
         path: Target; missing parents are made. A symbolic link stays, what it points to is replaced.
         overwrite: Whether a file that exists may be replaced.
+        beside: Whose sibling is written; the target's if None. For a file inside a bundle it is the bundle's, so that
+            a process that is killed leaves nothing inside.
 
     Raises:
         UsageError: The target exists and may not be replaced, or is a directory.
@@ -59,7 +61,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     if target.is_dir():
         raise UsageError(f"{path}: is a directory; expected a file to write")
     _refuse_existing(target, overwrite)
-    with _parents(target), _sibling(target) as temporary:
+    with _parents(target), _sibling(Path(os.path.realpath(beside or target))) as temporary:
         yield temporary
         _flush(temporary)
         _refuse_existing(target, overwrite)

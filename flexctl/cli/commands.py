@@ -339,6 +339,8 @@ def replace(
 @_command(
     "flexctl evaluate --data law=heldout/law --data news=heldout/news",
     "flexctl evaluate --data law=heldout/law --without law --json",
+    "flexctl evaluate --data law=heldout/law --ablate --sweep-top-k --samples law.jsonl",
+    "flexctl evaluate merged-2 --compare merged --data law=heldout/law",
     "flexctl evaluate --data law=heldout/law --baselines dense",
 )
 def evaluate(
@@ -346,6 +348,10 @@ def evaluate(
     data: o.DataSets = None,
     text_field: o.TextField = None,
     without: o.Without = None,
+    ablate: o.Ablate = None,
+    sweep_top_k: o.SweepTopK = None,
+    compare: o.CompareWith = None,
+    samples: o.Samples = None,
     anchor: o.Anchor = None,
     top_k: o.TopK = None,
     baselines: o.Baselines = None,
@@ -354,13 +360,17 @@ def evaluate(
     threads: o.Threads = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    overwrite: o.Overwrite = None,
     json: o.Json = None,
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
 ) -> Call:
     """Score a bundle on held-out text, domain by domain.
 
-    Perplexity and bits per byte, and the share of each expert in the answers.
+    Perplexity and bits per byte with a 95 % interval, and the share of each expert in the answers. The figures
+    also go to results.json beside the bundle, which push sends along, unless --without or --top-k makes it
+    another model. What was scored before comes from a cache: a run that is repeated, extended or was
+    interrupted scores only what is new.
     """
     return _call("evaluate", locals())
 

@@ -209,6 +209,18 @@ BaseModel = Annotated[
 ]
 
 # Using a model.
+Ablate = Annotated[bool | None, Option("--ablate", help="Also score with each expert left out in turn.")]
+SweepTopK = Annotated[
+    bool | None, Option("--sweep-top-k", help="Also score with every number of experts active for a token.")
+]
+CompareWith = Annotated[
+    Path | None,
+    Option("--compare", metavar="BUNDLE", help="Hold it against another bundle and say which documents moved."),
+]
+Samples = Annotated[
+    Path | None,
+    Option("--samples", metavar="FILE.jsonl", help="Write figures of each document, with its hash and without text."),
+]
 Without = Annotated[list[str] | None, Option("--without", metavar="NAME", help="Leave this expert out; repeatable.")]
 AllowExpired = Annotated[bool | None, Option("--allow-expired", help="Use experts whose rights have expired.")]
 Tombstone = Annotated[bool | None, Option("--tombstone", help="Record in the manifest what was removed.")]

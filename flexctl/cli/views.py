@@ -186,15 +186,62 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     active = f"{result.num_experts_per_tok} active for a token"
     lines = [f"{cell(result.path)}: {cell(result.experts)}{without}, {active}, {cell(result.digest)}"]
     headers = ("perplexity", "bits_per_byte", "nll", "tokens", "documents")
-    rows = [[name, *(getattr(score, key) for key in headers)] for name, score in result.perplexity.items()]
-    lines += ["", *table(["domain", *headers], rows)]
-    if result.routing:
-        lines += ["", *_matrix(result.routing, "share of each expert")]
+    rows = [
+        [name, *(getattr(score, key) for key in headers), _span(score.bits_per_byte_low, score.bits_per_byte_high)]
+        for name, score in result.perplexity.items()
+    ]
+    lines += ["", *table(["domain", *headers, "bits per byte, 95 %"], rows)]
+    lines += ["", *_matrix(result.routing, "share of each expert")]
+    whole = {name: score.bits_per_byte for name, score in result.perplexity.items()}
+    if result.ablation:
+        lines += ["", *_changes(result.ablation, whole, "bits per byte without")]
+    if result.top_k:
+        lines += ["", *_changes({str(k): row for k, row in result.top_k.items()}, whole, "bits per byte, active")]
+    if result.router_agreement:
+        lines += ["", *_matrix({"same experts in bfloat16": result.router_agreement}, "share of tokens")]
     if result.baselines:
-        own = {name: score.bits_per_byte for name, score in result.perplexity.items()}
-        lines += ["", *_matrix({"this bundle": own, **result.baselines}, "bits per byte")]
+        lines += ["", *_matrix({"this bundle": whole, **result.baselines}, "bits per byte")]
     lines += [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
-    return lines
+    return lines + (_comparison(result) if result.compare else [])
+
+
+def _changes(rows: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], corner: str) -> list[str]:
+    """Return {row: {domain: bits per byte}} as a table, with what each is above or below the whole model's."""
+    return _matrix(
+        {
+            name: {domain: f"{number(value)} {_signed(value - whole[domain])}" for domain, value in row.items()}
+            for name, row in rows.items()
+        },
+        corner,
+    )
+
+
+def _comparison(result: EvaluateResult) -> list[str]:
+    assert result.compare is not None
+    headers = ["domain", "bits_per_byte", "other", "difference", "95 %", "documents better", "worse"]
+    rows = [
+        [
+            name,
+            result.perplexity[name].bits_per_byte,
+            row.bits_per_byte,
+            _signed(row.difference),
+            _span(row.difference_low, row.difference_high, _signed),
+            row.documents_better,
+            row.documents_worse,
+        ]
+        for name, row in result.compare.domains.items()
+    ]
+    lines = ["", f"beside {cell(result.compare.path)}, {cell(result.compare.digest)}", "", *table(headers, rows)]
+    moved = [[row.domain, row.index, _signed(row.difference), row.words] for row in result.compare.moved]
+    return [*lines, "", *table(["moved most", "document", "bits_per_byte", "begins"], moved)] if moved else lines
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}" if abs(value) >= 0.0005 else "0.000"
+
+
+def _span(low: float | None, high: float | None, shown: Callable[[float], str] = number) -> str | None:
+    return None if low is None or high is None else f"{shown(low)} to {shown(high)}"
 
 
 def _inspect(result: InspectResult) -> list[str]:

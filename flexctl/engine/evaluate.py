@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexctl import hub, workspace
+from flexctl.bundle.checks import prove
+from flexctl.bundle.runnable import Runnable
 from flexctl.config import refuse_out_of_range
+from flexctl.errors import UsageError
 from flexctl.families import family_of
-from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.runtime import SILENT, Reporter, peak_rss_bytes, software_versions
 
 if TYPE_CHECKING:
-    from flexctl.bundle.runnable import Runnable
     from flexctl.evaluation.baselines import Ingredients
-    from flexctl.evaluation.domains import Domain
+    from flexctl.evaluation.comparison import Comparison
+    from flexctl.evaluation.domains import Content, Domain
+    from flexctl.evaluation.passes import Passes, Variant
     from flexctl.evaluation.scoring import Score
 
 __all__ = ["DomainScore", "EvaluateConfig", "EvaluateResult", "evaluate"]
@@ -33,20 +38,29 @@ class EvaluateConfig:
         text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         bundle: Anchor, expert or merged model, or ``hf://owner/name``; None is the workspace's merged model.
         without: Experts to leave out, as a mask at run time.
+        ablate: Also score with each other expert left out.
+        sweep_top_k: Also score with every number of experts active.
+        compare: Another bundle to hold this one against, as it is; here or ``hf://owner/name``.
+        samples: File for a line of JSON a document.
         anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
         top_k: Experts kept for each token; None is the bundle's.
         baselines: Folder of dense experts and mixtures to compare with: docs/baselines.md.
-        seq_len: Window length; None is 1024, or what the model can hold.
+        seq_len: Window length; None is 1024, or what the models can hold.
         batch_tokens: Positions that go through the model at once.
         threads: CPU threads; None is torch's choice.
         device: auto, cpu or cuda.
         dtype: Of the model: auto, float32 or bfloat16.
+        overwrite: Replace the file of ``samples`` if it exists.
     """
 
     data: tuple[str, ...]
     text_field: str = "text"
     bundle: Path | None = None
     without: tuple[str, ...] = ()
+    ablate: bool = False
+    sweep_top_k: bool = False
+    compare: Path | None = None
+    samples: Path | None = None
     anchor: Path | None = None
     top_k: int | None = None
     baselines: Path | None = None
@@ -55,6 +69,7 @@ class EvaluateConfig:
     threads: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +80,8 @@ class DomainScore:
         nll: Mean over targets, nats a token.
         perplexity: Its exponential.
         bits_per_byte: Total nll / ln 2 / UTF-8 bytes.
+        bits_per_byte_low: Lower end of its 95 % interval over resampled documents; None for a single document.
+        bits_per_byte_high: Upper end.
         tokens: Targets.
         bytes: UTF-8 bytes.
         documents: Documents.
@@ -73,6 +90,8 @@ class DomainScore:
     nll: float
     perplexity: float
     bits_per_byte: float
+    bits_per_byte_low: float | None
+    bits_per_byte_high: float | None
     tokens: int
     bytes: int
     documents: int
@@ -88,11 +107,21 @@ class EvaluateResult:
         without: Those left out.
         perplexity: A score a domain.
         routing: Domain -> expert -> share of the kept probability, mean over targets and layers.
+        routing_layers: Domain -> expert -> the same layer by layer.
+        ablation: Expert left out -> domain -> bits per byte; empty unless asked for.
+        top_k: Experts active -> domain -> bits per byte; empty unless asked for.
+        router_agreement: Domain -> how often a bfloat16 router keeps the same experts, mean over targets and layers;
+            empty where all experts are active.
         post_norm_ratio: Mean square of each layer's feed-forward output over rms_norm_eps, the smallest over domains;
             only for families with a norm after the feed-forward network, where it must be far above 1 for the norm to
             absorb that kept probabilities do not add up to 1.
+        compare: How it stands beside another model.
         baselines: Baseline -> domain -> bits per byte.
         baselines_missing: Ingredient of a baseline that was not there -> how to make it.
+        data: Domain -> digest of its documents.
+        samples: The file with a line a document.
+        results: Where these figures were kept beside the bundle; None where that cannot be written, for a bundle on
+            the Hub, and for a model that is not the bundle as it is.
     """
 
     path: Path | str
@@ -102,9 +131,17 @@ class EvaluateResult:
     num_experts_per_tok: int
     perplexity: dict[str, DomainScore]
     routing: dict[str, dict[str, float]]
+    routing_layers: dict[str, dict[str, list[float]]]
+    ablation: dict[str, dict[str, float]] = field(default_factory=dict)
+    top_k: dict[int, dict[str, float]] = field(default_factory=dict)
+    router_agreement: dict[str, float] = field(default_factory=dict)
     post_norm_ratio: list[float] | None = None
+    compare: Comparison | None = None
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     baselines_missing: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    samples: Path | None = None
+    results: Path | None = None
     peak_rss_bytes: int = 0
 
 
@@ -116,105 +153,188 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         reporter: Hears of progress.
 
     Returns:
-        Perplexity, bits per byte and routing a domain.
+        Perplexity, bits per byte and routing a domain, and whatever else was asked for.
 
     Raises:
         UsageError: A setting or the data is wrong.
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
-    from flexctl.evaluation.domains import parse_domains, score_domain, window_length
-    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.model.routed import exclude, set_top_k
+    from flexctl.evaluation.domains import parse_domains, read_domain
+    from flexctl.evaluation.passes import Variant, ablate, sweep_top_k
+    from flexctl.evaluation.records import write_results, write_samples
 
-    refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
     domains = parse_domains(config.data, config.text_field)
-    place = workspace.find()
-    runnable = hub.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
-    names = runnable.experts
+    _refuse_bad_settings(config)
+    anchor = config.anchor or workspace.find().anchor
+    runnable = hub.runnable(config.bundle or workspace.find().merged, anchor, reporter)
+    other = hub.runnable(config.compare, anchor, reporter) if config.compare else None
     left_out = runnable.indices(config.without)
     top_k = runnable.active(config.top_k, len(left_out), reporter)
-    ingredients = _ingredients(config, runnable, [name for i, name in enumerate(names) if i not in left_out])
-    set_threads(config.threads)
-    device = pick_device(config.device)
-    model = build_model(runnable.weights, device=device, dtype=pick_dtype(config.dtype, device))
-    set_top_k(model, top_k)
-    exclude(model, left_out)
-    tokenizer = load_tokenizer(runnable.tokenizer)
-    seq_len = window_length(runnable.weights.dense_config, config.seq_len)
-    scores = {
-        domain.name: score_domain(
-            model, tokenizer, domain, seq_len=seq_len, batch_tokens=config.batch_tokens, reporter=reporter
-        )
-        for domain in domains
-    }
-    compared = _compare(ingredients, tokenizer, domains, seq_len, config, reporter)
-    return EvaluateResult(
+    whole = Variant(without=tuple(sorted(set(config.without))), top_k=top_k)
+    ingredients = _ingredients(config, runnable)
+    passes, *others = _prepare(config, [runnable, other] if other else [runnable], reporter)
+    contents = [read_domain(domain, reporter) for domain in domains]
+    scores = _score(passes, contents, whole)
+    result = EvaluateResult(
         path=runnable.path,
         digest=runnable.digest,
-        experts=names,
+        experts=runnable.experts,
         without=list(config.without),
         num_experts_per_tok=top_k,
-        perplexity={name: _domain_score(score) for name, score in scores.items()},
-        routing={name: dict(zip(names, score.routing(), strict=True)) for name, score in scores.items()},
-        post_norm_ratio=_post_norm_ratio(model.config, list(scores.values())),
-        baselines=compared,
-        baselines_missing=dict(ingredients.missing) if ingredients is not None else {},
-        peak_rss_bytes=peak_rss_bytes(),
+        **_figures(scores, runnable),
+        ablation=ablate(passes, contents, whole) if config.ablate else {},
+        top_k=sweep_top_k(passes, contents, whole) if config.sweep_top_k else {},
+        data={content.domain.name: content.digest for content in contents},
+        samples=config.samples,
     )
+    passes.free()
+    if others:
+        result = dataclasses.replace(result, compare=_compare(others[0], contents, scores))
+    if ingredients:
+        result = dataclasses.replace(
+            result,
+            baselines=_score_baselines(ingredients, passes, [content.domain for content in contents], config, reporter),
+            baselines_missing=dict(ingredients.missing),
+        )
+    _say_what_was_recalled([passes, *others], reporter)
+    if config.samples:
+        write_samples(config.samples, contents, scores, runnable.experts, overwrite=config.overwrite)
+    if isinstance(runnable.path, Path) and not config.without and config.top_k is None:
+        kept = write_results(runnable.path, _results(result, passes), reporter)
+        result = dataclasses.replace(result, results=kept)
+    return dataclasses.replace(result, peak_rss_bytes=peak_rss_bytes())
 
 
-def _ingredients(config: EvaluateConfig, runnable: Runnable, experts: Sequence[str]) -> Ingredients | None:
-    from flexctl.evaluation.baselines import find_ingredients
-
-    if config.baselines is None:
-        return None
-    return find_ingredients(config.baselines, runnable.weights, experts, runnable.tokenizer)
-
-
-def _compare(
-    ingredients: Ingredients | None,
-    tokenizer: Any,
-    domains: Sequence[Domain],
-    seq_len: int,
-    config: EvaluateConfig,
-    reporter: Reporter,
-) -> dict[str, dict[str, float]]:
-    """Return {baseline: {domain: bits per byte}}."""
-    from flexctl.evaluation.baselines import score_baselines
+def _refuse_bad_settings(config: EvaluateConfig) -> None:
     from flexctl.model.building import pick_device, pick_dtype
 
-    if ingredients is None:
-        return {}
+    refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
+    pick_dtype(config.dtype, pick_device(config.device))
+    if config.samples and config.samples.exists() and not config.overwrite:
+        raise UsageError(f"--samples: {config.samples} exists", hint="give another file, or --overwrite to replace it")
+
+
+def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Reporter) -> list[Passes]:
+    """Return the models' passes, with windows that all of them can hold, once their bytes are proven."""
+    from flexctl.evaluation.domains import window_length
+    from flexctl.evaluation.passes import Passes
+    from flexctl.model.building import pick_device, pick_dtype, set_threads
+
+    for bundle in [bundle for runnable in runnables for bundle in runnable.bundles]:
+        prove(bundle, reporter)
+    set_threads(config.threads)
     device = pick_device(config.device)
-    scores = score_baselines(
-        ingredients,
-        tokenizer,
-        domains,
-        seq_len=seq_len,
-        batch_tokens=config.batch_tokens,
-        top_k=config.top_k or _BTM_TOP_K,
-        device=device,
-        dtype=pick_dtype(config.dtype, device),
-        reporter=reporter,
-    )
-    return {name: {domain: score.bits_per_byte for domain, score in found.items()} for name, found in scores.items()}
+    seq_len = min(window_length(runnable.weights.dense_config, config.seq_len) for runnable in runnables)
+    return [
+        Passes(
+            runnable,
+            seq_len=seq_len,
+            batch_tokens=config.batch_tokens,
+            device=device,
+            dtype=pick_dtype(config.dtype, device),
+            reporter=reporter,
+        )
+        for runnable in runnables
+    ]
+
+
+def _score(passes: Passes, contents: Sequence[Content], variant: Variant) -> dict[str, Score]:
+    return {content.domain.name: passes.score(content, variant) for content in contents}
+
+
+def _figures(scores: Mapping[str, Score], runnable: Runnable) -> dict[str, Any]:
+    """Return the fields of the result that follow from the whole model's scores."""
+    layers = {name: score.shares / score.tokens for name, score in scores.items()}
+    agreement = {name: score.router_agreement for name, score in scores.items()}
+    return {
+        "perplexity": {name: _domain_score(score) for name, score in scores.items()},
+        "routing": {name: dict(zip(runnable.experts, score.routing(), strict=True)) for name, score in scores.items()},
+        "routing_layers": {
+            name: dict(zip(runnable.experts, shares.T.tolist(), strict=True)) for name, shares in layers.items()
+        },
+        "router_agreement": {name: share for name, share in agreement.items() if share is not None},
+        "post_norm_ratio": _post_norm_ratio(runnable.weights.dense_config, list(scores.values())),
+    }
 
 
 def _domain_score(score: Score) -> DomainScore:
+    from flexctl.evaluation.bootstrap import interval
+
+    low, high = interval(score.per_document) or (None, None)
     return DomainScore(
         nll=score.nll,
         perplexity=score.perplexity,
         bits_per_byte=score.bits_per_byte,
+        bits_per_byte_low=low,
+        bits_per_byte_high=high,
         tokens=score.tokens,
         bytes=score.num_bytes,
         documents=score.documents,
     )
 
 
-def _post_norm_ratio(config: Any, scores: Sequence[Score]) -> list[float] | None:
-    if not family_of(config.model_type).post_norm:
+def _post_norm_ratio(config: Mapping[str, Any], scores: Sequence[Score]) -> list[float] | None:
+    import transformers
+
+    if not family_of(config["model_type"]).post_norm:
         return None
-    ratios = [
-        [float(square) / score.tokens / config.rms_norm_eps for square in score.output_square] for score in scores
-    ]
+    eps = transformers.AutoConfig.for_model(**config).rms_norm_eps
+    ratios = [(score.output_square / score.tokens / eps).tolist() for score in scores]
     return [min(layer) for layer in zip(*ratios, strict=True)]
+
+
+def _compare(other: Passes, contents: Sequence[Content], scores: Mapping[str, Score]) -> Comparison:
+    from flexctl.evaluation.comparison import compare
+    from flexctl.evaluation.passes import Variant
+
+    runnable = other.runnable
+    others = _score(other, contents, Variant(without=(), top_k=runnable.weights.num_experts_per_tok))
+    return compare(runnable.path, runnable.digest, contents, scores, others)
+
+
+def _ingredients(config: EvaluateConfig, runnable: Runnable) -> Ingredients | None:
+    from flexctl.evaluation.baselines import find_ingredients
+
+    if config.baselines is None:
+        return None
+    experts = [name for name in runnable.experts if name not in config.without]
+    return find_ingredients(config.baselines, runnable.weights, experts, runnable.tokenizer)
+
+
+def _score_baselines(
+    ingredients: Ingredients, passes: Passes, domains: Sequence[Domain], config: EvaluateConfig, reporter: Reporter
+) -> dict[str, dict[str, float]]:
+    """Return {baseline: {domain: bits per byte}}."""
+    from flexctl.evaluation.baselines import score_baselines
+
+    scores = score_baselines(
+        ingredients,
+        passes.tokenizer,
+        domains,
+        seq_len=passes.seq_len,
+        batch_tokens=config.batch_tokens,
+        top_k=config.top_k or _BTM_TOP_K,
+        device=passes.device,
+        dtype=passes.dtype,
+        reporter=reporter,
+    )
+    return {name: {domain: score.bits_per_byte for domain, score in found.items()} for name, found in scores.items()}
+
+
+def _say_what_was_recalled(passes: Sequence[Passes], reporter: Reporter) -> None:
+    count, recalled = (sum(getattr(each, name) for each in passes) for name in ("count", "recalled"))
+    if recalled:
+        which = "all" if recalled == count else f"{recalled} of"
+        reporter.note(
+            f"{which} {count} passes are from the cache: model, text and settings are those of an earlier run"
+        )
+
+
+def _results(result: EvaluateResult, passes: Passes) -> dict[str, Any]:
+    """Return what results.json says: the figures and what they were computed with; no path and no text."""
+    fields = dataclasses.asdict(result)
+    for name in ("path", "samples", "results", "peak_rss_bytes", "without", "baselines_missing"):
+        del fields[name]
+    if result.compare:
+        fields["compare"] = {"digest": result.compare.digest, "domains": fields["compare"]["domains"]}
+    return {"schema_version": 1, "settings": passes.settings, "software": software_versions(), **fields}

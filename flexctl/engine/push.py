@@ -12,6 +12,7 @@ from flexctl import hub
 from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.card import anchor_card, expert_card, is_hub_license
 from flexctl.bundle.checks import check_bundle
+from flexctl.bundle.codec import parse_json, read_bytes
 from flexctl.bundle.expert import Expert
 from flexctl.bundle.manifest import MANIFEST_FILE, ExpertManifest, Manifest, MergedManifest
 from flexctl.bundle.merged import CARD_FILE, Merged
@@ -92,7 +93,7 @@ def push(config: PushConfig, reporter: Reporter = SILENT, *, today: datetime.dat
         raise UsageError(f"REPOSITORY is {config.repository!r}; expected OWNER/NAME", hint="a branch is --revision")
     address = hub.Address(repository=address.repository, revision=config.revision)
     bundle = _verified(config, reporter, today)
-    files = _files(bundle, config, address)
+    files = _files(bundle, config, address, reporter)
     _warn_of_license(bundle, reporter)
     commit = None
     if not config.dry_run:
@@ -136,13 +137,15 @@ def _verified(config: PushConfig, reporter: Reporter, today: datetime.date | Non
     return bundle
 
 
-def _files(bundle: Anchor | Expert | Merged, config: PushConfig, address: hub.Address) -> dict[str, Path | bytes]:
+def _files(
+    bundle: Anchor | Expert | Merged, config: PushConfig, address: hub.Address, reporter: Reporter
+) -> dict[str, Path | bytes]:
     """Return {name in the repository: what to send}, in that order."""
     base_model = None if config.base_model is None else hub.parse(config.base_model).repository
     if isinstance(bundle, Expert):
         files: dict[str, Path | bytes] = {f"{bundle.manifest.name}.st": bundle.path}
         results = bundle.path.with_suffix(".results.json")
-        if results.is_file():
+        if results.is_file() and not _is_of_another(results, bundle, reporter):
             files["results.json"] = results
         card = expert_card(bundle.manifest, address.repository, base_model)
         return {CARD_FILE: card.encode("utf-8"), **files}
@@ -152,6 +155,16 @@ def _files(bundle: Anchor | Expert | Merged, config: PushConfig, address: hub.Ad
     elif base_model is not None:
         raise UsageError("--base-model: the card is written already, it lies beside the model")
     return files
+
+
+def _is_of_another(results: Path, expert: Expert, reporter: Reporter) -> bool:
+    """Return whether figures beside an expert are of an earlier one, which the file had before it was written anew."""
+    figures = parse_json(read_bytes(results), str(results))
+    digest = figures.get("digest") if isinstance(figures, dict) else None
+    if digest in (None, expert.digest):
+        return False
+    reporter.warn(f"{results}: is of {digest}; it is not sent (flexctl evaluate {expert.path} makes a new one)")
+    return True
 
 
 def _warn_of_license(bundle: Anchor | Expert | Merged, reporter: Reporter) -> None:

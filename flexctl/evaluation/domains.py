@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from flexctl.runtime import Reporter
 from flexctl.training.documents import pinned, read_documents, size_bytes
 from flexctl.training.tokens import Framed, frame_documents
 
-__all__ = ["Domain", "parse_domains", "score_domain", "window_length"]
+__all__ = ["Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"]
 
 _MAX_SEQ_LEN = 1024
 
@@ -43,6 +44,23 @@ class Domain:
         return size_bytes([self.path])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What is in a domain.
+
+    Attributes:
+        domain: Which one.
+        digest: sha256 of all documents in order, as ``sha256:<hex>``.
+        documents: How many.
+        num_bytes: Their UTF-8 bytes.
+    """
+
+    domain: Domain
+    digest: str
+    documents: int
+    num_bytes: int
+
+
 def parse_domains(data: Sequence[str], text_field: str = "text") -> list[Domain]:
     """Return the domains of ``--data``, in the order given.
 
@@ -65,6 +83,30 @@ def parse_domains(data: Sequence[str], text_field: str = "text") -> list[Domain]
     if not domains:
         raise UsageError("--data: nothing to evaluate on", hint="add --data NAME=PATH")
     return list(domains.values())
+
+
+def read_domain(domain: Domain, reporter: Reporter) -> Content:
+    """Return what is in a domain, after reading all of it once.
+
+    Args:
+        domain: What to read.
+        reporter: Hears of progress.
+
+    Raises:
+        UsageError: There is no document with text, or a file cannot be read.
+    """
+    hasher = hashlib.sha256()
+    documents = num_bytes = 0
+    with reporter.progress(f"reading {domain.name}", domain.size_bytes(), "bytes") as bar:
+        for text in domain.documents():
+            raw = text.encode()
+            hasher.update(len(raw).to_bytes(8, "big") + raw)
+            documents += 1
+            num_bytes += len(raw)
+            bar.advance(len(raw))
+    if not documents:
+        raise UsageError(f"--data: no document with text in {domain.path}")
+    return Content(domain=domain, digest=f"sha256:{hasher.hexdigest()}", documents=documents, num_bytes=num_bytes)
 
 
 def window_length(config: Mapping[str, Any], seq_len: int | None) -> int:

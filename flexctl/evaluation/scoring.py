@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.losses import score_tokens
-from flexctl.model.routed import observing, routed_layers
+from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
 
 __all__ = ["Score", "score_documents"]
 
@@ -49,12 +49,15 @@ class Score:
         document_shares: Kept probability, renormalised, summed over targets, mean over layers: (documents, N), float64.
         shares: The same summed over targets and documents, layer by layer: (L, N), float64.
         output_square: Mean square of the block's output, summed over targets: (L,), float64.
+        same_choice: Targets for which a bfloat16 router would keep the same experts, (L,), float64; NaN where it keeps
+            all that there are.
     """
 
     per_document: Array = field(default_factory=lambda: np.zeros((0, len(_FIGURES))))
     document_shares: Array = field(default_factory=lambda: np.zeros((0, 0)))
     shares: Array = field(default_factory=lambda: np.zeros((0, 0)))
     output_square: Array = field(default_factory=lambda: np.zeros(0))
+    same_choice: Array = field(default_factory=lambda: np.zeros(0))
 
     @property
     def nll_total(self) -> float:
@@ -90,6 +93,12 @@ class Score:
     def bits_per_byte(self) -> float:
         """Total nll / ln 2 / bytes."""
         return self.nll_total / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    @property
+    def router_agreement(self) -> float | None:
+        """How often a bfloat16 router keeps the same experts, mean over targets and layers; None if all are kept."""
+        share = float(self.same_choice.mean()) / max(1, self.tokens) if len(self.same_choice) else math.nan
+        return None if math.isnan(share) else share
 
     def routing(self) -> list[float]:
         """Return each expert's share of the kept probability, mean over targets and layers."""
@@ -162,12 +171,13 @@ class _Totals:
     """Figures of a pass while it runs: a row a document, and sums for each layer."""
 
     def __init__(self, model: nn.Module) -> None:
-        blocks = routed_layers(model)
+        self.blocks = blocks = routed_layers(model)
         self._num_experts = len(blocks[0].experts) if blocks else 0
         # Grows by a row a document; numpy looks at it without a copy.
         self._rows = array("d")
         self.shares = np.zeros((len(blocks), self._num_experts))
         self.output_square = np.zeros(len(blocks))
+        self.same_choice = np.array([0.0 if block.is_cut else math.nan for block in blocks])
 
     def add_document(self, num_bytes: int) -> None:
         self._rows.extend([0, 0, num_bytes, *[0] * self._num_experts])
@@ -184,6 +194,7 @@ class _Totals:
             document_shares=table[:, len(_FIGURES) :],
             shares=self.shares,
             output_square=self.output_square,
+            same_choice=self.same_choice,
         )
 
     def _table(self) -> Array:
@@ -197,10 +208,14 @@ class _BatchRouting:
         self._totals, self._valid = totals, valid
         self.shares = np.zeros((len(valid), totals.shares.shape[1]))
 
-    def __call__(self, layer: int, _inputs: Tensor, kept: Tensor, outputs: Tensor) -> None:
-        shares = kept.double() / kept.double().sum(dim=1, keepdim=True) * self._valid.flatten()[:, None]
+    def __call__(self, layer: int, inputs: Tensor, kept: Tensor, outputs: Tensor) -> None:
+        real = self._valid.flatten()
+        shares = kept.double() / kept.double().sum(dim=1, keepdim=True) * real[:, None]
         by_window = shares.unflatten(0, self._valid.shape).sum(dim=1).cpu().numpy()
         self.shares += by_window / len(self._totals.shares)
         self._totals.shares[layer] += by_window.sum(axis=0)
-        square = outputs[self._valid.flatten()].float().square().mean(dim=1).double().sum()
+        square = outputs[real].float().square().mean(dim=1).double().sum()
         self._totals.output_square[layer] += float(square)
+        block = self._totals.blocks[layer]
+        if block.is_cut:
+            self._totals.same_choice[layer] += int(same_in_bfloat16(block, inputs[real], kept[real]).sum())

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Observer", "RoutedFeedForward", "Router", "exclude", "observing", "routed_layers", "set_top_k"]
+__all__ = [
+    "Observer",
+    "RoutedFeedForward",
+    "Router",
+    "exclude",
+    "observing",
+    "routed_layers",
+    "same_in_bfloat16",
+    "set_top_k",
+]
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called with (layer, inputs (T, H), kept probabilities (T, N), outputs (T, H)) of each block."""
@@ -63,15 +72,22 @@ class RoutedFeedForward(nn.Module):
         self.layer = 0
         self.observer: Observer | None = None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether fewer experts run on a token than there are."""
+        return self.top_k < len(self.experts) - len(self.excluded)
+
     def route(self, inputs: Tensor) -> Tensor:
         """Return kept probabilities (T, N), float32, zero for experts that do not run on a token."""
-        logits = self.router(inputs)
+        return self.keep(self.router(inputs))
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """Return kept probabilities (T, N) for router logits (T, N), float32."""
         if self.excluded:
             logits = logits.index_fill(1, logits.new_tensor(sorted(self.excluded)).long(), float("-inf"))
         probabilities: Tensor = logits.softmax(dim=-1)
-        kept = min(self.top_k, len(self.experts) - len(self.excluded))
-        if kept < len(self.experts) - len(self.excluded):
-            chosen = probabilities.topk(kept, dim=-1)
+        if self.is_cut:
+            chosen = probabilities.topk(self.top_k, dim=-1)
             probabilities = torch.zeros_like(probabilities).scatter(1, chosen.indices, chosen.values)
         if self.renormalise:
             probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
@@ -90,19 +106,30 @@ class RoutedFeedForward(nn.Module):
         return outputs.reshape(hidden_states.shape)
 
     def _mix(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
-        everyone = self.top_k >= len(self.experts) - len(self.excluded)
         outputs = torch.zeros_like(inputs)
         for index, expert in enumerate(self.experts):
             if index in self.excluded:
                 continue
             weight = probabilities[:, index : index + 1].to(inputs.dtype)
-            if everyone:
+            if not self.is_cut:
                 outputs = outputs + weight * expert(inputs)
                 continue
             tokens = probabilities[:, index].nonzero().squeeze(-1)
             if len(tokens):
                 outputs = outputs.index_add(0, tokens, weight[tokens] * expert(inputs[tokens]))
         return outputs
+
+
+def same_in_bfloat16(block: RoutedFeedForward, inputs: Tensor, kept: Tensor) -> Tensor:
+    """Return for which tokens a router that computes in bfloat16 keeps the same experts, (T,), bool.
+
+    Args:
+        block: Whose router.
+        inputs: (T, H).
+        kept: Kept probabilities of its own float32 router for these inputs, (T, N).
+    """
+    logits = F.linear(inputs.bfloat16(), block.router.rows.bfloat16())
+    return ((block.keep(logits.float()) > 0) == (kept > 0)).all(dim=-1)
 
 
 def routed_layers(model: nn.Module) -> list[RoutedFeedForward]:

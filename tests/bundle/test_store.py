@@ -34,6 +34,16 @@ def test_a_file_appears_whole_and_with_its_parents(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["x.st"]
 
 
+def test_a_file_inside_a_bundle_is_written_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    with new_file(tmp_path / "merged/results.json", overwrite=True, beside=tmp_path / "merged") as temporary:
+        temporary.write_bytes(b"new")
+        assert temporary.parent == tmp_path
+        assert os.listdir(tmp_path / "merged") == []
+    assert (tmp_path / "merged/results.json").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["merged"]
+
+
 def test_a_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
         with new_file(tmp_path / "a/b/x.st", overwrite=False) as temporary:

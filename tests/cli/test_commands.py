@@ -152,13 +152,39 @@ def test_evaluate(space: Terminal, texts: Texts) -> None:
     found = space.json("evaluate", *flags)
     assert found["experts"] == ["public", "code", "sums"]
     assert list(found["perplexity"]) == ["code", "sums"]
-    assert set(found["perplexity"]["code"]) == {"nll", "perplexity", "bits_per_byte", "tokens", "bytes", "documents"}
+    sizes = {"tokens", "bytes", "documents"}
+    interval = {"bits_per_byte_low", "bits_per_byte_high"}
+    assert set(found["perplexity"]["code"]) == {"nll", "perplexity", "bits_per_byte", *interval, *sizes}
     assert sum(found["routing"]["code"].values()) == pytest.approx(1)
     text = space.text("evaluate", *flags, "--without", "code")
     assert "without code" in text
     assert "bits per byte" in text
     message = space.error("evaluate", "--data", texts.code_test, code=2)
     assert "NAME=PATH" in message
+
+
+def test_evaluate_in_full(space: Terminal, texts: Texts, experts: dict[str, Path]) -> None:
+    flags = ("--data", f"code={texts.code_test}", "--data", f"sums={texts.sums_test}", "--seq-len", "64")
+    asked = ("evaluate", *flags, "--ablate", "--sweep-top-k", "--compare", experts["code"], "--samples", "s.jsonl")
+    found = space.json(*asked)
+    assert (set(found["ablation"]), set(found["top_k"])) == ({"code", "sums"}, {"1", "2", "3"})
+    assert set(found["ablation"]["code"]) == set(found["top_k"]["1"]) == {"code", "sums"}
+    assert [len(layers) for layers in found["routing_layers"]["code"].values()] == [2, 2, 2]
+    other = found["compare"]
+    assert (other["path"], set(other["domains"])) == (str(experts["code"]), {"code", "sums"})
+    assert {"difference", "difference_low", "difference_high"} < set(other["domains"]["sums"])
+    assert set(other["moved"][0]) == {"domain", "index", "words", "difference"}
+    assert (found["samples"], len(Path("s.jsonl").read_text().splitlines())) == ("s.jsonl", 16)
+    assert found["results"] == str(Path.cwd() / "merged/results.json")
+    assert "s.jsonl exists" in space.error(*asked, code=2)
+    text = space.text(*asked, "--overwrite")
+    corners = ("domain", "share of each expert", "bits per byte without", "bits per byte, active", "moved most")
+    assert all(re.search(rf"^{corner} +\w", text, re.MULTILINE) for corner in corners)
+    whole = found["perplexity"]["code"]["bits_per_byte"]
+    without = found["ablation"]["code"]["code"]
+    assert f"code                   {without:.3f} {without - whole:+.3f}" in text
+    low, high = (found["perplexity"]["sums"][f"bits_per_byte_{end}"] for end in ("low", "high"))
+    assert f"{low:.3f} to {high:.3f}" in text
 
 
 def test_generate(space: Terminal) -> None:

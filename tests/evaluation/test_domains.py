@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tiny
 from pyarrow import parquet
 
 from flexctl.errors import UsageError
-from flexctl.evaluation.domains import Domain, parse_domains, score_domain, window_length
+from flexctl.evaluation.domains import Domain, parse_domains, read_domain, score_domain, window_length
 from flexctl.evaluation.scoring import score_documents
 from flexctl.runtime import SILENT
 from flexctl.training.documents import read_documents
@@ -40,6 +41,24 @@ def test_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
 def test_windows_are_no_longer_than_the_model(longest: int | None, asked: int | None, expected: int) -> None:
     assert window_length({"max_position_embeddings": longest}, asked) == expected
     assert longest or window_length({}, asked) == expected
+
+
+def test_content_is_known_by_all_of_its_text(tmp_path: Path) -> None:
+    def read(*texts: str) -> Any:
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return read_domain(Domain(name="a", path=path), SILENT)
+
+    first = read("one", "zw\u00f6lf")
+    assert (first.documents, first.num_bytes) == (2, 9)
+    assert first.digest == read("one", "zw\u00f6lf").digest
+    others = [
+        read(*texts).digest for texts in (("one", "zw\u00f6lg"), ("onez", "w\u00f6lf"), ("zw\u00f6lf", "one"), ("one",))
+    ]
+    assert len({first.digest, *others}) == 5
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match="no document with text"):
+        read_domain(Domain(name="a", path=tmp_path / "a.jsonl"), SILENT)
 
 
 def test_score_is_that_of_the_documents(tokenizer: Any, texts: Any) -> None:

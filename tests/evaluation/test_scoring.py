@@ -142,6 +142,58 @@ def test_excluded_experts_have_no_share() -> None:
     assert sum(routing) == pytest.approx(1.0, abs=1e-9)
 
 
+@torch.no_grad()
+def test_agreement_counts_the_tokens_whose_experts_bfloat16_would_keep_too() -> None:
+    model = tiny.build(tiny.make_weights(tiny.dense_config(), ("public", "a", "b", "c"), top_k=2))
+    for block in routed_layers(model):
+        # Rows this close differ by less than bfloat16 can tell for some tokens.
+        block.router.closed.copy_(block.router.closed[:1] * (1 + 0.004 * torch.arange(3)[:, None]))
+    same, count = 0, 0
+
+    def observe(layer: int, inputs: torch.Tensor, kept: torch.Tensor, _outputs: torch.Tensor) -> None:
+        nonlocal same, count
+        rows = routed_layers(model)[layer].router.rows
+        for token, mine in zip(inputs, kept, strict=True):
+            rounded = (rows.bfloat16() @ token.bfloat16()).float().topk(2).indices
+            same += set(rounded.tolist()) == set(mine.nonzero().flatten().tolist())
+            count += 1
+
+    documents = make_documents()
+    with observing(model, observe):
+        for document in documents:
+            model(torch.from_numpy(document.tokens)[None, :-1])
+    score = score_documents(model, documents, seq_len=100, batch_tokens=100_000)
+    assert 0.3 < same / count < 0.99
+    assert score.router_agreement == pytest.approx(same / count, abs=0.01)
+
+
+def test_there_is_no_agreement_to_speak_of_where_all_experts_run() -> None:
+    model = tiny.build(tiny.make_weights(tiny.dense_config(), ("public", "a")))
+    assert score_documents(model, make_documents(), seq_len=16, batch_tokens=100).router_agreement is None
+
+
+def test_text_is_read_as_the_model_takes_it(model: Any) -> None:
+    """However many documents there are, a few hundred at most are in memory before they are scored."""
+    read = scored = ahead = 0
+
+    def stream() -> Any:
+        nonlocal read, ahead
+        for document in make_documents(3) * 700:
+            read += 1
+            ahead = max(ahead, read - scored)
+            yield document
+
+    def count(_module: Any, given: Any) -> None:
+        nonlocal scored
+        scored += len(given[0])
+
+    handle = model.model.embed_tokens.register_forward_pre_hook(count)
+    assert score_documents(model, stream(), seq_len=16, batch_tokens=4096).documents == 2100
+    handle.remove()
+    assert scored == 2100
+    assert ahead <= 300
+
+
 def test_anchor_alone_has_all_shares() -> None:
     model = tiny.build(tiny.make_weights(tiny.dense_config()))
     assert score_documents(model, make_documents(), seq_len=16, batch_tokens=100).routing() == [1.0]

@@ -28,13 +28,14 @@ def published(hub: Hub, anchor: Path, experts: dict[str, Path], merged: Path) ->
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in result.items() if name not in ("path", "peak_rss_bytes")}
+    return {name: value for name, value in result.items() if name not in ("path", "results", "peak_rss_bytes")}
 
 
 def test_evaluate(published: Hub, anchor: Path, experts: dict[str, Path], texts: Texts, terminal: Terminal) -> None:
     asked = ("--data", f"code={texts.code_test}", "--seq-len", "32")
     there = terminal.json("evaluate", "hf://acme/code", "--anchor", "hf://acme/anchor", *asked)
     assert there["path"] == "hf://acme/code"
+    assert there["results"] is None
     assert figures(there) == figures(terminal.json("evaluate", experts["code"], "--anchor", anchor, *asked))
     published.requests.clear()
     assert (

@@ -53,6 +53,17 @@ def test_results_go_along_and_runs_stay(hub: Hub, world: World, terminal: Termin
     assert set(hub.repositories["acme/law"].head()) == {".gitattributes", "README.md", "law.st", "results.json"}
 
 
+def test_results_of_an_earlier_expert_stay(hub: Hub, world: World, terminal: Terminal) -> None:
+    expert = Path(shutil.copy(world.experts["law"].path, "law.st"))
+    Path("law.results.json").write_text('{"digest": "sha256:00"}')
+    _, warned = terminal.text("push", expert, "acme/law")
+    assert "law.results.json: is of sha256:00; it is not sent" in warned
+    assert "results.json" not in hub.repositories["acme/law"].head()
+    Path("law.results.json").write_text(f'{{"digest": "{world.experts["law"].digest}"}}')
+    terminal.text("push", expert, "acme/law")
+    assert "results.json" in hub.repositories["acme/law"].head()
+
+
 def test_the_cards(hub: Hub, world: World, terminal: Terminal) -> None:
     for path in (world.anchor.path, world.experts["law"].path, world.root / "merged"):
         terminal.json("push", path, f"acme/{path.name.replace('.', '-')}")

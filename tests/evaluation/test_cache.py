@@ -1,0 +1,78 @@
+"""The cache of scored passes: what comes back is what went in, and nothing that is wrong with it is an error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexctl.evaluation import cache
+from flexctl.evaluation.cache import recall, remember
+from flexctl.evaluation.scoring import Score
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "flexctl/scores"
+
+
+def make_score(documents: int = 3) -> Score:
+    rng = np.random.default_rng(documents)
+    return Score(
+        per_document=rng.random((documents, 3)),
+        document_shares=rng.random((documents, 2)),
+        shares=rng.random((4, 2)),
+        output_square=rng.random(4),
+        same_choice=np.full(4, np.nan),
+    )
+
+
+def same(one: Score | None, other: Score) -> bool:
+    fields = cache._FIELDS
+    return one is not None and all(
+        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True) for name in fields
+    )
+
+
+def test_what_is_remembered_is_recalled(folder: Path) -> None:
+    assert recall({"a": 1}) is None
+    remember({"a": 1}, make_score())
+    remember({"a": 2}, make_score(5))
+    assert same(recall({"a": 1}), make_score())
+    assert same(recall({"a": 2}), make_score(5))
+    assert recall({"a": 3}) is None
+    assert all(file.suffix == ".npz" for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", b"no archive at all", "half", "flipped"])
+def test_a_broken_file_is_no_score(folder: Path, damage: Any) -> None:
+    remember({"a": 1}, make_score())
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[200] ^= 255
+    file.write_bytes({"half": whole[: len(whole) // 2], "flipped": bytes(flipped)}.get(damage, damage))
+    assert recall({"a": 1}) is None
+    remember({"a": 1}, make_score())
+    assert same(recall({"a": 1}), make_score())
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flat").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "flat"))
+    remember({"a": 1}, make_score())
+    assert recall({"a": 1}) is None
+
+
+def test_a_cache_that_has_grown_large_loses_what_is_oldest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        remember({"a": i}, make_score())
+        newest = max(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
+        os.utime(newest, ns=(i, i))
+    monkeypatch.setattr(cache, "MAX_CACHE_BYTES", 3 * newest.stat().st_size)
+    remember({"a": 3}, make_score())
+    assert [recall({"a": i}) is not None for i in range(4)] == [False, True, True, True]
