@@ -198,11 +198,12 @@ def _check_replaceable(head: hub.Remote, manifest: Manifest, reporter: Reporter)
         raise UsageError(f"{head.address}: holds {_title(before)}; this is {_title(manifest)}", hint=hint)
     if isinstance(before, MergedManifest) and isinstance(manifest, MergedManifest):
         kept = {entry.digest for entry in manifest.experts}
-        gone = [entry.name for entry in before.experts[1:] if entry.digest not in kept]
+        earlier = [before, *(old for old in hub.earlier_manifests(head) if isinstance(old, MergedManifest))]
+        gone = {entry.name for old in earlier for entry in old.experts[1:] if entry.digest not in kept}
         if gone:
             repository = head.address.repository
             reporter.warn(
-                f"{repository}: its history still holds {', '.join(gone)}, and anyone who may read it can fetch that; "
-                f"to purge it: HfApi().super_squash_history({repository!r}), then delete the old files under "
-                "Settings, Storage (docs/hub.md)"
+                f"{repository}: its history still holds {', '.join(sorted(gone))}, and anyone who may read it can "
+                f"fetch that; to purge it: HfApi().super_squash_history({repository!r}), then delete the old files "
+                "under Settings, Storage (docs/hub.md)"
             )

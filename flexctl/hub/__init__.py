@@ -11,7 +11,7 @@ from __future__ import annotations
 from flexctl.hub.address import Address, DataAddress, is_remote, parse, parse_data
 from flexctl.hub.data import DataFile, data_files
 from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
-from flexctl.hub.transfer import fetch, fetch_checkpoint, localise, prepare, runnable, send
+from flexctl.hub.transfer import earlier_manifests, fetch, fetch_checkpoint, localise, prepare, runnable, send
 
 __all__ = [
     "IGNORED",
@@ -20,6 +20,7 @@ __all__ = [
     "DataFile",
     "Remote",
     "data_files",
+    "earlier_manifests",
     "fetch",
     "fetch_checkpoint",
     "is_remote",

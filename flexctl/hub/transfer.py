@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flexctl.bundle.manifest import MANIFEST_FILE, Manifest
 from flexctl.bundle.runnable import Runnable, open_runnable
-from flexctl.errors import FlexctlError, UsageError
+from flexctl.bundle.validation import read_manifest
+from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.hub.address import Address, is_remote, parse
 from flexctl.hub.refusals import explained
 from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
 from flexctl.runtime import SILENT, Progress, Reporter
 
-__all__ = ["fetch", "fetch_checkpoint", "localise", "no_bars", "prepare", "runnable", "send"]
+__all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "localise", "prepare", "runnable", "send", "silenced"]
 
 _ALONE_BYTES = 100_000
+_EARLIER_COMMITS = 50
 _CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -52,7 +55,7 @@ def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
     if folder is None:
         names = [address.file] if address.file else sorted(remote.sizes)
         total = sum(remote.sizes[name] for name in names)
-        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), no_bars():
+        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), silenced():
             count = _Count(progress)
             folder = Path(
                 snapshot_download(
@@ -132,6 +135,28 @@ def prepare(address: Address, *, private: bool) -> Remote:
     return head
 
 
+def earlier_manifests(head: Remote) -> Iterator[Manifest]:
+    """Yield the manifests of directory bundles that earlier commits of a branch hold, the newest first.
+
+    What is no manifest is passed over. At most 50 commits are looked at, each but once on a machine: they are cached.
+
+    Raises:
+        FlexctlError: The Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    address = head.address
+    with explained(address), silenced():
+        commits = HfApi().list_repo_commits(address.repository, revision=address.revision)
+        for commit in commits[1 : 1 + _EARLIER_COMMITS]:
+            try:
+                file = Path(hf_hub_download(address.repository, MANIFEST_FILE, revision=commit.commit_id))
+                yield read_manifest(file.read_bytes(), str(address))
+            except (EntryNotFoundError, BundleError):
+                continue
+
+
 def send(head: Remote, files: Mapping[str, Path | bytes], *, message: str, reporter: Reporter = SILENT) -> str:
     """Make a branch hold these files and no others, in one commit after everything is up.
 
@@ -157,7 +182,7 @@ def send(head: Remote, files: Mapping[str, Path | bytes], *, message: str, repor
     with (
         reporter.progress(f"sending to {address.repository}", sum(sizes), "bytes") as progress,
         explained(address),
-        no_bars(),
+        silenced(),
     ):
         count = _Count(progress)
         for addition, size in zip(additions, sizes, strict=True):
@@ -191,7 +216,7 @@ def fetch_checkpoint(repository: str) -> Path:
 
     try:
         address = parse(repository)
-        with explained(address), no_bars():
+        with explained(address), silenced():
             return Path(
                 snapshot_download(address.repository, revision=address.revision, allow_patterns=list(_CHECKPOINT_FILES))
             )
@@ -203,16 +228,18 @@ def fetch_checkpoint(repository: str) -> Path:
 
 
 @contextmanager
-def no_bars() -> Iterator[None]:
-    """Keep huggingface_hub from drawing its own progress."""
+def silenced() -> Iterator[None]:
+    """Keep huggingface_hub from drawing its own progress and from warning of what is well."""
     from huggingface_hub import utils
 
-    shown = not utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    shown, verbosity = not utils.are_progress_bars_disabled(), utils.logging.get_verbosity()  # type: ignore[attr-defined]
     if shown:
         utils.disable_progress_bars()  # type: ignore[attr-defined]
+    utils.logging.set_verbosity_error()
     try:
         yield
     finally:
+        utils.logging.set_verbosity(verbosity)
         if shown:
             utils.enable_progress_bars()  # type: ignore[attr-defined]
 

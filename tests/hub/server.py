@@ -238,6 +238,19 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": f["path"], "size": f["size"]} for f in files_of(repository.commits[oid])]
             self.json({"id": repo, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings})
 
+    def commits(self, repo: str, rev: str) -> None:
+        found = self.revision(repo, rev)
+        if found is None:
+            return
+        repository, oid = found
+        listed: list[dict[str, Any]] = []
+        while oid:
+            commit = repository.commits[oid]
+            date = "2026-01-01T00:00:00.000Z"
+            listed.append({"id": oid, "title": commit.message, "message": "", "date": date, "authors": []})
+            oid = commit.parent or ""
+        self.json(listed)
+
     def data_info(self, repo: str, rev: str | None = None) -> None:
         """As the Hub does, tell everyone what a gated data set holds; its files are not for everyone."""
         known = self.server.repositories.get(repo)
@@ -413,6 +426,7 @@ ROUTES = (
     (rf"GET /api/datasets/{REPO}", "data_info"),
     (rf"GET /api/datasets/{REPO}/revision/(?P<rev>.+)", "data_info"),
     (rf"GET /api/datasets/{REPO}/auth-check", "allowed"),
+    (rf"GET /api/models/{REPO}/commits/(?P<rev>.+)", "commits"),
     (rf"GET /api/(?:models|datasets)/{REPO}/tree/(?P<rev>[^/]+)/?(?P<folder>.*)", "tree"),
     (rf"POST /api/datasets/{REPO}/paths-info/(?P<rev>[^/]+)", "paths_info"),
     (rf"(?:GET|HEAD) (?:/datasets)?/{REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)", "resolve"),

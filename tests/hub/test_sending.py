@@ -185,6 +185,30 @@ def test_a_removed_expert_goes_and_its_owner_is_told_of_the_history(hub: Hub, wo
     terminal.json("pull", "acme/merged")
     assert terminal.json("verify", "merged", "--absent", "law")["ok"]
     _, err = terminal.text("push", world.root / "without-law", "acme/merged")
+    assert "its history still holds law" in err, "until it does not"
+
+
+def test_any_earlier_commit_counts_until_the_history_is_purged(hub: Hub, world: World, terminal: Terminal) -> None:
+    anchor_only = Path(terminal.json("merge", "--anchor", world.anchor.path, "-o", "alone")["path"])
+    first = terminal.json("push", world.root / "merged", "acme/merged")["commit"]
+    terminal.text("push", world.root / "without-law", "acme/merged")
+    _, err = terminal.text("push", anchor_only, "acme/merged")
+    assert "its history still holds code, law, and" in err
+    _, err = terminal.text("push", anchor_only, "acme/merged")
+    assert "No files have been modified" not in err, "huggingface_hub says nothing of its own"
+    assert "its history still holds code, law, and" in err
+    repository = hub.repositories["acme/merged"]
+    repository.commit("main", "notes", {**repository.head(), "flexctl.json": b"{}"})
+    repository.commit("main", "back", repository.commits[repository.commits[repository.branches["main"]].parent].files)
+    hub.requests.clear()
+    _, err = terminal.text("push", anchor_only, "acme/merged")
+    assert "its history still holds code, law, and" in err
+    assert not [request for request in hub.requests if first in request], "what was looked at once is cached"
+    head = repository.head()
+    repository.commits.clear()
+    repository.branches.clear()
+    repository.commit("main", "squashed", head)
+    _, err = terminal.text("push", anchor_only, "acme/merged")
     assert "history" not in err
 
 
