@@ -79,8 +79,8 @@ def ablation(report: Report) -> str:
     experts, domains = list(report.ablation), list(report.domains)
     values = [[report.ablation[expert][name].change.value for name in domains] for expert in experts]
     largest = _largest([abs(value) for row in values for value in row])
-    with _drawing("ablation", 90 + _CELL * len(domains), 30 + _ROW * len(experts)) as (figure, finish):
-        axes = _axes(figure, left=90, right=0, top=30, bottom=0)
+    with _drawing("ablation", 96 + _CELL * len(domains), 30 + _ROW * len(experts)) as (figure, finish):
+        axes = _axes(figure, left=96, right=0, top=30, bottom=0)
         _grid(axes, experts, domains, columns_on_top=True)
         _tiles(
             axes, [[("worse" if x > 0 else "better", _UNDER_TEXT * abs(x) / largest) for x in row] for row in values]
@@ -101,7 +101,7 @@ def layers(report: Report, domain: str, name: str) -> str:
     """Return the heat map of one domain's routing: rows experts, columns layers."""
     shares = report.routing_layers[domain]
     experts, count = list(shares), len(next(iter(shares.values())))
-    left, right = 84, 44
+    left, right = 94, 44
     with _drawing(name, _PANEL, 22 * len(experts) + 44) as (figure, finish):
         axes = _axes(figure, left=left, right=right, top=4, bottom=40)
         _grid(axes, experts, [str(layer) for layer in range(count)], every=max(1, -(-count // 8)))

@@ -11,6 +11,8 @@ from flexctl.evaluation.explaining import Piece
 
 __all__ = ["DomainFigures", "Estimate", "Member", "Passage", "Report", "Setting", "Shift", "Shifts"]
 
+_NAMED = 4
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
@@ -156,5 +158,6 @@ class Report:
     @property
     def title(self) -> str:
         """What the model is called."""
-        names = ", ".join(name for name in self.experts if name != PUBLIC)
-        return f"{self.anchor} with {names}" if names else f"{self.anchor} alone"
+        names = [name for name in self.experts if name != PUBLIC]
+        shown = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} experts"
+        return f"{self.anchor} with {shown}" if names else f"{self.anchor} alone"

@@ -24,7 +24,7 @@ class _Token:
     text: str
     leading: str
     share: float
-    style: int
+    style: str
     shares: dict[str, float]
 
 
@@ -67,9 +67,12 @@ def render(report: Report) -> str:
     )
 
 
-def style_of(index: int) -> int:
-    """Return which of the page's styles an expert has: 0 is the public one's alone, the others go round."""
-    return index if index == 0 else (index - 1) % _COLOURS + 1
+def style_of(index: int) -> str:
+    """Return an expert's classes: e0 is the public one's alone, the others go round, then with a line above too."""
+    if index == 0:
+        return "e0"
+    rounds, colour = divmod(index - 1, _COLOURS)
+    return f"e{colour + 1} again" if rounds else f"e{colour + 1}"
 
 
 def _fit(value: Any) -> Any:
@@ -101,7 +104,7 @@ def _marked(mark: Any, chart: str | Mapping[str, str]) -> Any:
     return mark(chart) if isinstance(chart, str) else {name: mark(panel) for name, panel in chart.items()}
 
 
-def _tokens(passage: Passage, styles: Mapping[str, int]) -> list[_Token]:
+def _tokens(passage: Passage, styles: Mapping[str, str]) -> list[_Token]:
     """Return a passage's tokens; those that hold only part of a letter go with the token that ends it."""
     tokens = []
     for piece in passage.pieces:

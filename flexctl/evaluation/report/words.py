@@ -16,7 +16,8 @@ _MINUS = "\u2212"
 _DASH = "\u2013"
 _SPACE = "\u00a0"
 _SHOWN = 0.005
-_TOLD = 4
+_TOLD = 3
+_NAMED = 4
 _UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -97,11 +98,15 @@ def _gain(report: Report, alone: Shifts) -> list[str]:
     before = fmean(alone[name].bits_per_byte for name in own)
     after = fmean(report.domains[name].bits_per_byte.value for name in own)
     verb = "lowers" if after < before else "raises"
-    what = "the mean over their own texts" if own == report.closed else f"the mean over {joined(own)}"
-    what = f"{own[0]} text" if len(own) == 1 else what
+    what = "their own texts" if len(own) == len(report.closed) else _named(own, "domains named after them")
+    what = f"{own[0]} text" if len(own) == 1 else f"the mean over {what}"
     done = "Merging" if report.kind == "merged" else "Adding"
-    sentence = f"{done} {joined(report.closed)} {verb} {what} from {bits(before, 2)} to {bits(after, 2)} bits per byte"
+    sentence = f"{done} {_named(report.closed, 'experts')} {verb} {what} from {bits(before, 2)} to {bits(after, 2)} bits per byte"
     return [f"{sentence}, by {abs(after - before) / before * 100:.1f}{_SPACE}%.", *_unsure(own, alone)]
+
+
+def _named(names: Sequence[str], what: str) -> str:
+    return joined(names) if len(names) <= _NAMED else f"{len(names)} {what}"
 
 
 def _unsure(own: Sequence[str], alone: Shifts) -> list[str]:
@@ -128,7 +133,7 @@ def _worth(report: Report) -> list[str]:
     if len(order) > _TOLD:
         order.sort(key=lambda name: -told[name][name].change.value)
     parts = [_left_out(name, told[name]) for name in order[:_TOLD]]
-    more = [f"The other {len(order) - _TOLD} are in the table."] if len(order) > _TOLD else []
+    more = [f"The other {len(order) - _TOLD}, and smaller changes, are in the table below."] if len(order) > _TOLD else []
     return [*parts, *more]
 
 
@@ -155,7 +160,9 @@ def _aside(name: str, shifts: Shifts, link: str) -> str:
 
 
 def _side(changes: Mapping[str, float], sign: int) -> dict[str, float]:
-    return {name: sign * change for name, change in changes.items() if sign * change > 0}
+    """Return the two largest changes of one sign, by size."""
+    sizes = {name: sign * change for name, change in changes.items() if sign * change > 0}
+    return dict(sorted(sizes.items(), key=lambda item: -item[1])[:2])
 
 
 def _size(value: float) -> str:

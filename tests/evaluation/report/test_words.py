@@ -65,8 +65,8 @@ def test_many_experts_are_told_costliest_first() -> None:
         name: {name: Shift(bits_per_byte=3.0 + i, change=Estimate(value=0.1 * (i + 1)))} for i, name in enumerate(names)
     }
     sentences = summary(example_report(alone=None, domains=full.domains, ablation=measured))
-    assert [sentence.split()[1] for sentence in sentences[1:5]] == ["e5", "e4", "e3", "e2"]
-    assert sentences[5] == "The other 2 are in the table."
+    assert [sentence.split()[1] for sentence in sentences[1:4]] == ["e5", "e4", "e3"]
+    assert sentences[4] == "The other 3, and smaller changes, are in the table below."
 
 
 def test_small_changes_are_not_dressed_up() -> None:

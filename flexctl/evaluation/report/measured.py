@@ -1,0 +1,141 @@
+"""From passes of a model over domains to what a report shows of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from flexctl.bundle.store import new_file
+from flexctl.evaluation.bootstrap import RESAMPLES, difference_interval, interval
+from flexctl.evaluation.domains import Content
+from flexctl.evaluation.explaining import Piece, explain_tokens
+from flexctl.evaluation.passes import Passes, Variant, one_left_out, top_ks
+from flexctl.evaluation.report.data import DomainFigures, Estimate, Passage, Report, Setting, Shift, Shifts
+from flexctl.evaluation.report.lineage import lineage
+from flexctl.evaluation.report.page import render
+from flexctl.evaluation.scoring import Score
+from flexctl.model.routed import exclude, set_top_k
+from flexctl.runtime import software_versions
+from flexctl.training.tokens import frame_documents
+
+__all__ = ["report_of", "write_report"]
+
+PASSAGE_TOKENS = 120
+_PASSAGE_DOCUMENTS = 16
+
+
+def write_report(path: Path, report: Report, *, overwrite: bool) -> None:
+    """Write a report as one page.
+
+    Args:
+        path: File to write.
+        report: What it shows.
+        overwrite: Whether a file that exists may be replaced.
+
+    Raises:
+        UsageError: The file exists and may not be replaced, or matplotlib is not installed.
+    """
+    page = render(report)
+    with new_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def report_of(
+    passes: Passes,
+    contents: Sequence[Content],
+    whole: Variant,
+    *,
+    baselines: Mapping[str, Mapping[str, float]],
+    post_norm_ratio: Sequence[float] | None,
+) -> Report:
+    """Return the report of a model, with passes of its own for whatever was not scored before.
+
+    Args:
+        passes: The model's.
+        contents: The domains.
+        whole: How the model runs.
+        baselines: Simpler way -> domain -> bits per byte.
+        post_norm_ratio: A layer each, for families that have it.
+    """
+    names = passes.runnable.experts
+    scores = {content.domain.name: passes.score(content, whole) for content in contents}
+
+    def shifts(variant: Variant) -> Shifts:
+        return {c.domain.name: _shift(passes.score(c, variant), scores[c.domain.name]) for c in contents}
+
+    closed = tuple(sorted(names[1:]))
+    return Report(
+        **lineage(passes.runnable.bundles, whole.without),
+        num_experts_per_tok=whole.top_k,
+        domains={c.domain.name: _figures(scores[c.domain.name], c) for c in contents},
+        alone=shifts(Variant(without=closed, top_k=1)) if len(closed) > len(whole.without) else None,
+        routing={name: dict(zip(names, score.routing(), strict=True)) for name, score in scores.items()},
+        routing_layers={name: score.routing_layers(names) for name, score in scores.items()},
+        ablation={name: shifts(variant) for name, variant in one_left_out(passes, whole).items()},
+        top_k={k: shifts(variant) for k, variant in top_ks(passes, whole).items()} if closed else {},
+        baselines={way: _without_intervals(row, scores) for way, row in baselines.items()},
+        passages=tuple(_passage(passes, content, whole) for content in contents),
+        settings=_settings(passes, scores, post_norm_ratio),
+    )
+
+
+def _shift(other: Score, score: Score) -> Shift:
+    low, high = difference_interval(other.per_document, score.per_document) or (None, None)
+    change = Estimate(value=other.bits_per_byte - score.bits_per_byte, low=low, high=high)
+    return Shift(bits_per_byte=other.bits_per_byte, change=change)
+
+
+def _without_intervals(row: Mapping[str, float], scores: Mapping[str, Score]) -> Shifts:
+    return {
+        name: Shift(bits_per_byte=value, change=Estimate(value=value - scores[name].bits_per_byte))
+        for name, value in row.items()
+    }
+
+
+def _figures(score: Score, content: Content) -> DomainFigures:
+    low, high = interval(score.per_document) or (None, None)
+    return DomainFigures(
+        bits_per_byte=Estimate(value=score.bits_per_byte, low=low, high=high),
+        perplexity=score.perplexity,
+        tokens=score.tokens,
+        bytes=score.num_bytes,
+        documents=score.documents,
+        digest=content.digest,
+    )
+
+
+def _passage(passes: Passes, content: Content, whole: Variant) -> Passage:
+    """Return about PASSAGE_TOKENS tokens from the beginning of a domain."""
+    set_top_k(passes.model, whole.top_k)
+    exclude(passes.model, passes.runnable.indices(whole.without))
+    pieces: list[Piece] = []
+    texts = islice(content.domain.documents(), _PASSAGE_DOCUMENTS)
+    for framed in frame_documents(passes.tokenizer, texts):
+        if len(pieces) >= PASSAGE_TOKENS:
+            break
+        if pieces:
+            # The end-of-text token has no text of its own.
+            pieces[-1] = dataclasses.replace(pieces[-1], text="\n\n")
+        most = min(PASSAGE_TOKENS - len(pieces), passes.seq_len)
+        tokens = framed.tokens[: most + 1].tolist()
+        pieces += explain_tokens(passes.model, passes.tokenizer, tokens, passes.runnable.experts)
+    return Passage(domain=content.domain.name, pieces=tuple(pieces))
+
+
+def _settings(
+    passes: Passes, scores: Mapping[str, Score], post_norm_ratio: Sequence[float] | None
+) -> tuple[Setting, ...]:
+    settings = passes.settings
+    agreement = [score.router_agreement for score in scores.values() if score.router_agreement is not None]
+    software = (f"{name} {version}" for name, version in software_versions().items())
+    said = {
+        "text": f"each document by itself, in windows of {settings['seq_len']} tokens that do not overlap",
+        "intervals": f"95 %, of {RESAMPLES:,} draws of documents; for differences both models have the same draws",
+        "precision": f"{settings['dtype']} on {settings['device']}",
+        "bfloat16 routers": f"keep the same experts for {100 * min(agreement):.2f} % of tokens" if agreement else None,
+        "post-norm ratio": f"at least {min(post_norm_ratio):,.0f}; must be far above 1" if post_norm_ratio else None,
+        "software": ", ".join(software),
+    }
+    return tuple(Setting(name=name, value=value) for name, value in said.items() if value is not None)
