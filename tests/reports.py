@@ -1,8 +1,14 @@
-"""A report to look at: the figures of docs/results.md, section 1, with intervals, layers and passages made up."""
+"""A report to look at: the figures of docs/results.md, section 1, with intervals, layers and passages made up.
+
+And a reader of pages.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 from flexctl.bundle.manifest import Tombstone
@@ -128,3 +134,69 @@ def example_report(**changes: Any) -> Report:
         ),
     }
     return Report(**{**content, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What stands on a page, for tests of how it came about."""
+
+    heading: str
+    text: str
+    tables: dict[str, dict[str, list[str]]]
+    passages: list[str]
+    charts: int
+
+    def table(self, caption: str) -> dict[str, list[str]]:
+        """Return a table's rows by their headers."""
+        return self.tables[caption]
+
+
+class _Reader(HTMLParser):
+    """Takes a page apart by its captions, row headers and cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[str]] = {"h1": [], "passage": []}
+        self.text: list[str] = []
+        self.tables: dict[str, dict[str, list[str]]] = {}
+        self.charts = 0
+        self._row: list[str] | None = None
+        self._into: list[str] | None = None
+        self._caption: list[str] = []
+        self._is_head = True
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.charts += tag == "svg"
+        if tag == "caption":
+            self._caption = self._into = [""]
+        elif tag == "tr":
+            self._row, self._is_head = [], True
+        elif tag in ("th", "td") and self._row is not None:
+            self._row.append("")
+            self._into, self._is_head = self._row, self._is_head and tag == "th"
+        elif tag == "h1" or (tag == "div" and ("class", "passage") in attrs):
+            self._into = self.seen["h1" if tag == "h1" else "passage"]
+            self._into.append("")
+        elif tag == "br" and self._into:
+            self._into[-1] += " "
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("caption", "th", "td", "h1", "div"):
+            self._into = None
+        if tag == "tr" and self._row and not self._is_head:
+            self.tables.setdefault(self._caption[0], {})[self._row[0]] = self._row[1:]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self._into:
+            self._into[-1] += data
+
+
+def page_of(path: Path) -> Page:
+    """Return what stands on a page."""
+    reader = _Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    (heading,) = reader.seen["h1"]
+    text = " ".join("".join(reader.text).split())
+    passages = reader.seen["passage"]
+    return Page(heading=heading, text=text, tables=reader.tables, passages=passages, charts=reader.charts)

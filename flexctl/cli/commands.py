@@ -339,6 +339,7 @@ def replace(
 @_command(
     "flexctl evaluate --data law=heldout/law --data news=heldout/news",
     "flexctl evaluate --data law=heldout/law --without law --json",
+    "flexctl evaluate --data law=heldout/law --data public=heldout/public --report report.html",
     "flexctl evaluate --data law=heldout/law --ablate --sweep-top-k --samples law.jsonl",
     "flexctl evaluate merged-2 --compare merged --data law=heldout/law",
     "flexctl evaluate --data law=heldout/law --baselines dense",
@@ -352,6 +353,7 @@ def evaluate(
     sweep_top_k: o.SweepTopK = None,
     compare: o.CompareWith = None,
     samples: o.Samples = None,
+    report: o.Report = None,
     anchor: o.Anchor = None,
     top_k: o.TopK = None,
     baselines: o.Baselines = None,
@@ -371,6 +373,9 @@ def evaluate(
     also go to results.json beside the bundle, which push sends along, unless --without or --top-k makes it
     another model. What was scored before comes from a cache: a run that is repeated, extended or was
     interrupted scores only what is new.
+
+    The page of --report holds every figure, those of --ablate and --sweep-top-k included: with n closed
+    experts some 2n + 1 more passes over the texts. It also holds the first 120 tokens or so of each text.
     """
     return _call("evaluate", locals())
 

@@ -221,6 +221,14 @@ Samples = Annotated[
     Path | None,
     Option("--samples", metavar="FILE.jsonl", help="Write figures of each document, with its hash and without text."),
 ]
+Report = Annotated[
+    Path | None,
+    Option(
+        "--report",
+        metavar="FILE.html",
+        help="Write a page with all figures, --ablate and --sweep-top-k included; it holds passages of the texts.",
+    ),
+]
 Without = Annotated[list[str] | None, Option("--without", metavar="NAME", help="Leave this expert out; repeatable.")]
 AllowExpired = Annotated[bool | None, Option("--allow-expired", help="Use experts whose rights have expired.")]
 Tombstone = Annotated[bool | None, Option("--tombstone", help="Record in the manifest what was removed.")]

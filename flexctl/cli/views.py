@@ -202,7 +202,8 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     if result.baselines:
         lines += ["", *_matrix({"this bundle": whole, **result.baselines}, "bits per byte")]
     lines += [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
-    return lines + (_comparison(result) if result.compare else [])
+    lines += _comparison(result) if result.compare else []
+    return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
 
 
 def _changes(rows: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], corner: str) -> list[str]:

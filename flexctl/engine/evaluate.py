@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flexctl.evaluation.comparison import Comparison
     from flexctl.evaluation.domains import Content, Domain
     from flexctl.evaluation.passes import Passes, Variant
+    from flexctl.evaluation.report.data import Report
     from flexctl.evaluation.scoring import Score
 
 __all__ = ["DomainScore", "EvaluateConfig", "EvaluateResult", "evaluate"]
@@ -42,6 +43,7 @@ class EvaluateConfig:
         sweep_top_k: Also score with every number of experts active.
         compare: Another bundle to hold this one against, as it is; here or ``hf://owner/name``.
         samples: File for a line of JSON a document.
+        report: File for a page with all figures; ablates and sweeps too, and holds passages of the texts.
         anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
         top_k: Experts kept for each token; None is the bundle's.
         baselines: Folder of dense experts and mixtures to compare with: docs/baselines.md.
@@ -50,7 +52,7 @@ class EvaluateConfig:
         threads: CPU threads; None is torch's choice.
         device: auto, cpu or cuda.
         dtype: Of the model: auto, float32 or bfloat16.
-        overwrite: Replace the file of ``samples`` if it exists.
+        overwrite: Replace the files of ``samples`` and ``report`` if they exist.
     """
 
     data: tuple[str, ...]
@@ -61,6 +63,7 @@ class EvaluateConfig:
     sweep_top_k: bool = False
     compare: Path | None = None
     samples: Path | None = None
+    report: Path | None = None
     anchor: Path | None = None
     top_k: int | None = None
     baselines: Path | None = None
@@ -120,6 +123,7 @@ class EvaluateResult:
         baselines_missing: Ingredient of a baseline that was not there -> how to make it.
         data: Domain -> digest of its documents.
         samples: The file with a line a document.
+        report: The file with the page.
         results: Where these figures were kept beside the bundle; None where that cannot be written, for a bundle on
             the Hub, and for a model that is not the bundle as it is.
     """
@@ -141,6 +145,7 @@ class EvaluateResult:
     baselines_missing: dict[str, str] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     samples: Path | None = None
+    report: Path | None = None
     results: Path | None = None
     peak_rss_bytes: int = 0
 
@@ -162,6 +167,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     from flexctl.evaluation.domains import parse_domains, read_domain
     from flexctl.evaluation.passes import Variant, ablate, sweep_top_k
     from flexctl.evaluation.records import write_results, write_samples
+    from flexctl.evaluation.report.measured import report_of
 
     domains = parse_domains(config.data, config.text_field)
     _refuse_bad_settings(config)
@@ -182,23 +188,25 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         without=list(config.without),
         num_experts_per_tok=top_k,
         **_figures(scores, runnable),
-        ablation=ablate(passes, contents, whole) if config.ablate else {},
-        top_k=sweep_top_k(passes, contents, whole) if config.sweep_top_k else {},
+        ablation=ablate(passes, contents, whole) if config.ablate or config.report else {},
+        top_k=sweep_top_k(passes, contents, whole) if config.sweep_top_k or config.report else {},
         data={content.domain.name: content.digest for content in contents},
         samples=config.samples,
+        report=config.report,
     )
+    report = report_of(passes, contents, whole, result.post_norm_ratio) if config.report else None
     passes.free()
     if others:
         result = dataclasses.replace(result, compare=_compare(others[0], contents, scores))
+    baselines = _score_baselines(ingredients, passes, [content.domain for content in contents], config, reporter)
     if ingredients:
-        result = dataclasses.replace(
-            result,
-            baselines=_score_baselines(ingredients, passes, [content.domain for content in contents], config, reporter),
-            baselines_missing=dict(ingredients.missing),
-        )
+        bits = {way: {name: score.bits_per_byte for name, score in row.items()} for way, row in baselines.items()}
+        result = dataclasses.replace(result, baselines=bits, baselines_missing=dict(ingredients.missing))
     _say_what_was_recalled([passes, *others], reporter)
     if config.samples:
         write_samples(config.samples, contents, scores, runnable.experts, overwrite=config.overwrite)
+    if config.report and report:
+        _write_report(config.report, report, baselines, scores, overwrite=config.overwrite)
     if isinstance(runnable.path, Path) and not config.without and config.top_k is None:
         kept = write_results(runnable.path, _results(result, passes), reporter)
         result = dataclasses.replace(result, results=kept)
@@ -206,12 +214,16 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
 
 
 def _refuse_bad_settings(config: EvaluateConfig) -> None:
+    from flexctl.evaluation.report.charts import require_matplotlib
     from flexctl.model.building import pick_device, pick_dtype
 
     refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
     pick_dtype(config.dtype, pick_device(config.device))
-    if config.samples and config.samples.exists() and not config.overwrite:
-        raise UsageError(f"--samples: {config.samples} exists", hint="give another file, or --overwrite to replace it")
+    for flag, path in (("--samples", config.samples), ("--report", config.report)):
+        if path and path.exists() and not config.overwrite:
+            raise UsageError(f"{flag}: {path} exists", hint="give another file, or --overwrite to replace it")
+    if config.report:
+        require_matplotlib()
 
 
 def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Reporter) -> list[Passes]:
@@ -244,14 +256,12 @@ def _score(passes: Passes, contents: Sequence[Content], variant: Variant) -> dic
 
 def _figures(scores: Mapping[str, Score], runnable: Runnable) -> dict[str, Any]:
     """Return the fields of the result that follow from the whole model's scores."""
-    layers = {name: score.shares / score.tokens for name, score in scores.items()}
+    layers = {name: score.routing_layers() for name, score in scores.items()}
     agreement = {name: score.router_agreement for name, score in scores.items()}
     return {
         "perplexity": {name: _domain_score(score) for name, score in scores.items()},
         "routing": {name: dict(zip(runnable.experts, score.routing(), strict=True)) for name, score in scores.items()},
-        "routing_layers": {
-            name: dict(zip(runnable.experts, shares.T.tolist(), strict=True)) for name, shares in layers.items()
-        },
+        "routing_layers": {name: dict(zip(runnable.experts, rows, strict=True)) for name, rows in layers.items()},
         "router_agreement": {name: share for name, share in agreement.items() if share is not None},
         "post_norm_ratio": _post_norm_ratio(runnable.weights.dense_config, list(scores.values())),
     }
@@ -302,12 +312,18 @@ def _ingredients(config: EvaluateConfig, runnable: Runnable) -> Ingredients | No
 
 
 def _score_baselines(
-    ingredients: Ingredients, passes: Passes, domains: Sequence[Domain], config: EvaluateConfig, reporter: Reporter
-) -> dict[str, dict[str, float]]:
-    """Return {baseline: {domain: bits per byte}}."""
+    ingredients: Ingredients | None,
+    passes: Passes,
+    domains: Sequence[Domain],
+    config: EvaluateConfig,
+    reporter: Reporter,
+) -> dict[str, dict[str, Score]]:
+    """Return {baseline: {domain: score}}; empty without ingredients."""
     from flexctl.evaluation.baselines import score_baselines
 
-    scores = score_baselines(
+    if ingredients is None:
+        return {}
+    return score_baselines(
         ingredients,
         passes.tokenizer,
         domains,
@@ -318,7 +334,20 @@ def _score_baselines(
         dtype=passes.dtype,
         reporter=reporter,
     )
-    return {name: {domain: score.bits_per_byte for domain, score in found.items()} for name, found in scores.items()}
+
+
+def _write_report(
+    path: Path,
+    report: Report,
+    baselines: Mapping[str, Mapping[str, Score]],
+    scores: Mapping[str, Score],
+    *,
+    overwrite: bool,
+) -> None:
+    from flexctl.evaluation.report.measured import shifts_of, write_report
+
+    compared = {way: shifts_of(row, scores) for way, row in baselines.items()}
+    write_report(path, dataclasses.replace(report, baselines=compared), overwrite=overwrite)
 
 
 def _say_what_was_recalled(passes: Sequence[Passes], reporter: Reporter) -> None:
@@ -333,7 +362,7 @@ def _say_what_was_recalled(passes: Sequence[Passes], reporter: Reporter) -> None
 def _results(result: EvaluateResult, passes: Passes) -> dict[str, Any]:
     """Return what results.json says: the figures and what they were computed with; no path and no text."""
     fields = dataclasses.asdict(result)
-    for name in ("path", "samples", "results", "peak_rss_bytes", "without", "baselines_missing"):
+    for name in ("path", "samples", "report", "results", "peak_rss_bytes", "without", "baselines_missing"):
         del fields[name]
     if result.compare:
         fields["compare"] = {"digest": result.compare.digest, "domains": fields["compare"]["domains"]}

@@ -19,7 +19,7 @@ from flexctl.model.building import build_model, load_tokenizer
 from flexctl.model.routed import exclude, set_top_k
 from flexctl.runtime import Reporter, software_versions
 
-__all__ = ["Passes", "Variant", "ablate", "sweep_top_k"]
+__all__ = ["Passes", "Variant", "ablate", "every_top_k", "one_left_out", "sweep_top_k"]
 
 SCORING = 1
 """Part of what the cache knows a pass by; goes up when the same inputs get other figures."""
@@ -138,21 +138,28 @@ class Passes:
         }
 
 
-def ablate(passes: Passes, contents: Sequence[Content], whole: Variant) -> dict[str, dict[str, float]]:
-    """Return {left out: {domain: bits per byte}} with each closed expert left out on top of ``whole``'s."""
+def one_left_out(passes: Passes, whole: Variant) -> dict[str, Variant]:
+    """Return {left out: variant} with each closed expert left out on top of ``whole``'s."""
     closed = [name for name in passes.runnable.experts[1:] if name not in whole.without]
     remaining = len(passes.runnable.experts) - len(whole.without) - 1
-    matrix = {}
-    for name in closed:
-        without = Variant(without=tuple(sorted((*whole.without, name))), top_k=min(whole.top_k, remaining))
-        matrix[name] = _bits_per_byte(passes, contents, without)
-    return matrix
+    top_k = min(whole.top_k, remaining)
+    return {name: Variant(without=tuple(sorted((*whole.without, name))), top_k=top_k) for name in closed}
+
+
+def every_top_k(passes: Passes, whole: Variant) -> dict[int, Variant]:
+    """Return {k: variant} for every number of experts that can be active on a token."""
+    most = len(passes.runnable.experts) - len(whole.without)
+    return {k: Variant(without=whole.without, top_k=k) for k in range(1, most + 1)}
+
+
+def ablate(passes: Passes, contents: Sequence[Content], whole: Variant) -> dict[str, dict[str, float]]:
+    """Return {left out: {domain: bits per byte}} with each closed expert left out on top of ``whole``'s."""
+    return {name: _bits_per_byte(passes, contents, variant) for name, variant in one_left_out(passes, whole).items()}
 
 
 def sweep_top_k(passes: Passes, contents: Sequence[Content], whole: Variant) -> dict[int, dict[str, float]]:
     """Return {k: {domain: bits per byte}} for every number of experts that can be active on a token."""
-    most = len(passes.runnable.experts) - len(whole.without)
-    return {k: _bits_per_byte(passes, contents, Variant(without=whole.without, top_k=k)) for k in range(1, most + 1)}
+    return {k: _bits_per_byte(passes, contents, variant) for k, variant in every_top_k(passes, whole).items()}
 
 
 def _bits_per_byte(passes: Passes, contents: Sequence[Content], variant: Variant) -> dict[str, float]:

@@ -104,6 +104,11 @@ class Score:
         """Return each expert's share of the kept probability, mean over targets and layers."""
         return [float(share) for share in self.shares.mean(axis=0) / max(1, self.tokens)]
 
+    def routing_layers(self) -> list[list[float]]:
+        """Return each expert's share of the kept probability in each layer, mean over targets, (N, L)."""
+        shares: list[list[float]] = (self.shares / max(1, self.tokens)).T.tolist()
+        return shares
+
 
 def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, seq_len: int, batch_tokens: int) -> Score:
     """Return the score of ``model`` on framed documents by the rule of docs/how-it-works.md, section 7.

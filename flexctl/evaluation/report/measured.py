@@ -11,7 +11,7 @@ from flexctl.bundle.store import new_file
 from flexctl.evaluation.bootstrap import RESAMPLES, difference_interval, interval
 from flexctl.evaluation.domains import Content
 from flexctl.evaluation.explaining import Piece, explain_tokens
-from flexctl.evaluation.passes import Passes, Variant, one_left_out, top_ks
+from flexctl.evaluation.passes import Passes, Variant, every_top_k, one_left_out
 from flexctl.evaluation.report.data import DomainFigures, Estimate, Passage, Report, Setting, Shift, Shifts
 from flexctl.evaluation.report.lineage import lineage
 from flexctl.evaluation.report.page import render
@@ -20,7 +20,7 @@ from flexctl.model.routed import exclude, set_top_k
 from flexctl.runtime import software_versions
 from flexctl.training.tokens import frame_documents
 
-__all__ = ["report_of", "write_report"]
+__all__ = ["report_of", "shifts_of", "write_report"]
 
 PASSAGE_TOKENS = 120
 _PASSAGE_DOCUMENTS = 16
@@ -43,12 +43,7 @@ def write_report(path: Path, report: Report, *, overwrite: bool) -> None:
 
 
 def report_of(
-    passes: Passes,
-    contents: Sequence[Content],
-    whole: Variant,
-    *,
-    baselines: Mapping[str, Mapping[str, float]],
-    post_norm_ratio: Sequence[float] | None,
+    passes: Passes, contents: Sequence[Content], whole: Variant, post_norm_ratio: Sequence[float] | None
 ) -> Report:
     """Return the report of a model, with passes of its own for whatever was not scored before.
 
@@ -56,42 +51,44 @@ def report_of(
         passes: The model's.
         contents: The domains.
         whole: How the model runs.
-        baselines: Simpler way -> domain -> bits per byte.
         post_norm_ratio: A layer each, for families that have it.
     """
     names = passes.runnable.experts
     scores = {content.domain.name: passes.score(content, whole) for content in contents}
 
     def shifts(variant: Variant) -> Shifts:
-        return {c.domain.name: _shift(passes.score(c, variant), scores[c.domain.name]) for c in contents}
+        return shifts_of({content.domain.name: passes.score(content, variant) for content in contents}, scores)
 
     closed = tuple(sorted(names[1:]))
+    is_alone = len(closed) == len(whole.without)
     return Report(
         **lineage(passes.runnable.bundles, whole.without),
         num_experts_per_tok=whole.top_k,
-        domains={c.domain.name: _figures(scores[c.domain.name], c) for c in contents},
-        alone=shifts(Variant(without=closed, top_k=1)) if len(closed) > len(whole.without) else None,
+        domains={content.domain.name: _figures(scores[content.domain.name], content) for content in contents},
+        alone=None if is_alone else shifts(Variant(without=closed, top_k=1)),
         routing={name: dict(zip(names, score.routing(), strict=True)) for name, score in scores.items()},
-        routing_layers={name: score.routing_layers(names) for name, score in scores.items()},
+        routing_layers={name: dict(zip(names, score.routing_layers(), strict=True)) for name, score in scores.items()},
         ablation={name: shifts(variant) for name, variant in one_left_out(passes, whole).items()},
-        top_k={k: shifts(variant) for k, variant in top_ks(passes, whole).items()} if closed else {},
-        baselines={way: _without_intervals(row, scores) for way, row in baselines.items()},
+        top_k={} if is_alone else {k: shifts(variant) for k, variant in every_top_k(passes, whole).items()},
         passages=tuple(_passage(passes, content, whole) for content in contents),
         settings=_settings(passes, scores, post_norm_ratio),
     )
+
+
+def shifts_of(others: Mapping[str, Score], scores: Mapping[str, Score]) -> Shifts:
+    """Return what another model scores beside this one, domain by domain.
+
+    Args:
+        others: The other model's, on the same documents.
+        scores: This model's.
+    """
+    return {name: _shift(other, scores[name]) for name, other in others.items()}
 
 
 def _shift(other: Score, score: Score) -> Shift:
     low, high = difference_interval(other.per_document, score.per_document) or (None, None)
     change = Estimate(value=other.bits_per_byte - score.bits_per_byte, low=low, high=high)
     return Shift(bits_per_byte=other.bits_per_byte, change=change)
-
-
-def _without_intervals(row: Mapping[str, float], scores: Mapping[str, Score]) -> Shifts:
-    return {
-        name: Shift(bits_per_byte=value, change=Estimate(value=value - scores[name].bits_per_byte))
-        for name, value in row.items()
-    }
 
 
 def _figures(score: Score, content: Content) -> DomainFigures:

@@ -101,8 +101,10 @@ def _gain(report: Report, alone: Shifts) -> list[str]:
     what = "their own texts" if len(own) == len(report.closed) else _named(own, "domains named after them")
     what = f"{own[0]} text" if len(own) == 1 else f"the mean over {what}"
     done = "Merging" if report.kind == "merged" else "Adding"
-    sentence = f"{done} {_named(report.closed, 'experts')} {verb} {what} from {bits(before, 2)} to {bits(after, 2)} bits per byte"
-    return [f"{sentence}, by {abs(after - before) / before * 100:.1f}{_SPACE}%.", *_unsure(own, alone)]
+    change = f"from {bits(before, 2)} to {bits(after, 2)} bits per byte"
+    by = f"{abs(after - before) / before * 100:.1f}{_SPACE}%"
+    sentence = f"{done} {_named(report.closed, 'experts')} {verb} {what} {change}, by {by}."
+    return [sentence, *_unsure(own, alone)]
 
 
 def _named(names: Sequence[str], what: str) -> str:
@@ -133,7 +135,9 @@ def _worth(report: Report) -> list[str]:
     if len(order) > _TOLD:
         order.sort(key=lambda name: -told[name][name].change.value)
     parts = [_left_out(name, told[name]) for name in order[:_TOLD]]
-    more = [f"The other {len(order) - _TOLD}, and smaller changes, are in the table below."] if len(order) > _TOLD else []
+    more = (
+        [f"The other {len(order) - _TOLD}, and smaller changes, are in the table below."] if len(order) > _TOLD else []
+    )
     return [*parts, *more]
 
 
