@@ -51,14 +51,19 @@ class ShareCollector:
         return {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
 
 
-def explain_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[int], names: Sequence[str]) -> list[Piece]:
+def explain_tokens(
+    model: nn.Module, tokenizer: Any, tokens: Sequence[int], names: Sequence[str], seq_len: int
+) -> list[Piece]:
     """Return the pieces of a text with the shares of the positions that each was predicted from.
+
+    Windows are those of scoring: docs/how-it-works.md, section 7.
 
     Args:
         model: As from ``model.building.build_model``, in evaluation mode.
         tokenizer: Its tokenizer.
         tokens: t_0 .. t_n, as ``training.tokens`` frames them; t_0 is fed and not shown.
         names: Of the model's experts.
+        seq_len: Window length.
     """
     import torch
 
@@ -67,7 +72,9 @@ def explain_tokens(model: nn.Module, tokenizer: Any, tokens: Sequence[int], name
     collected = ShareCollector(len(routed_layers(model)))
     device = next(model.parameters()).device
     with torch.no_grad(), observing(model, collected):
-        model.base_model(torch.tensor([tokens[:-1]], device=device), use_cache=False)  # type: ignore[operator]
+        for start in range(0, len(tokens) - 1, seq_len):
+            window = tokens[start : min(start + seq_len, len(tokens) - 1)]
+            model.base_model(torch.tensor([window], device=device), use_cache=False)  # type: ignore[operator]
     return [
         Piece(text=text, shares=dict(zip(names, row, strict=True)))
         for text, row in zip(texts_of(tokenizer, tokens[1:]), collected.rows, strict=True)

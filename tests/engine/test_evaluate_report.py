@@ -139,9 +139,7 @@ def test_an_existing_file_stays_unless_told_otherwise(merged: Path, texts: Any) 
     assert [item.name for item in Path().iterdir()] == ["report.html"]
 
 
-def test_without_matplotlib_it_is_refused_before_the_work(
-    merged: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_matplotlib_it_is_refused_before_the_work(texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "find_spec", lambda _name: None)
     with pytest.raises(UsageError, match="--report needs matplotlib"):
         report(Path("nowhere"), texts)

@@ -115,9 +115,8 @@ def _passage(passes: Passes, content: Content, whole: Variant) -> Passage:
         if pieces:
             # The end-of-text token has no text of its own.
             pieces[-1] = dataclasses.replace(pieces[-1], text="\n\n")
-        most = min(PASSAGE_TOKENS - len(pieces), passes.seq_len)
-        tokens = framed.tokens[: most + 1].tolist()
-        pieces += explain_tokens(passes.model, passes.tokenizer, tokens, passes.runnable.experts)
+        tokens = framed.tokens[: PASSAGE_TOKENS - len(pieces) + 1].tolist()
+        pieces += explain_tokens(passes.model, passes.tokenizer, tokens, passes.runnable.experts, passes.seq_len)
     return Passage(domain=content.domain.name, pieces=tuple(pieces))
 
 
