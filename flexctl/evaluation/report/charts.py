@@ -24,6 +24,7 @@ __all__ = ["ablation", "baselines", "before_and_after", "layers", "require_matpl
 _WIDE, _PANEL = 420, 340
 _ROW, _CELL = 30, 76
 _LABEL = 13
+_LEAST_SPAN = 0.1  # bits per byte from bottom to top, so that noise looks small
 _NOTED = 6  # figures beside one line that do not meet
 _UNDER_TEXT = 0.55  # the most opaque that a cell may be for its figure to be read
 _DOT = 72  # dots an inch: one pixel each
@@ -137,6 +138,8 @@ def top_k(report: Report, domain: str, name: str) -> str:
         axes.set_xlabel("experts active for a token", color=COLOURS["muted"])
         axes.locator_params(axis="y", nbins=4)
         axes.margins(x=0.09, y=0.2)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, (low + high - _LEAST_SPAN) / 2), max(high, (low + high + _LEAST_SPAN) / 2))
         axes.grid(axis="y", linewidth=1)
         told = ", ".join(f"{k}: {bits(value)}" for k, value in scores.items())
         return finish(f"Bits per byte on {domain} by experts active for a token", told + ".")
