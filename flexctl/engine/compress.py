@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexctl import workspace
-from flexctl.bundle import PUBLIC, Anchor, Expert, RawTensor, Weights, open_anchor, open_expert, pair_weights
-from flexctl.bundle import write_expert as write
+from flexctl.bundle import (
+    PUBLIC,
+    Anchor,
+    Expert,
+    RawTensor,
+    Weights,
+    open_anchor,
+    open_expert,
+    pair_weights,
+    write_expert,
+)
 from flexctl.bundle.hashing import check_tensors
 from flexctl.bundle.lowrank import most_rank, refuse_useless_rank
 from flexctl.config import refuse_out_of_range
@@ -80,7 +89,7 @@ class CompressResult:
         bytes_written: Size of the new one.
         held_out: ``{"own" and "public": {"anchor", "before", "after"}}``, nats a token, of the anchor and of the pair
             with the expert as it was and as it is, after rounding. With auto, own is the half of the documents that
-            ranks were not chosen on. public is not there when the anchor's sample has one document.
+            ranks were not chosen on.
     """
 
     path: Path
@@ -327,7 +336,7 @@ def _write(
     manifest = expert.manifest
     if manifest.privacy is not None and config.rank == "auto":
         reporter.warn("the ranks were chosen on the owner's text, so the new expert claims no privacy guarantee")
-    return write(
+    return write_expert(
         target,
         anchor=anchor,
         name=manifest.name,
