@@ -29,14 +29,15 @@ SHARED_DEPTH = len(LAYERS) - 1
 ONLY_IMPORTER = {
     "sentence_transformers": ("embedding.py",),
     "huggingface_hub": ("hub/",),
-    "datasets": ("hub/data.py",),
+    "datasets": ("hub/data.py", "evaluation/tasks/"),
+    "lm_eval": ("evaluation/tasks/",),
     "pyarrow": ("training/tables.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "torch": ("model/", "training/", "evaluation/", "engine/", "embedding.py"),
     "transformers": ("model/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
-    "jinja2": ("evaluation/report/page.py",),
+    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/"),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = ("cli/", "engine/", "bundle/", "config.py", "workspace.py", "__init__.py")

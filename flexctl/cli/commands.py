@@ -343,11 +343,15 @@ def replace(
     "flexctl evaluate --data law=heldout/law --ablate --sweep-top-k --samples law.jsonl",
     "flexctl evaluate merged-2 --compare merged --data law=heldout/law",
     "flexctl evaluate --data law=heldout/law --baselines dense",
+    "flexctl evaluate --tasks arc_easy.jsonl --tasks my-tasks/ --limit 100 --without law",
 )
 def evaluate(
     bundle: o.Bundle = None,
     data: o.DataSets = None,
     text_field: o.TextField = None,
+    tasks: o.Tasks = None,
+    shots: o.Shots = None,
+    limit: o.Limit = None,
     without: o.Without = None,
     ablate: o.Ablate = None,
     sweep_top_k: o.SweepTopK = None,
@@ -367,7 +371,7 @@ def evaluate(
     quiet: o.Quiet = None,
     verbose: o.Verbose = None,
 ) -> Call:
-    """Score a bundle on held-out text, domain by domain.
+    """Score a bundle on held-out text and on tasks.
 
     Perplexity and bits per byte with a 95 % interval, and the share of each expert in the answers. The figures
     also go to results.json beside the bundle, which push sends along, unless --without or --top-k makes it

@@ -219,7 +219,7 @@ CompareWith = Annotated[
 ]
 Samples = Annotated[
     Path | None,
-    Option("--samples", metavar="FILE.jsonl", help="Write figures of each document, with its hash and without text."),
+    Option("--samples", metavar="FILE.jsonl", help="Write figures of each document and task item, without their text."),
 ]
 Report = Annotated[
     Path | None,
@@ -229,6 +229,12 @@ Report = Annotated[
         help="Write a page with all figures, --ablate and --sweep-top-k included; it holds passages of the texts.",
     ),
 ]
+Tasks = Annotated[
+    list[Path] | None,
+    Option("--tasks", metavar="PATH", help="Questions (.jsonl), an lm-eval task (.yaml), or a folder; repeatable."),
+]
+Shots = Annotated[str | None, Option("--shots", metavar="N", help="Solved examples in each prompt of a task.")]
+Limit = Annotated[str | None, Option("--limit", metavar="N", help="Only the first N items of each task.")]
 Without = Annotated[list[str] | None, Option("--without", metavar="NAME", help="Leave this expert out; repeatable.")]
 AllowExpired = Annotated[bool | None, Option("--allow-expired", help="Use experts whose rights have expired.")]
 Tombstone = Annotated[bool | None, Option("--tombstone", help="Record in the manifest what was removed.")]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TrainExpertResult,
         VerifyResult,
     )
+    from flexctl.engine.evaluate import TaskScore
 
 __all__ = ["render"]
 
@@ -190,8 +191,11 @@ def _evaluate(result: EvaluateResult) -> list[str]:
         [name, *(getattr(score, key) for key in headers), _span(score.bits_per_byte_low, score.bits_per_byte_high)]
         for name, score in result.perplexity.items()
     ]
-    lines += ["", *table(["domain", *headers, "bits per byte, 95 %"], rows)]
-    lines += ["", *_matrix(result.routing, "share of each expert")]
+    if rows:
+        lines += ["", *table(["domain", *headers, "bits per byte, 95 %"], rows)]
+        lines += ["", *_matrix(result.routing, "share of each expert")]
+    if result.tasks:
+        lines += ["", *_tasks(result.tasks)]
     whole = {name: score.bits_per_byte for name, score in result.perplexity.items()}
     if result.ablation:
         lines += ["", *_changes(result.ablation, whole, "bits per byte without")]
@@ -204,6 +208,23 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     lines += [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
     lines += _comparison(result) if result.compare else []
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _tasks(tasks: Mapping[str, TaskScore]) -> list[str]:
+    """Return a row a task; metrics that are means have their standard error behind them."""
+    headers = list(dict.fromkeys(name for task in tasks.values() for name in task.metrics))
+    rows = [
+        [name, task.items, task.shots, *(_with_error(task, metric) for metric in headers)]
+        for name, task in tasks.items()
+    ]
+    return table(["task", "items", "shots", *headers], rows)
+
+
+def _with_error(task: TaskScore, metric: str) -> str | None:
+    if metric not in task.metrics:
+        return None
+    error = task.stderr.get(metric)
+    return number(task.metrics[metric]) + ("" if error is None else f" +- {number(error)}")
 
 
 def _changes(rows: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], corner: str) -> list[str]:

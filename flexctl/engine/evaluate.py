@@ -1,4 +1,4 @@
-"""Score an anchor, an expert beside its anchor, or a merged model, domain by domain."""
+"""Score an anchor, an expert beside its anchor, or a merged model: domain by domain, task by task."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from flexctl.evaluation.passes import Passes, Variant
     from flexctl.evaluation.report.data import Report
     from flexctl.evaluation.scoring import Score
+    from flexctl.evaluation.tasks.harness import Task, TaskRun
 
-__all__ = ["DomainScore", "EvaluateConfig", "EvaluateResult", "evaluate"]
+__all__ = ["DomainScore", "EvaluateConfig", "EvaluateResult", "TaskScore", "evaluate"]
 
 _BTM_TOP_K = 4
 
@@ -37,12 +38,15 @@ class EvaluateConfig:
         data: Test texts, NAME=PATH each; a path is a folder, a file or ``hf://datasets/owner/name``,
             as in ``train_expert``.
         text_field: The column of a table, or the field of a .jsonl line, that holds the text.
+        tasks: Files of questions (docs/tasks.md), lm-evaluation-harness's .yaml files, or folders of either.
+        shots: Solved examples in each prompt of a task; None is a .yaml's own number, and none elsewhere.
+        limit: Only so many items of each task, the first; None takes all.
         bundle: Anchor, expert or merged model, or ``hf://owner/name``; None is the workspace's merged model.
         without: Experts to leave out, as a mask at run time.
         ablate: Also score with each other expert left out.
         sweep_top_k: Also score with every number of experts active.
         compare: Another bundle to hold this one against, as it is; here or ``hf://owner/name``.
-        samples: File for a line of JSON a document.
+        samples: File for a line of JSON a document and a task item.
         report: File for a page with all figures; ablates and sweeps too, and holds passages of the texts.
         anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
         top_k: Experts kept for each token; None is the bundle's.
@@ -55,8 +59,11 @@ class EvaluateConfig:
         overwrite: Replace the files of ``samples`` and ``report`` if they exist.
     """
 
-    data: tuple[str, ...]
+    data: tuple[str, ...] = ()
     text_field: str = "text"
+    tasks: tuple[Path, ...] = ()
+    shots: int | None = None
+    limit: int | None = None
     bundle: Path | None = None
     without: tuple[str, ...] = ()
     ablate: bool = False
@@ -101,6 +108,25 @@ class DomainScore:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TaskScore:
+    """Figures of one task.
+
+    Attributes:
+        metrics: Name, as lm-evaluation-harness calls it -> value.
+        stderr: Name -> standard error, for metrics that are means over items.
+        items: Items that were scored.
+        shots: Solved examples in each prompt.
+        digest: Of the task's file and all that it refers to.
+    """
+
+    metrics: dict[str, float]
+    stderr: dict[str, float]
+    items: int
+    shots: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateResult:
     """What ``evaluate`` found.
 
@@ -121,8 +147,9 @@ class EvaluateResult:
         compare: How it stands beside another model.
         baselines: Baseline -> domain -> bits per byte.
         baselines_missing: Ingredient of a baseline that was not there -> how to make it.
+        tasks: A score a task.
         data: Domain -> digest of its documents.
-        samples: The file with a line a document.
+        samples: The file with a line a document and a task item.
         report: The file with the page.
         results: Where these figures were kept beside the bundle; None where that cannot be written, for a bundle on
             the Hub, and for a model that is not the bundle as it is.
@@ -143,6 +170,7 @@ class EvaluateResult:
     compare: Comparison | None = None
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     baselines_missing: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     samples: Path | None = None
     report: Path | None = None
@@ -158,7 +186,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         reporter: Hears of progress.
 
     Returns:
-        Perplexity, bits per byte and routing a domain, and whatever else was asked for.
+        Perplexity, bits per byte and routing a domain, accuracy a task, and whatever else was asked for.
 
     Raises:
         UsageError: A setting or the data is wrong.
@@ -169,8 +197,9 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     from flexctl.evaluation.records import write_results, write_samples
     from flexctl.evaluation.report.measured import report_of
 
-    domains = parse_domains(config.data, config.text_field)
+    domains = parse_domains(config.data, config.text_field) if config.data or not config.tasks else []
     _refuse_bad_settings(config)
+    tasks = _read_tasks(config)
     anchor = config.anchor or workspace.find().anchor
     runnable = hub.runnable(config.bundle or workspace.find().merged, anchor, reporter)
     other = hub.runnable(config.compare, anchor, reporter) if config.compare else None
@@ -181,6 +210,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     passes, *others = _prepare(config, [runnable, other] if other else [runnable], reporter)
     contents = [read_domain(domain, reporter) for domain in domains]
     scores = _score(passes, contents, whole)
+    runs = _run_tasks(tasks, passes, whole, config, reporter)
     result = EvaluateResult(
         path=runnable.path,
         digest=runnable.digest,
@@ -190,6 +220,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         **_figures(scores, runnable),
         ablation=ablate(passes, contents, whole) if config.ablate or config.report else {},
         top_k=sweep_top_k(passes, contents, whole) if config.sweep_top_k or config.report else {},
+        tasks={task.name: _task_score(task, runs[task.name]) for task in tasks},
         data={content.domain.name: content.digest for content in contents},
         samples=config.samples,
         report=config.report,
@@ -204,7 +235,8 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         result = dataclasses.replace(result, baselines=bits, baselines_missing=dict(ingredients.missing))
     _say_what_was_recalled([passes, *others], reporter)
     if config.samples:
-        write_samples(config.samples, contents, scores, runnable.experts, overwrite=config.overwrite)
+        answers = [record for run in runs.values() for record in run.records]
+        write_samples(config.samples, contents, scores, runnable.experts, answers, overwrite=config.overwrite)
     if config.report and report:
         _write_report(config.report, report, baselines, scores, overwrite=config.overwrite)
     if isinstance(runnable.path, Path) and not config.without and config.top_k is None:
@@ -217,13 +249,46 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
     from flexctl.evaluation.report.charts import require_matplotlib
     from flexctl.model.building import pick_device, pick_dtype
 
-    refuse_out_of_range(config, above_zero=("top_k", "seq_len", "batch_tokens", "threads"))
+    numbers = ("top_k", "seq_len", "batch_tokens", "threads", "limit")
+    refuse_out_of_range(config, above_zero=numbers, from_zero=("shots",))
     pick_dtype(config.dtype, pick_device(config.device))
+    for name in () if config.data else ("ablate", "sweep_top_k", "compare", "baselines", "report"):
+        if getattr(config, name):
+            raise UsageError(f"--{name.replace('_', '-')}: there is no text to score", hint="add --data NAME=PATH")
     for flag, path in (("--samples", config.samples), ("--report", config.report)):
         if path and path.exists() and not config.overwrite:
             raise UsageError(f"{flag}: {path} exists", hint="give another file, or --overwrite to replace it")
     if config.report:
         require_matplotlib()
+
+
+def _read_tasks(config: EvaluateConfig) -> list[Task]:
+    if not config.tasks:
+        return []
+    from flexctl.evaluation.tasks import refuse_without_harness
+
+    refuse_without_harness()
+    from flexctl.evaluation.tasks.harness import read_tasks
+
+    return read_tasks(config.tasks, config.shots)
+
+
+def _run_tasks(
+    tasks: Sequence[Task], passes: Passes, variant: Variant, config: EvaluateConfig, reporter: Reporter
+) -> dict[str, TaskRun]:
+    if not tasks:
+        return {}
+    from flexctl.evaluation.tasks.harness import run_task
+    from flexctl.evaluation.tasks.model import HarnessModel
+
+    model = HarnessModel(
+        passes.model_as(variant), passes.tokenizer, batch_tokens=config.batch_tokens, reporter=reporter
+    )
+    return {task.name: run_task(task, model, config.limit) for task in tasks}
+
+
+def _task_score(task: Task, run: TaskRun) -> TaskScore:
+    return TaskScore(metrics=run.metrics, stderr=run.stderr, items=run.items, shots=task.shots, digest=task.digest)
 
 
 def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Reporter) -> list[Passes]:
@@ -286,7 +351,7 @@ def _domain_score(score: Score) -> DomainScore:
 def _post_norm_ratio(config: Mapping[str, Any], scores: Sequence[Score]) -> list[float] | None:
     import transformers
 
-    if not family_of(config["model_type"]).post_norm:
+    if not scores or not family_of(config["model_type"]).post_norm:
         return None
     eps = transformers.AutoConfig.for_model(**config).rms_norm_eps
     ratios = [(score.output_square / score.tokens / eps).tolist() for score in scores]

@@ -109,12 +109,16 @@ class Passes:
             self._scores[key] = score
         return self._scores[key]
 
-    def _run(self, content: Content, variant: Variant) -> Score:
+    def model_as(self, variant: Variant) -> nn.Module:
+        """Return the model, set to run as ``variant`` until the next pass."""
         set_top_k(self.model, variant.top_k)
         exclude(self.model, self.runnable.indices(variant.without))
+        return self.model
+
+    def _run(self, content: Content, variant: Variant) -> Score:
         left_out = f" without {', '.join(variant.without)}" if variant.without else ""
         score = score_domain(
-            self.model,
+            self.model_as(variant),
             self.tokenizer,
             content.domain,
             seq_len=self.seq_len,

@@ -1,11 +1,14 @@
-"""What an evaluation leaves behind: a record of each document, and results.json beside the bundle. Neither has text."""
+"""What an evaluation leaves behind: a record of each document and task item, and results.json beside the bundle.
+
+No text of documents and tasks stands in them; of tasks the model's own answers do.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,22 @@ __all__ = ["write_results", "write_samples"]
 
 
 def write_samples(
-    path: Path, contents: Sequence[Content], scores: Mapping[str, Score], experts: Sequence[str], *, overwrite: bool
+    path: Path,
+    contents: Sequence[Content],
+    scores: Mapping[str, Score],
+    experts: Sequence[str],
+    answers: Iterable[Mapping[str, Any]],
+    *,
+    overwrite: bool,
 ) -> None:
-    """Write a line of JSON for each document, which its hash stands for.
+    """Write a line of JSON for each document, which its hash stands for, and for each item of a task.
 
     Args:
         path: File to write.
         contents: The domains; their texts are read anew.
         scores: By domain.
         experts: Names, in the order of the scores' shares.
+        answers: Records of task items.
         overwrite: Whether a file that exists may be replaced.
 
     Raises:
@@ -37,6 +47,8 @@ def write_samples(
         for content in contents:
             for record in _records(content, scores[content.domain.name], experts):
                 output.write(json.dumps(record) + "\n")
+        for answer in answers:
+            output.write(json.dumps(_without_nan(answer)) + "\n")
 
 
 def _records(content: Content, score: Score, experts: Sequence[str]) -> Iterator[dict[str, Any]]:
