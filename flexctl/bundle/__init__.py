@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flexctl.bundle.anchor import Anchor, open_anchor, read_checkpoint, read_dense_config, write_anchor
 from flexctl.bundle.dense import compare_dense, open_dense
-from flexctl.bundle.expert import Expert, open_expert, pair_weights, weights_beside, write_expert
+from flexctl.bundle.expert import Expert, open_expert, pair_weights, reroute_expert, weights_beside, write_expert
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
@@ -36,6 +36,7 @@ __all__ = [
     "pair_weights",
     "read_checkpoint",
     "read_dense_config",
+    "reroute_expert",
     "slug",
     "weights_beside",
     "write_anchor",

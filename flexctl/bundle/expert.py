@@ -43,6 +43,7 @@ __all__ = [
     "embedded_manifest",
     "open_expert",
     "pair_weights",
+    "reroute_expert",
     "weights_beside",
     "write_expert",
 ]
@@ -185,6 +186,39 @@ def write_expert(
     with new_file(path.with_suffix(".run.json"), overwrite=True) as temporary:
         temporary.write_bytes(indented_json(run))
     return open_expert(path)
+
+
+def reroute_expert(
+    path: Path, *, anchor: Anchor, expert: Expert, rows: RawTensor, router: RouterInfo, overwrite: bool
+) -> Expert:
+    """Write a copy of an expert with other router rows; its privacy guarantee, which did not cover them, is dropped.
+
+    Args:
+        path: File to write, ``NAME.st``.
+        anchor: The one it was trained against.
+        expert: The one to copy, which becomes the copy's parent.
+        rows: (num_hidden_layers, hidden_size), F32.
+        router: How the rows came about.
+        overwrite: Whether an expert that exists may be replaced.
+
+    Raises:
+        BundleError: The rows are misshaped, of another dtype, or not finite, or the expert's bytes are not its
+            manifest's.
+    """
+    pieces = {key: Piece(key, span, expert.manifest.tensors[key]) for key, span in expert.spans.items()}
+    return write_expert(
+        path,
+        anchor=anchor,
+        name=expert.manifest.name,
+        tensors={**pieces, ROUTER_TENSOR: rows},
+        data=expert.manifest.data,
+        training=expert.manifest.training,
+        router=router,
+        rank=expert.manifest.rank,
+        parents=(expert.digest,),
+        run={},
+        overwrite=overwrite,
+    )
 
 
 def _info(tensor: RawTensor | Piece, where: str) -> TensorInfo:

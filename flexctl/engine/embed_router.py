@@ -16,12 +16,11 @@ from flexctl.bundle import (
     RouterInfo,
     open_anchor,
     open_expert,
+    reroute_expert,
     slug,
-    write_expert,
     write_router_file,
 )
 from flexctl.bundle.expert import check_fits
-from flexctl.bundle.hashing import Piece
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.hub import localise
@@ -178,26 +177,13 @@ def _write(
     rows: RawTensor,
     info: RouterInfo,
 ) -> str:
-    """Write a router file, or a copy of the expert with these rows; its privacy guarantee did not cover them."""
+    """Write a router file, or a copy of the expert with these rows."""
     if expert is None:
         written = write_router_file(
             target, anchor=anchor, name=name, rows=rows, router=info, overwrite=config.overwrite
         )
         return written.digest
-    pieces = {key: Piece(key, span, expert.manifest.tensors[key]) for key, span in expert.spans.items()}
-    copy = write_expert(
-        target,
-        anchor=anchor,
-        name=name,
-        tensors={**pieces, "router.weight": rows},
-        data=expert.manifest.data,
-        training=expert.manifest.training,
-        router=info,
-        rank=expert.manifest.rank,
-        parents=(expert.digest,),
-        run={},
-        overwrite=config.overwrite,
-    )
+    copy = reroute_expert(target, anchor=anchor, expert=expert, rows=rows, router=info, overwrite=config.overwrite)
     return copy.digest
 
 

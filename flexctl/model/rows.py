@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from flexctl.model.routed import observing
 from flexctl.model.space import RouterSpace
 
-__all__ = ["ROUTER_KINDS", "Domain", "Rows", "bias_of", "clamp_bias", "direction", "finish_rows", "row_logits"]
+__all__ = [
+    "ROUTER_KINDS",
+    "Domain",
+    "Rows",
+    "bias_of",
+    "clamp_bias",
+    "direction",
+    "finish_rows",
+    "row_logits",
+    "set_bias",
+    "set_public_logits",
+]
 
 ROUTER_KINDS = ("discriminant", "hidden", "encoder")
 MAX_NOISE = 1.0
@@ -113,6 +124,35 @@ def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
 def bias_of(rows: Tensor, space: RouterSpace) -> Tensor:
     """Return b = r . m of rows (L, H), as (L,), float64: their mean logit on public text."""
     return (rows.double().cpu() * space.mean.double()).sum(dim=1)
+
+
+def set_bias(rows: Tensor, space: RouterSpace, bias: Tensor | float) -> Tensor:
+    """Return rows moved along u until their mean logit on public text is ``bias``, (L, H), float32.
+
+    Args:
+        rows: (L, H).
+        space: The anchor's router space.
+        bias: One number, or (L,).
+    """
+    missing = bias - bias_of(rows, space)
+    return (rows.double().cpu() + missing[:, None] * space.constant()).float()
+
+
+def set_public_logits(rows: Tensor, space: RouterSpace, mean: float, deviation: float) -> Tensor:
+    """Return rows scaled and moved along u until public logits have this mean and deviation, (L, H), float32.
+
+    The deviation is that which S implies for the row without its constant part; what u adds by not being constant
+    comes on top.
+
+    Args:
+        rows: (L, H).
+        space: The anchor's router space.
+        mean: Of the logits on public text, in every layer.
+        deviation: Their standard deviation.
+    """
+    free = set_bias(rows, space, 0.0)
+    spread = space.quadratic(free).sqrt().clamp(min=1e-12)
+    return set_bias(deviation / spread[:, None] * free, space, mean)
 
 
 def clamp_bias(rows: Tensor, mean: Tensor, constant: Tensor) -> None:

@@ -49,6 +49,7 @@ def train_mixture(
     resume: bool,
     autocast: torch.dtype | None,
     reporter: Reporter,
+    public: TokenStream | None = None,
 ) -> tuple[int, float]:
     """Train every weight of a mixture in place, its load balanced, and return what ``train_whole`` returns.
 
@@ -60,6 +61,7 @@ def train_mixture(
         resume: Whether to go on from the newest of them.
         autocast: Dtype of matrix products, or None.
         reporter: Hears of progress.
+        public: Public text for ``settings.public_share``.
     """
     balance = LoadBalance(BALANCE)
     with observing(model, balance.watch):
@@ -71,6 +73,7 @@ def train_mixture(
             resume=resume,
             autocast=autocast,
             reporter=reporter,
+            public=public,
             match=balance.penalty,
         )
 

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexctl.model.rows import MAX_NOISE, Domain, bias_of, clamp_bias, direction, finish_rows, row_logits
+from flexctl.model.rows import (
+    MAX_NOISE,
+    Domain,
+    bias_of,
+    clamp_bias,
+    direction,
+    finish_rows,
+    row_logits,
+    set_bias,
+    set_public_logits,
+)
 from flexctl.model.space import RouterSpace, fit_space, measure_documents, measure_inputs
 
 LAYERS, HIDDEN = 3, 8
@@ -236,3 +246,17 @@ def test_rows_tell_two_kinds_of_tokens_apart_in_a_model() -> None:
     for layer in range(2):
         assert (ours[layer] > 0).float().mean() > 0.6
         assert (theirs[layer] < 0).float().mean() > 0.6
+
+
+@given(seed=seeds, mean=st.floats(-5, 0), deviation=st.floats(0.1, 5))
+@settings(max_examples=30, deadline=None)
+def test_public_logits_get_the_mean_and_deviation_that_are_set(seed: int, mean: float, deviation: float) -> None:
+    space = make_space(seed, constant_noise=1e-3)
+    rows = rows_of(space, make_domain(space, seed + 1))
+    moved = set_bias(rows, space, mean)
+    assert bias_of(moved, space).tolist() == pytest.approx([mean] * LAYERS, abs=1e-4)
+    expected = rows.double() + (mean - bias_of(rows, space))[:, None] * space.constant()
+    assert torch.allclose(moved.double(), expected, atol=1e-5)
+    found = set_public_logits(rows, space, mean, deviation)
+    assert bias_of(found, space).tolist() == pytest.approx([mean] * LAYERS, abs=1e-4)
+    assert space.quadratic(found).sqrt().tolist() == pytest.approx([deviation] * LAYERS, rel=0.02)
