@@ -1,0 +1,105 @@
+"""The whole comparison on real text: anchor, experts, every baseline, every ablation, one table.
+
+    python examples/flexmix_mini/run.py --data DIR --budget cpu
+
+DIR holds a folder a set, each with train.jsonl and test.jsonl, one of them called public. Everything goes into
+./flexmix-mini-BUDGET (or --output): RESULTS.md and results.json at its top, a folder a seed below. Run it again after
+an interruption and it goes on where it was. Budgets: smoke (minutes on one core), cpu (an hour on two), gpu (all text).
+
+    --anchor CHECKPOINT_DIR   anneal this dense checkpoint in place of training an anchor from scratch
+    --encoder MODEL           also try router rows from this sentence encoder
+    --seeds 0 1 2             repeat everything with other seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from budgets import BUDGETS, PUBLIC_MIX
+from recipes import DEFAULT, RECIPES, VARIANTS, Recipe, Variant
+from scoring import score_all_baselines, score_anchor, score_pairs, score_variant
+from stages import TOP_K, make_anchor, make_btx, make_classifier, make_dense, make_expert, make_unrestricted
+from table import read_scores, rows_of, write_results
+from work import Work, hold_settings, prepare_data, say
+
+from flexctl.bundle import open_anchor
+from flexctl.training.flops import Matrices
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--budget", choices=BUDGETS, required=True)
+    parser.add_argument("--anchor", default="scratch")
+    parser.add_argument("--encoder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args()
+
+    root = asked.output or Path(f"flexmix-mini-{asked.budget}")
+    source = None if asked.anchor == "scratch" else Path(asked.anchor)
+    budget = BUDGETS[asked.budget]
+    told = {"budget": asked.budget, "anchor": source.name if source else budget.preset, **asdict(budget)}
+    runs = [
+        Work(root=root / f"seed-{seed}", budget=budget, source=source, encoder=asked.encoder, seed=seed)
+        for seed in asked.seeds
+    ]
+    for work in runs:
+        hold_settings(work.root, {**told, "encoder": asked.encoder, "seed": work.seed})
+        run(work, asked.data)
+    rows = rows_of([read_scores(work.root) for work in runs], training_cost(runs[0]))
+    write_results(root, rows, {**told, "seeds": asked.seeds})
+    say(f"{root / 'RESULTS.md'} and {root / 'results.json'} are written")
+
+
+def run(work: Work, data: Path) -> None:
+    """Train and score everything that is not there yet."""
+    recipes, variants = wanted(work.encoder)
+    prepare_data(data, work)
+    make_anchor(work)
+    score_anchor(work)
+    for name in work.names:
+        make_dense(work, name)
+    for recipe in recipes:
+        for name in work.names:
+            make_expert(work, recipe, name)
+        score_pairs(work, recipe)
+    for variant in variants:
+        score_variant(work, variant)
+    make_btx(work)
+    make_unrestricted(work, "unrestricted", 0.5)
+    make_unrestricted(work, "unrestricted-2x", 1.0)
+    make_classifier(work)
+    score_all_baselines(work)
+
+
+def wanted(encoder: str | None) -> tuple[list[Recipe], list[Variant]]:
+    """Return recipes and variants; those with encoder rows only where there is an encoder."""
+    recipes = [recipe for recipe in RECIPES if encoder is not None or recipe.rows != "encoder"]
+    names = {recipe.name for recipe in recipes}
+    return recipes, [variant for variant in VARIANTS if variant.recipe in names]
+
+
+def training_cost(work: Work) -> dict[str, float]:
+    """Return row -> operations of all training after the anchor's, counted as docs/baselines.md says."""
+    matrices = Matrices.of(open_anchor(work.anchor).config)
+    experts = len(work.names)
+    tokens = work.budget.expert_tokens / (1 - PUBLIC_MIX)
+    active = min(TOP_K, experts + 1)
+    dense, mixture = matrices.training(), matrices.training(active, experts + 1)
+    blends = ("soup", "ties", "dare", "weighted soup", "btm", "perplexity routing", "prompt routing")
+    names = ["own dense expert", *blends, *(f"{name} oracle" for name in blends[3:])]
+    return {
+        "anchor": 0.0,
+        DEFAULT: experts * tokens * matrices.pair_training(),
+        **dict.fromkeys(names, experts * tokens * dense),
+        "btx": experts * tokens * dense + tokens * mixture,
+        "unrestricted": 0.5 * experts * tokens * mixture,
+        "unrestricted-2x": experts * tokens * mixture,
+    }
+
+
+if __name__ == "__main__":
+    main()

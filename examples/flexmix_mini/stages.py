@@ -1,0 +1,246 @@
+"""The stages that train: anchor, router rows, experts, and what the baselines need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from budgets import CHECKPOINT_LR, PUBLIC_MIX
+from recipes import Recipe
+from work import Work, whole
+
+import flexctl
+from flexctl.bundle import (
+    PUBLIC,
+    DataInfo,
+    RawTensor,
+    RouterInfo,
+    open_anchor,
+    open_router_file,
+    write_expert,
+    write_router_file,
+)
+from flexctl.bundle.checkpoint import open_checkpoint
+from flexctl.evaluation.baselines import CLASSIFIER_FILE, btx_start, fit_classifier
+from flexctl.model.building import autocast_dtype, build_model, load_dense, load_tokenizer, pick_device
+from flexctl.model.space import measure_documents
+from flexctl.model.tensors import DTYPES, to_bytes, to_torch
+from flexctl.runtime import SILENT
+from flexctl.training.corpus import Corpus, prepare_corpus
+from flexctl.training.documents import read_documents, sample_passages
+from flexctl.training.sample import PublicSample
+from flexctl.training.tokens import Framed, TokenStream, frame_documents, frame_passages, pack
+from flexctl.training.upcycled import save_mixture, train_mixture, upcycle
+from flexctl.training.whole import WholeSettings, train_whole
+
+TOP_K = 4
+RANDOM_STD = 0.02
+EPOCHS = 1000.0
+CLASSIFIER_PASSAGES = 128
+EVERY_HELD_OUT = 20
+
+
+def make_anchor(work: Work) -> None:
+    budget = work.budget
+    config: dict[str, Any] = {"data": (work.train(PUBLIC),), "output": work.anchor, "seed": work.seed, "resume": True}
+    if work.source is None:
+        config |= {"preset": budget.preset, "max_tokens": budget.anchor_tokens}
+    else:
+        config |= {"source": str(work.source), "anneal_tokens": budget.expert_tokens, "lr": CHECKPOINT_LR}
+        config |= {"seq_len": budget.seq_len, "batch_tokens": budget.batch_tokens}
+    work.stage(work.anchor, lambda: flexctl.init_anchor(flexctl.InitAnchorConfig(**config)))
+
+
+def make_rows(work: Work, kind: str, name: str) -> None:
+    """Write the rows that an expert starts from, so that they can be put back after training."""
+    path = work.rows(kind, name)
+    if kind == "random":
+        work.stage(path, lambda: random_rows(work, name, path))
+        return
+    config = flexctl.EmbedRouterConfig(
+        data=(work.train(name),), anchor=work.anchor, router=kind, encoder=work.encoder, output=path, seed=work.seed
+    )
+    work.stage(path, lambda: flexctl.embed_router(config))
+
+
+def random_rows(work: Work, name: str, path: Path) -> None:
+    anchor = open_anchor(work.anchor)
+    sizes = anchor.manifest.architecture
+    generator = torch.Generator().manual_seed(work.seed + work.names.index(name))
+    rows = RANDOM_STD * torch.randn(sizes.num_hidden_layers, sizes.hidden_size, generator=generator)
+    bias = (0.0,) * sizes.num_hidden_layers
+    info = RouterInfo(kind="random", samples=0, encoder=None, trained=False, bias=bias)
+    write_router_file(path, anchor=anchor, name=name, rows=RawTensor(*to_bytes(rows)), router=info, overwrite=False)
+
+
+def make_expert(work: Work, recipe: Recipe, name: str) -> None:
+    make_rows(work, recipe.rows, name)
+    path = work.expert(recipe.name, name)
+    if not recipe.pair:
+        work.stage(path, lambda: dense_expert_as_expert(work, recipe, name, path))
+        return
+    config = flexctl.TrainExpertConfig(
+        data=(work.train(name),),
+        anchor=work.anchor,
+        name=name,
+        output=path,
+        router=str(work.rows(recipe.rows, name)),
+        max_tokens=work.budget.expert_tokens,
+        epochs=EPOCHS,
+        seq_len=work.budget.seq_len,
+        batch_tokens=work.budget.batch_tokens,
+        public_mix=recipe.public_mix,
+        freeze_router=recipe.frozen,
+        seed=work.seed,
+        resume=True,
+    )
+    work.stage(path, lambda: flexctl.train_expert(config))
+
+
+def dense_expert_as_expert(work: Work, recipe: Recipe, name: str, path: Path) -> None:
+    """Write the feed-forward networks of a dense expert, trained without the public one beside, as an expert."""
+    anchor = open_anchor(work.anchor)
+    start = open_router_file(work.rows(recipe.rows, name), anchor)
+    networks = open_checkpoint(work.dense / name, anchor.weights()).experts[PUBLIC]
+    dtype = DTYPES[anchor.manifest.architecture.dtype]
+    tensors = {key: RawTensor(*to_bytes(to_torch(raw).to(dtype))) for key, raw in networks.items()}
+    write_expert(
+        path,
+        anchor=anchor,
+        name=name,
+        tensors=tensors | {"router.weight": start.rows},
+        data=DataInfo(documents=0, tokens=work.budget.expert_tokens, bytes=0),
+        training={"pair": False},
+        router=start.info,
+        run={},
+        overwrite=False,
+    )
+
+
+def make_dense(work: Work, name: str) -> None:
+    """Train the whole anchor on what an expert trains on, batch by batch."""
+
+    def make() -> None:
+        model, tokenizer = load_dense(work.anchor), load_tokenizer(work.anchor)
+        stored = model.config.dtype
+        train(work, f"dense-{name}", train_whole, model, own_corpus(work, name).stream, work.budget.expert_tokens)
+        with whole(work.dense / name) as folder:
+            model.to(device="cpu", dtype=stored).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+    work.stage(work.dense / name, make)
+
+
+def make_btx(work: Work) -> None:
+    """Turn the dense experts into a mixture and train it on public text, with the budget of one expert."""
+
+    def make() -> None:
+        anchor = open_anchor(work.anchor).weights()
+        models = {PUBLIC: anchor} | {name: open_checkpoint(work.dense / name, anchor) for name in work.names}
+        model = mixture_of(btx_start(models, min(TOP_K, len(models)), work.seed))
+        tokens = round(work.budget.expert_tokens / (1 - PUBLIC_MIX))
+        train(work, "btx", train_mixture, model, public_stream(work), tokens, public_share=0.0)
+        save(work, model, work.dense / "btx")
+
+    work.stage(work.dense / "btx", make)
+
+
+def make_unrestricted(work: Work, folder: str, share: float) -> None:
+    """Upcycle the anchor and train it on ``share`` of the tokens that all experts see together."""
+
+    def make() -> None:
+        model = mixture_of(open_anchor(work.anchor).weights())
+        experts = len(work.names) + 1
+        upcycle(model, experts, min(TOP_K, experts), work.seed)
+        tokens = round(share * work.budget.expert_tokens * len(work.names))
+        train(work, folder, train_mixture, model, union(work), tokens)
+        save(work, model, work.dense / folder)
+
+    work.stage(work.dense / folder, make)
+
+
+def make_classifier(work: Work) -> None:
+    path = work.dense / CLASSIFIER_FILE
+
+    def make() -> None:
+        model, tokenizer = mixture_of(open_anchor(work.anchor).weights()), load_tokenizer(work.anchor)
+        embedded = {}
+        for name in (PUBLIC, *work.names):
+            passages = sample_passages(read_documents([work.train(name)]), CLASSIFIER_PASSAGES, work.seed)
+            embedded[name] = measure_documents(model, frame_passages(tokenizer, passages))
+        fit_classifier(embedded).save(path)
+
+    work.stage(path, make)
+
+
+def train(
+    work: Work,
+    name: str,
+    how: Callable[..., Any],
+    model: Any,
+    stream: TokenStream,
+    tokens: int,
+    public_share: float = PUBLIC_MIX,
+) -> None:
+    """Train every weight of a model in place, on top of ``tokens`` with a share of public text."""
+    budget, device = work.budget, pick_device("auto")
+    settings = WholeSettings(
+        max_tokens=tokens,
+        seq_len=budget.seq_len,
+        batch_tokens=budget.batch_tokens,
+        lr=budget.whole_lr if work.source is None else CHECKPOINT_LR,
+        seed=work.seed,
+        public_share=public_share,
+    )
+    how(
+        model.to(device),
+        stream,
+        settings,
+        work=work.root / "unfinished" / name,
+        resume=True,
+        autocast=autocast_dtype("auto", device),
+        reporter=SILENT,
+        public=public_stream(work) if public_share else None,
+    )
+
+
+def mixture_of(weights: Any) -> Any:
+    return build_model(weights, device=pick_device("auto"), dtype=torch.float32)
+
+
+def save(work: Work, model: Any, path: Path) -> None:
+    with whole(path) as folder:
+        save_mixture(model, folder, load_tokenizer(work.anchor))
+
+
+def own_corpus(work: Work, name: str) -> Corpus:
+    """Return a set's training text exactly as train-expert splits it."""
+    folder = work.root / "tokens" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(work.anchor)
+    return prepare_corpus([work.train(name)], tokenizer, folder, seed=work.seed, reporter=SILENT)
+
+
+def public_stream(work: Work) -> TokenStream:
+    """Return the public sample but for the documents that train-expert holds out."""
+    sample = PublicSample.from_tensors(open_anchor(work.anchor).public_sample())
+    return PublicSample([text for i, text in enumerate(sample.documents) if i % EVERY_HELD_OUT]).stream()
+
+
+def union(work: Work) -> TokenStream:
+    """Return as much of every set as its expert sees, one after the other."""
+
+    def documents() -> Iterator[Framed]:
+        for name in work.names:
+            left = work.budget.expert_tokens
+            for framed in frame_documents(load_tokenizer(work.anchor), own_corpus(work, name).documents()):
+                if left <= 0:
+                    break
+                left -= len(framed.tokens)
+                yield framed
+
+    folder = work.root / "tokens"
+    folder.mkdir(parents=True, exist_ok=True)
+    return pack(folder / "union.tokens", documents())
