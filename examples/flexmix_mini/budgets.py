@@ -12,21 +12,27 @@ class Budget:
     Attributes:
         preset: Size of an anchor from scratch.
         anchor_tokens: Its training tokens.
+        anchor_batch_tokens: Tokens an optimiser step of its training.
+        sample_tokens: Public text that goes with it.
         expert_tokens: The owner's tokens an expert; a third as many public ones come on top.
         seq_len: Tokens a sequence, in training and in scoring.
         batch_tokens: Tokens an optimiser step.
         domains: Sets that take part, public among them; None is all.
-        train_bytes: Text kept of each training set; None is all.
+        public_bytes: Public text kept for training; None is all.
+        train_bytes: Text kept of each other training set; None is all.
         test_bytes: Text scored of each test set; None is all.
         whole_lr: Learning rate where every weight trains, from an anchor from scratch.
     """
 
     preset: str
     anchor_tokens: int
+    anchor_batch_tokens: int
     expert_tokens: int
     seq_len: int
     batch_tokens: int
     domains: tuple[str, ...] | None = None
+    sample_tokens: int = 1_000_000
+    public_bytes: int | None = None
     train_bytes: int | None = None
     test_bytes: int | None = None
     whole_lr: float = 1e-3
@@ -41,25 +47,30 @@ BUDGETS = {
     "smoke": Budget(
         preset="nano",
         anchor_tokens=8_000,
+        anchor_batch_tokens=512,
         expert_tokens=2_000,
         seq_len=64,
         batch_tokens=512,
         domains=("public", "code", "math"),
+        public_bytes=40_000,
         train_bytes=40_000,
         test_bytes=6_000,
     ),
     "cpu": Budget(
         preset="nano",
         anchor_tokens=600_000,
+        anchor_batch_tokens=512,
         expert_tokens=50_000,
         seq_len=256,
         batch_tokens=1024,
+        sample_tokens=200_000,
         train_bytes=600_000,
         test_bytes=40_000,
     ),
     "gpu": Budget(
         preset="small",
-        anchor_tokens=3_000_000,
+        anchor_tokens=5_000_000,
+        anchor_batch_tokens=4096,
         expert_tokens=1_000_000,
         seq_len=1024,
         batch_tokens=8192,

@@ -14,19 +14,16 @@ from work import Work, whole
 import flexctl
 from flexctl.bundle import (
     PUBLIC,
-    DataInfo,
     RawTensor,
     RouterInfo,
     open_anchor,
-    open_router_file,
-    write_expert,
     write_router_file,
 )
 from flexctl.bundle.checkpoint import open_checkpoint
 from flexctl.evaluation.baselines import CLASSIFIER_FILE, btx_start, fit_classifier
 from flexctl.model.building import autocast_dtype, build_model, load_dense, load_tokenizer, pick_device
 from flexctl.model.space import measure_documents
-from flexctl.model.tensors import DTYPES, to_bytes, to_torch
+from flexctl.model.tensors import to_bytes
 from flexctl.runtime import SILENT
 from flexctl.training.corpus import Corpus, prepare_corpus
 from flexctl.training.documents import read_documents, sample_passages
@@ -44,13 +41,21 @@ EVERY_HELD_OUT = 20
 
 def make_anchor(work: Work) -> None:
     budget = work.budget
-    config: dict[str, Any] = {"data": (work.train(PUBLIC),), "output": work.anchor, "seed": work.seed, "resume": True}
     if work.source is None:
-        config |= {"preset": budget.preset, "max_tokens": budget.anchor_tokens}
+        how: dict[str, Any] = {"preset": budget.preset, "max_tokens": budget.anchor_tokens}
+        how |= {"batch_tokens": budget.anchor_batch_tokens}
     else:
-        config |= {"source": str(work.source), "anneal_tokens": budget.expert_tokens, "lr": CHECKPOINT_LR}
-        config |= {"seq_len": budget.seq_len, "batch_tokens": budget.batch_tokens}
-    work.stage(work.anchor, lambda: flexctl.init_anchor(flexctl.InitAnchorConfig(**config)))
+        how = {"source": str(work.source), "anneal_tokens": budget.expert_tokens, "lr": CHECKPOINT_LR}
+        how |= {"seq_len": budget.seq_len, "batch_tokens": budget.batch_tokens}
+    config = flexctl.InitAnchorConfig(
+        data=(work.train(PUBLIC),),
+        output=work.anchor,
+        sample_tokens=budget.sample_tokens,
+        seed=work.seed,
+        resume=True,
+        **how,
+    )
+    work.stage(work.anchor, lambda: flexctl.init_anchor(config))
 
 
 def make_rows(work: Work, kind: str, name: str) -> None:
@@ -78,15 +83,25 @@ def random_rows(work: Work, name: str, path: Path) -> None:
 def make_expert(work: Work, recipe: Recipe, name: str) -> None:
     make_rows(work, recipe.rows, name)
     path = work.expert(recipe.name, name)
+    rows = str(work.rows(recipe.rows, name))
     if not recipe.pair:
-        work.stage(path, lambda: dense_expert_as_expert(work, recipe, name, path))
+        imported = flexctl.ImportExpertConfig(
+            dense=str(work.dense / name),
+            data=(work.train(name),),
+            anchor=work.anchor,
+            name=name,
+            output=path,
+            ffn_only=True,
+            router=rows,
+        )
+        work.stage(path, lambda: flexctl.import_expert(imported))
         return
     config = flexctl.TrainExpertConfig(
         data=(work.train(name),),
         anchor=work.anchor,
         name=name,
         output=path,
-        router=str(work.rows(recipe.rows, name)),
+        router=rows,
         max_tokens=work.budget.expert_tokens,
         epochs=EPOCHS,
         seq_len=work.budget.seq_len,
@@ -97,26 +112,6 @@ def make_expert(work: Work, recipe: Recipe, name: str) -> None:
         resume=True,
     )
     work.stage(path, lambda: flexctl.train_expert(config))
-
-
-def dense_expert_as_expert(work: Work, recipe: Recipe, name: str, path: Path) -> None:
-    """Write the feed-forward networks of a dense expert, trained without the public one beside, as an expert."""
-    anchor = open_anchor(work.anchor)
-    start = open_router_file(work.rows(recipe.rows, name), anchor)
-    networks = open_checkpoint(work.dense / name, anchor.weights()).experts[PUBLIC]
-    dtype = DTYPES[anchor.manifest.architecture.dtype]
-    tensors = {key: RawTensor(*to_bytes(to_torch(raw).to(dtype))) for key, raw in networks.items()}
-    write_expert(
-        path,
-        anchor=anchor,
-        name=name,
-        tensors=tensors | {"router.weight": start.rows},
-        data=DataInfo(documents=0, tokens=work.budget.expert_tokens, bytes=0),
-        training={"pair": False},
-        router=start.info,
-        run={},
-        overwrite=False,
-    )
 
 
 def make_dense(work: Work, name: str) -> None:

@@ -106,14 +106,15 @@ def prepare_data(source: Path, work: Work) -> None:
     if not (source / "public" / "train.jsonl").is_file():
         sys.exit(f"{source}/public/train.jsonl is missing: --data holds a folder a set, each with train and test.jsonl")
     there = sorted(path.parent.name for path in source.glob("*/train.jsonl"))
-    wanted = work.budget.domains or tuple(there)
-    limits = {"train": work.budget.train_bytes, "test": work.budget.test_bytes}
+    wanted = work.budget.domains or there
+    budget = work.budget
 
     def make() -> None:
         with whole(work.root / "data") as folder:
             for name in wanted:
                 (folder / name).mkdir()
-                for part, limit in limits.items():
+                training = budget.public_bytes if name == "public" else budget.train_bytes
+                for part, limit in (("train", training), ("test", budget.test_bytes)):
                     cut_file(source / name / f"{part}.jsonl", folder / name / f"{part}.jsonl", limit)
 
     work.stage(work.root / "data", make)
