@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,10 @@ def open_checkpoint(path: Path, anchor: Weights) -> Weights:
         return _mixture(path, spans, anchor)
     expected = {**anchor.shared, **{DENSE_PREFIX + name: raw for name, raw in anchor.experts[PUBLIC].items()}}
     _check_shapes(path, spans, expected)
-    return Weights(
-        dense_config=anchor.dense_config,
+    return replace(
+        alone(anchor),
         shared={name: spans[name].read() for name in anchor.shared},
         experts={PUBLIC: {name: spans[DENSE_PREFIX + name].read() for name in anchor.experts[PUBLIC]}},
-        router=alone(anchor).router,
-        num_experts_per_tok=1,
     )
 
 
