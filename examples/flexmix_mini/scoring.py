@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from recipes import Recipe, Variant
@@ -106,9 +105,13 @@ def score(work: Work, bundle: Path, domains: Sequence[str]) -> dict[str, list[li
     runnable, device = open_runnable(bundle, work.anchor), pick_device("auto")
     model = build_model(runnable.weights, device=device, dtype=pick_dtype("auto", device))
     set_top_k(model, runnable.weights.num_experts_per_tok)
-    found = partial(score_domain, model, load_tokenizer(work.anchor), reporter=SILENT)
-    sizes = {"seq_len": work.budget.seq_len, "batch_tokens": BATCH_TOKENS}
-    return {name: listed(found(Domain(name=name, path=work.test(name)), **sizes)) for name in domains}
+    tokenizer = load_tokenizer(work.anchor)
+
+    def on(name: str) -> Score:
+        domain, seq_len = Domain(name=name, path=work.test(name)), work.budget.seq_len
+        return score_domain(model, tokenizer, domain, seq_len=seq_len, batch_tokens=BATCH_TOKENS, reporter=SILENT)
+
+    return {name: listed(on(name)) for name in domains}
 
 
 def listed(score: Score) -> list[list[float]]:
