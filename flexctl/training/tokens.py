@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -86,6 +87,11 @@ class TokenStream:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def digest(self) -> str:
+        """A digest of all tokens."""
+        return hashlib.sha256(np.ascontiguousarray(self._ids).data).hexdigest()
 
     def num_sequences(self, seq_len: int) -> int:
         """Return how many sequences of ``seq_len`` targets there are."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flexctl.model.tensors import to_bytes
 from flexctl.runtime import Reporter
 from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.loop import LoopSettings, ParameterGroup, train
@@ -84,7 +86,7 @@ def train_whole(
         weight_decay=settings.weight_decay,
         autocast=autocast,
     )
-    identity = {**asdict(settings), "stream_tokens": len(stream), "parameters": model.num_parameters()}
+    identity = {**asdict(settings), "text": stream.digest, "weights": _digest(model)}
     checkpoints = Checkpoints(
         work / "checkpoints", identity, every_steps=_CHECKPOINT_STEPS, resume=resume, reporter=reporter
     )
@@ -100,3 +102,11 @@ def train_whole(
     )
     recent = outcome.losses[-20:]
     return data.own_tokens(steps), sum(recent) / len(recent)
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a digest of the weights that training starts from."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(to_bytes(parameter)[2].data)
+    return digest.hexdigest()

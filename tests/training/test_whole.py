@@ -9,7 +9,9 @@ import pytest
 import tiny
 import torch
 
+from flexctl.errors import FlexctlError
 from flexctl.runtime import SILENT
+from flexctl.training import whole
 from flexctl.training.tokens import TokenStream, frame_documents, pack
 from flexctl.training.whole import WholeSettings, train_whole
 
@@ -55,3 +57,19 @@ def test_text_is_gone_over_as_often_as_it_takes(tmp_path: Path, tokenizer: Any) 
     assert len(short) < 1000
     _, tokens, _ = run(short, tmp_path)
     assert tokens == 20 * 256
+
+
+def test_checkpoints_of_another_start_or_another_text_are_not_gone_on_with(
+    stream: TokenStream, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "_CHECKPOINT_STEPS", 4)
+    run(stream, tmp_path)
+    model = tiny.make_dense(tiny.dense_config())
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1.0
+    again = {"work": tmp_path, "resume": True, "autocast": None, "reporter": SILENT}
+    with pytest.raises(FlexctlError, match="weights"):
+        train_whole(model, stream, SETTINGS, **again)
+    other = pack(tmp_path / "o.tokens", frame_documents(tokenizer, tiny.make_texts("public", 40, seed=1)))
+    with pytest.raises(FlexctlError, match="text"):
+        train_whole(tiny.make_dense(tiny.dense_config()), other, SETTINGS, **again)
