@@ -6,7 +6,7 @@ Shapes: D passages, L num_hidden_layers, H hidden_size, E width of the sentence 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from flexctl.errors import UsageError
 from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
+from flexctl.runtime import Reporter
 
 __all__ = ["PASSAGES", "check_kind", "embed_rows", "encoder_direction", "encoder_name", "names_a_file"]
 
@@ -34,6 +35,7 @@ def embed_rows(
     public: Sequence[str],
     frame: Callable[[Sequence[str]], Sequence[Tensor]],
     encoder: str | None,
+    reporter: Reporter,
 ) -> Rows:
     """Return calibrated router rows for an owner's sample.
 
@@ -45,6 +47,7 @@ def embed_rows(
         public: Public passages; only the encoder kind reads them.
         frame: Turns passages into token ids, (S,), int64 each.
         encoder: sentence-transformers model, a directory or Hub id; needed by the encoder kind alone.
+        reporter: Hears of progress.
 
     Raises:
         UsageError: The kind is unknown, there are fewer than two passages, or the encoder is missing or cannot be
@@ -55,13 +58,25 @@ def embed_rows(
     check_kind(kind, encoder)
     if len(own) < 2:
         raise UsageError(f"--data: {len(own)} passages are too few for router rows", hint="give more text")
-    domain = Domain.from_documents(measure_documents(model, frame(own)), space)
+    domain = Domain.from_documents(_measure(model, frame(own), reporter), space)
     if kind != "encoder" or encoder is None:
         return finish_rows(space, domain, direction(kind, space, domain.mean))
-    theirs = measure_documents(model, frame(public))
+    theirs = _measure(model, frame(public), reporter)
     embedded = _embed([*own, *public], encoder)
     directions = encoder_direction(embedded[: len(own)], embedded[len(own) :], theirs)
     return finish_rows(space, domain, directions)
+
+
+def _measure(model: nn.Module, passages: Sequence[Tensor], reporter: Reporter) -> Tensor:
+    """Return the mean router inputs of passages, (D, L, H), float32."""
+    with reporter.progress("measuring router inputs", len(passages), "passages") as bar:
+
+        def counted() -> Iterator[Tensor]:
+            for passage in passages:
+                yield passage
+                bar.advance(1)
+
+        return measure_documents(model, counted())
 
 
 def check_kind(kind: str, encoder: str | None) -> None:

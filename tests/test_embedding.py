@@ -18,6 +18,7 @@ from flexctl.embedding import RIDGE, embed_rows, encoder_direction, encoder_name
 from flexctl.errors import UsageError
 from flexctl.model.rows import Domain, direction, finish_rows, row_logits
 from flexctl.model.space import RouterSpace, fit_space, measure_documents, measure_inputs
+from flexctl.runtime import SILENT
 from flexctl.training.tokens import frame_passages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +64,7 @@ def test_kinds_without_encoder_read_the_owner_s_text_alone(
     kind: str, model: Any, space: RouterSpace, tokenizer: Any
 ) -> None:
     frame = partial(frame_passages, tokenizer)
-    found = embed_rows(kind, model, space, OWN, [], frame, None)
+    found = embed_rows(kind, model, space, OWN, [], frame, None, SILENT)
     domain = Domain.from_documents(measure_documents(model, frame(OWN)), space)
     assert torch.equal(found.rows, finish_rows(space, domain, direction(kind, space, domain.mean)).rows)
 
@@ -79,7 +80,7 @@ def test_encoder_kind_is_the_image_of_the_shift_in_embeddings(
 ) -> None:
     monkeypatch.setattr(embedding, "_embed", stand_in_encoder)
     frame = partial(frame_passages, tokenizer)
-    found = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "some/encoder")
+    found = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "some/encoder", SILENT)
     image = encoder_direction(
         stand_in_encoder(OWN, ""), stand_in_encoder(PUBLIC, ""), measure_documents(model, frame(PUBLIC))
     )
@@ -91,9 +92,9 @@ def test_encoder_kind_is_the_image_of_the_shift_in_embeddings(
 def test_unknown_kind_and_missing_encoder_are_refused(model: Any, space: RouterSpace, tokenizer: Any) -> None:
     frame = partial(frame_passages, tokenizer)
     with pytest.raises(UsageError, match="--router: 'magic'"):
-        embed_rows("magic", model, space, OWN, PUBLIC, frame, None)
+        embed_rows("magic", model, space, OWN, PUBLIC, frame, None, SILENT)
     with pytest.raises(UsageError, match="no sentence encoder") as caught:
-        embed_rows("encoder", model, space, OWN, PUBLIC, frame, None)
+        embed_rows("encoder", model, space, OWN, PUBLIC, frame, None, SILENT)
     assert "--encoder" in str(caught.value.hint)
 
 
@@ -121,7 +122,7 @@ def test_real_encoder_tells_code_from_prose(
     assert torch.allclose(own.norm(dim=1), torch.ones(20).double(), atol=1e-5)
     assert (own @ own.mean(dim=0)).min() > (public[:20] @ own.mean(dim=0)).max()
 
-    rows = embed_rows("encoder", model, space, OWN, PUBLIC, frame, encoder).rows
+    rows = embed_rows("encoder", model, space, OWN, PUBLIC, frame, encoder, SILENT).rows
     mean = [float(row_logits(model, [rows], frame(texts))[1].mean()) for texts in (OWN, PUBLIC[:20])]
     assert mean[0] > 0 > mean[1]
     assert capfd.readouterr() == ("", "")

@@ -223,7 +223,7 @@ def _measure(
     reporter.note(f"measuring router inputs for {config.router} rows")
     own, own_unseen = sample_halves(read_documents(config.data, config.text_field), PASSAGES, config.seed)
     public, public_unseen = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
-    rows = embed_rows(config.router, model, space, own, public, frame, config.encoder)
+    rows = embed_rows(config.router, model, space, own, public, frame, config.encoder, reporter)
     rivals = {expert.manifest.name: to_torch(expert.router()) for expert in others}
     layers = _report(model, rows, frame(own_unseen), frame(public_unseen), rivals)
     return rows, len(own), layers

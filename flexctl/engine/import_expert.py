@@ -312,7 +312,8 @@ def _rows(
     space = RouterSpace.from_tensors(anchor.router_space())
     reporter.note(f"measuring router inputs for {config.router} rows")
     model = _build(config, anchor.weights())
-    found = embed_rows(config.router, model, space, own, public, partial(frame_passages, tokenizer), config.encoder)
+    frame = partial(frame_passages, tokenizer)
+    found = embed_rows(config.router, model, space, own, public, frame, config.encoder, reporter)
     del model
     rows = RawTensor(*to_bytes(found.rows))
     info = RouterInfo(

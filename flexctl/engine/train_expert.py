@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from flexctl.bundle.names import check_expert_name
 from flexctl.config import refuse_no_date, refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub import localise
-from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.runtime import SILENT, Progress, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -171,9 +171,14 @@ class _Setup:
     router: RouterInfo
 
     @property
-    def public_held_out(self) -> Sequence[Framed]:
-        """Public documents kept out of training."""
-        return self.public.documents[::_PUBLIC_HELD_OUT_EVERY]
+    def held_out(self) -> dict[str, Sequence[Framed]]:
+        """Documents kept out of training, the owner's and public ones, as many as a run of this length is scored on."""
+        from flexctl.training.budget import held_out_tokens
+        from flexctl.training.sample import leading
+
+        most = held_out_tokens(self.data.own_tokens(self.loop.steps))
+        parts = {"own": self.corpus.held_out, "public": self.public.documents[::_PUBLIC_HELD_OUT_EVERY]}
+        return {name: leading(documents, most) for name, documents in parts.items() if documents is not None}
 
 
 def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> TrainExpertResult:
@@ -225,7 +230,7 @@ def _run(
     from flexctl.training.pair import Pair
 
     setup = _set_up(config, anchor, work, reporter)
-    before = _held_out_losses(setup)
+    before = _held_out_losses(setup, reporter)
     tether = None if config.freeze_router else config.tether
     pair = Pair(
         setup.model,
@@ -240,7 +245,7 @@ def _run(
     pair.close()
     public = anchor.weights().experts[PUBLIC]
     tensors = pair.round_weights(anchor.manifest.architecture.dtype, public) | {"router.weight": pair.rows}
-    after = _held_out_losses(setup)
+    after = _held_out_losses(setup, reporter)
     moved = moved_tensors(setup.model, anchor.weights())
     if moved:
         raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
@@ -302,7 +307,7 @@ def _run(
 def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Reporter) -> _Setup:
     from flexctl.model.building import autocast_dtype, build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.space import RouterSpace
-    from flexctl.training.budget import resolve_budget, warmup_steps
+    from flexctl.training.budget import passages, resolve_budget, warmup_steps
     from flexctl.training.corpus import prepare_corpus
     from flexctl.training.loop import LoopSettings
     from flexctl.training.sample import PublicSample
@@ -341,7 +346,8 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
     model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
     space = RouterSpace.from_tensors(anchor.router_space())
     reporter.note(f"router rows: {config.router}")
-    rows, router = _start_rows(config, anchor, model, space, corpus, public, tokenizer)
+    count = passages(data.own_tokens(steps))
+    rows, router = _start_rows(config, anchor, model, space, corpus, public, tokenizer, count, reporter)
     return _Setup(
         model=model,
         space=space,
@@ -403,8 +409,10 @@ def _start_rows(
     corpus: Corpus,
     public: PublicSample,
     tokenizer: Any,
+    count: int,
+    reporter: Reporter,
 ) -> tuple[Tensor, RouterInfo]:
-    from flexctl.embedding import PASSAGES, embed_rows, encoder_name, names_a_file
+    from flexctl.embedding import embed_rows, encoder_name, names_a_file
     from flexctl.model.tensors import to_torch
     from flexctl.training.documents import sample_passages
     from flexctl.training.tokens import frame_passages
@@ -412,9 +420,10 @@ def _start_rows(
     if names_a_file(config.router):
         given = open_router_file(Path(config.router), anchor)
         return to_torch(given.rows), given.info
-    own = sample_passages(corpus.documents(), PASSAGES, config.seed)
-    theirs = sample_passages(public.texts(tokenizer), PASSAGES, config.seed)
-    rows = embed_rows(config.router, model, space, own, theirs, partial(frame_passages, tokenizer), config.encoder)
+    own = sample_passages(corpus.documents(), count, config.seed)
+    theirs = sample_passages(public.texts(tokenizer), count, config.seed)
+    frame = partial(frame_passages, tokenizer)
+    rows = embed_rows(config.router, model, space, own, theirs, frame, config.encoder, reporter)
     info = RouterInfo(
         kind=config.router,
         samples=len(own),
@@ -477,11 +486,18 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
     }
 
 
-def _held_out_losses(setup: _Setup) -> dict[str, float]:
+def _held_out_losses(setup: _Setup, reporter: Reporter) -> dict[str, float]:
     from flexctl.evaluation.scoring import score_documents
 
-    parts = {"public": setup.public_held_out}
-    if setup.corpus.held_out is not None:
-        parts["own"] = setup.corpus.held_out
-    sizes = {"seq_len": setup.data.seq_len, "batch_tokens": _SCORE_BATCH_TOKENS}
-    return {name: score_documents(setup.model, parts[name], **sizes).nll for name in sorted(parts)}
+    losses = {}
+    for name, documents in setup.held_out.items():
+        with reporter.progress(f"scoring held-out text, {name}", len(documents), "documents") as bar:
+
+            def counted(documents: Sequence[Framed] = documents, bar: Progress = bar) -> Iterator[Framed]:
+                for document in documents:
+                    yield document
+                    bar.advance(1)
+
+            sizes = {"seq_len": setup.data.seq_len, "batch_tokens": _SCORE_BATCH_TOKENS}
+            losses[name] = score_documents(setup.model, counted(), **sizes).nll
+    return losses

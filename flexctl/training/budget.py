@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Budget", "resolve_budget", "warmup_steps"]
+__all__ = ["Budget", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"]
 
 _MAX_SEQ_LEN = 1024
 _MICRO_BATCH_TOKENS = 8192
@@ -82,6 +82,22 @@ def resolve_budget(
 def warmup_steps(steps: int, asked: int | None) -> int:
     """Return the steps of linear warm-up; by default a twentieth of all, at least one."""
     return max(1, round(steps * _WARMUP_SHARE)) if asked is None else asked
+
+
+def held_out_tokens(own_tokens: int) -> int:
+    """Return how many held-out tokens a run is scored on before and after: a tenth of those it trains on.
+
+    At least 4,096 and at most 65,536, so that a short run is not mostly scoring.
+    """
+    return min(max(own_tokens // 10, 4_096), 65_536)
+
+
+def passages(own_tokens: int) -> int:
+    """Return how many passages of some 256 tokens router rows are made from: about as much text as is trained on.
+
+    At least 128, from which a mean can be told, and at most 512.
+    """
+    return min(max(own_tokens // 256, 128), 512)
 
 
 def _batch_tokens(all_tokens: float) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.training.tokens import Framed, TokenStream, joined
 
-__all__ = ["PublicSample", "draw_sample"]
+__all__ = ["PublicSample", "draw_sample", "leading"]
 
 
 class PublicSample:
@@ -60,6 +60,17 @@ class PublicSample:
     def stream(self) -> TokenStream:
         """Return the documents as one stream to train on."""
         return TokenStream(np.concatenate(list(joined(self.documents))).astype(np.int32))
+
+
+def leading(documents: Sequence[Framed], max_tokens: int) -> list[Framed]:
+    """Return the first documents that together have about ``max_tokens`` tokens, at least one."""
+    kept: list[Framed] = []
+    for document in documents:
+        if kept and max_tokens < len(document.tokens):
+            break
+        kept.append(document)
+        max_tokens -= len(document.tokens)
+    return kept
 
 
 def draw_sample(documents: Iterable[Framed], max_tokens: int, seed: int) -> PublicSample:

@@ -32,7 +32,7 @@ from flexctl.model.tensors import to_torch
 from flexctl.runtime import SILENT, SilentReporter
 from flexctl.training import checkpoints, pair
 from flexctl.training.corpus import prepare_corpus
-from flexctl.training.sample import PublicSample
+from flexctl.training.sample import PublicSample, leading
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -357,7 +357,7 @@ def held_out_losses(anchor: Path, expert: Path, data: Path, work: Path) -> dict[
     own = prepare_corpus([data], load_tokenizer(anchor), work, seed=0, reporter=SILENT).held_out
     public = PublicSample.from_tensors(made_for.public_sample()).documents[::20]
     assert own is not None
-    parts = {"own": own, "public": public}
+    parts = {"own": leading(own, 4_096), "public": leading(public, 4_096)}
     return {name: score_documents(model, parts[name], seq_len=32, batch_tokens=8192).nll for name in parts}
 
 

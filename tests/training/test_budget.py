@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flexctl.training.budget import Budget, resolve_budget, warmup_steps
+from flexctl.training.budget import Budget, held_out_tokens, passages, resolve_budget, warmup_steps
 
 
 def resolve(**settings: Any) -> Budget:
@@ -47,3 +47,10 @@ def test_learning_rate_falls_with_the_root_of_the_width() -> None:
 def test_warm_up() -> None:
     assert [warmup_steps(steps, None) for steps in (1, 100, 1000)] == [1, 5, 50]
     assert warmup_steps(100, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "held_out", "count"), [(1_000, 4_096, 128), (100_000, 10_000, 390), (10**9, 65_536, 512)]
+)
+def test_a_short_run_is_not_mostly_scoring(own: int, held_out: int, count: int) -> None:
+    assert (held_out_tokens(own), passages(own)) == (held_out, count)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flexctl.bundle import RawTensor
 from flexctl.model.tensors import to_bytes
-from flexctl.training.sample import PublicSample, draw_sample
+from flexctl.training.sample import PublicSample, draw_sample, leading
 from flexctl.training.tokens import Framed, frame_documents
 
 
@@ -72,3 +72,13 @@ def test_stream_and_texts_are_the_documents(tokenizer: Any) -> None:
     assert len(stream) == sum(len(d.tokens) for d in sample.documents) - 4
     decoded = tokenizer.decode(stream.sequence(0, len(stream) - 1))
     assert decoded == "<|endoftext|>" + "".join(text + "<|endoftext|>" for text in texts)
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30), most=st.integers(0, 400))
+def test_leading_documents_fit_and_one_more_would_not(lengths: list[int], most: int) -> None:
+    documents = make_documents(lengths)
+    kept = leading(documents, most)
+    assert kept == documents[: len(kept)]
+    sizes = [len(document.tokens) for document in documents]
+    assert len(kept) == 1 or sum(sizes[: len(kept)]) <= most
+    assert len(kept) == len(documents) or sum(sizes[: len(kept) + 1]) > most
