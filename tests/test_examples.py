@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from conftest import Texts
+import tiny
+from conftest import Texts, write_jsonl
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_two_owners(in_empty_folder: Path, texts: Texts) -> None:
-    arguments = [str(texts.public), str(texts.code), str(texts.code_test), "--quick"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "two_owners.py"), *arguments],
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def test_two_owners(in_empty_folder: Path, texts: Texts) -> None:
+    done = run("two_owners.py", str(texts.public), str(texts.code), str(texts.code_test), "--quick")
     assert done.returncode == 0, done.stderr
     assert "same bytes as a merge that never had it: True" in done.stdout
     assert (in_empty_folder / "two-owners" / "without" / "config.json").exists()
+
+
+def test_smollm2_on_a_tiny_checkpoint_of_its_kind(in_empty_folder: Path, checkpoint: Path) -> None:
+    source, data, output = (in_empty_folder / name for name in ("source", "data", "run"))
+    shutil.copytree(checkpoint, source)
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    for domain in ("public", "code", "sums"):
+        (data / domain).mkdir(parents=True)
+        write_jsonl(data / domain / "train.jsonl", tiny.make_texts(domain, 40))
+        write_jsonl(data / domain / "test.jsonl", tiny.make_texts(domain, 4, seed=1))
+    sizes = ["--tokens", "600", "--sample-tokens", "2000", "--test-bytes", "1000", "--threads", "1"]
+    arguments = ["--checkpoint", str(source), "--data", str(data), "--experts", "code", "sums", "-o", str(output)]
+
+    done = run("smollm2/run.py", *arguments, *sizes)
+    assert done.returncode == 0, done.stderr
+    table = (output / "RESULTS.md").read_text().splitlines()
+    assert table[0] == "| bits per byte | anchor | own pair | merged | without code | without sums | retained gain |"
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in table[2:5]}
+    assert set(rows) == {"public", "code", "sums"}
+    assert all(float(cells[2]) > 0 for cells in rows.values())
+    assert float(rows["code"][1]) < float(rows["code"][0])
+    assert sum(line.startswith("- without code:") for line in table) == 3
+
+    before = (output / "experts" / "code.st").stat().st_mtime_ns
+    assert run("smollm2/run.py", *arguments, *sizes).stdout == done.stdout
+    assert (output / "experts" / "code.st").stat().st_mtime_ns == before

@@ -16,6 +16,7 @@ _STEPS = 600
 _FEWEST_BATCH_TOKENS = 1024
 _MOST_BATCH_TOKENS = 65_536
 _LR_AT_WIDTH = (2e-3, 192)
+_LEAST_LR, _MOST_LR = 5e-5, 3e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +62,7 @@ def resolve_budget(
         batch_tokens: Default the power of two below a six-hundredth of all tokens, from 1024 to 65,536: small budgets
             gain more from steps than from size.
         micro_batch: Default as many sequences as make 8192 tokens.
-        lr: Default 2e-3 at a width of 192, falling with the root of the width.
+        lr: Default 2e-3 at a width of 192, falling with the square of the width, from 3e-3 to 5e-5.
         hidden_size: The anchor's width.
         max_position_embeddings: Longest sequence that the anchor can hold, where its config says so.
     """
@@ -69,13 +70,12 @@ def resolve_budget(
     own_tokens = epochs * available_tokens
     own_tokens = min(own_tokens, max_tokens or own_tokens)
     tokens = batch_tokens or _batch_tokens(own_tokens / (1 - public_mix))
-    peak, width = _LR_AT_WIDTH
     return Budget(
         own_tokens=int(own_tokens),
         seq_len=length,
         batch_size=max(1, tokens // length),
         micro_batch=micro_batch or max(1, _MICRO_BATCH_TOKENS // length),
-        lr=lr or float(peak * (width / hidden_size) ** 0.5),
+        lr=lr or _default_lr(hidden_size),
     )
 
 
@@ -98,6 +98,11 @@ def passages(own_tokens: int) -> int:
     At least 128, from which a mean can be told, and at most 512.
     """
     return min(max(own_tokens // 256, 128), 512)
+
+
+def _default_lr(hidden_size: int) -> float:
+    peak, width = _LR_AT_WIDTH
+    return min(max(peak * (width / hidden_size) ** 2, _LEAST_LR), _MOST_LR)
 
 
 def _batch_tokens(all_tokens: float) -> int:

@@ -39,9 +39,9 @@ def test_what_is_given_is_taken() -> None:
     assert resolve(seq_len=100, batch_tokens=10).batch_size == 1
 
 
-def test_learning_rate_falls_with_the_root_of_the_width() -> None:
-    assert resolve().lr == pytest.approx(2e-3)
-    assert resolve(hidden_size=768).lr == pytest.approx(1e-3)
+@pytest.mark.parametrize(("width", "expected"), [(32, 3e-3), (192, 2e-3), (576, 2e-3 / 9), (4096, 5e-5)])
+def test_learning_rate_falls_with_the_square_of_the_width(width: int, expected: float) -> None:
+    assert resolve(hidden_size=width).lr == pytest.approx(expected)
 
 
 def test_warm_up() -> None:
