@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from flexctl.engine.push import PushConfig, PushResult, push
     from flexctl.engine.remove import RemoveConfig, RemoveResult, remove
     from flexctl.engine.replace import ReplaceConfig, ReplaceResult, replace
+    from flexctl.engine.select_proxy import SelectProxyConfig, SelectProxyResult, select_proxy
     from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
+    from flexctl.engine.tune_router import TuneRouterConfig, TuneRouterResult, tune_router
     from flexctl.engine.verify import VerifyConfig, VerifyResult, verify
     from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError
     from flexctl.runtime import SILENT, Progress, Reporter
@@ -53,7 +55,9 @@ _NAMES = {
     "engine.push": ("PushConfig", "PushResult", "push"),
     "engine.remove": ("RemoveConfig", "RemoveResult", "remove"),
     "engine.replace": ("ReplaceConfig", "ReplaceResult", "replace"),
+    "engine.select_proxy": ("SelectProxyConfig", "SelectProxyResult", "select_proxy"),
     "engine.train_expert": ("TrainExpertConfig", "TrainExpertResult", "train_expert"),
+    "engine.tune_router": ("TuneRouterConfig", "TuneRouterResult", "tune_router"),
     "engine.verify": ("VerifyConfig", "VerifyResult", "verify"),
 }
 _MODULE_OF = {name: f"flexctl.{module}" for module, names in _NAMES.items() for name in names}
@@ -93,8 +97,12 @@ __all__ = [
     "ReplaceResult",
     "Reporter",
     "SILENT",
+    "SelectProxyConfig",
+    "SelectProxyResult",
     "TrainExpertConfig",
     "TrainExpertResult",
+    "TuneRouterConfig",
+    "TuneRouterResult",
     "UsageError",
     "VerifyConfig",
     "VerifyResult",
@@ -114,7 +122,9 @@ __all__ = [
     "push",
     "remove",
     "replace",
+    "select_proxy",
     "train_expert",
+    "tune_router",
     "verify",
 ]
 

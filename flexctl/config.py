@@ -32,6 +32,7 @@ _EXCEPTIONS: Mapping[str, Mapping[str, str | None]] = {
     "merge": {"experts": None},
     "remove": {"names": None, "source": "from"},
     "replace": {"name": None, "expert": None, "source": "from"},
+    "tune_router": {"merged": None},
     "evaluate": {"bundle": None},
     "generate": {"bundle": None},
     "inspect": {"path": None},

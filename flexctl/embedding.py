@@ -18,7 +18,15 @@ from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_row
 from flexctl.model.space import RouterSpace, measure_documents
 from flexctl.runtime import Reporter
 
-__all__ = ["PASSAGES", "check_kind", "embed_rows", "encoder_direction", "encoder_name", "names_a_file"]
+__all__ = [
+    "PASSAGES",
+    "check_kind",
+    "embed_rows",
+    "embedder",
+    "encoder_direction",
+    "encoder_name",
+    "names_a_file",
+]
 
 PASSAGES = 512
 """Passages of an owner that rows are made from, at most."""
@@ -120,8 +128,15 @@ def encoder_direction(own: Tensor, public: Tensor, public_inputs: Tensor) -> Ten
     return torch.einsum("p,plh->lh", weights, inputs - inputs.mean(dim=0))
 
 
-def _embed(texts: Sequence[str], encoder: str) -> Tensor:
-    """Return unit-length embeddings, (D, E), float64."""
+def embedder(encoder: str) -> Callable[[Sequence[str]], Tensor]:
+    """Return a sentence encoder, as a function from texts to unit-length embeddings, (D, E), float32.
+
+    Args:
+        encoder: sentence-transformers model, a directory or Hub id.
+
+    Raises:
+        UsageError: It cannot be loaded.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from sentence_transformers import SentenceTransformer
 
@@ -130,5 +145,13 @@ def _embed(texts: Sequence[str], encoder: str) -> Tensor:
             loaded = SentenceTransformer(encoder, device="cpu", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"--encoder: {encoder} cannot be loaded: {error}", hint="give a model's directory") from error
-    found = loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
-    return torch.from_numpy(found).double()
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        return torch.from_numpy(loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False))
+
+    return embed
+
+
+def _embed(texts: Sequence[str], encoder: str) -> Tensor:
+    """Return unit-length embeddings, (D, E), float64."""
+    return embedder(encoder)(texts).double()

@@ -43,6 +43,8 @@ COMMANDS = (
     "merge",
     "remove",
     "replace",
+    "select_proxy",
+    "tune_router",
     "evaluate",
     "generate",
     "inspect",

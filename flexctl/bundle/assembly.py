@@ -36,6 +36,7 @@ from flexctl.bundle.merged import (
     INDEX_FILE,
     ROUTER_FILE,
     SHARED_FILE,
+    UNTUNED_ROUTER_FILE,
     Merged,
     expert_file,
     open_merged,
@@ -43,7 +44,7 @@ from flexctl.bundle.merged import (
 )
 from flexctl.bundle.placing import Placed, Site, WeightFile, place
 from flexctl.bundle.store import check_directory_target, new_directory, require_space
-from flexctl.bundle.tensors import TensorType, is_finite, size_of
+from flexctl.bundle.tensors import TensorType, check_agreement, is_finite, size_of
 from flexctl.errors import BundleError
 from flexctl.runtime import Reporter
 
@@ -53,7 +54,8 @@ __all__ = ["assemble", "planned_bytes", "write_merged"]
 def planned_bytes(composition: Composition) -> int:
     """Return how many bytes the merged model's weights have."""
     weights = sum(file.size for file in _weight_files(composition))
-    return weights + sum(map(size_of, _router_layout(composition).values()))
+    routers = 1 if composition.tuned is None else 2
+    return weights + routers * sum(map(size_of, _router_layout(composition).values()))
 
 
 def assemble(
@@ -130,7 +132,7 @@ def write_merged(
         )
         placed = _place_all(composition, files, site)
         tensors = {key: info for item in placed for key, info in item.tensors.items()}
-        tensors |= _write_router(composition, site)
+        tensors |= _write_routers(composition, site)
         _write_small_files(composition, tensors, site)
         open_merged(folder)
         linked = {item.name for item in placed if item.linked}
@@ -177,38 +179,61 @@ def _router_layout(composition: Composition) -> dict[str, TensorType]:
     return router_layout(composition.family, composition.architecture, len(composition.parts))
 
 
-def _write_router(composition: Composition, site: Site) -> dict[str, TensorInfo]:
+def _write_routers(composition: Composition, site: Site) -> dict[str, TensorInfo]:
+    """Write the owners' rows and, where the router was tuned, the tuned ones in their place; return the tensors."""
+    if composition.tuned is None:
+        return _write_owners_rows(composition, site, ROUTER_FILE)
+    _write_owners_rows(composition, site, UNTUNED_ROUTER_FILE)
+    layout = _router_layout(composition)
+    tuned = dict(zip(layout, composition.tuned, strict=True))
+    check_agreement(tuned, layout, ROUTER_FILE)
+    with (site.folder / ROUTER_FILE).open("xb") as output:
+        output.write(stock_head(layout))
+        for tensor in tuned.values():
+            output.write(tensor.view())
+    return _checked_router(site, ROUTER_FILE)
+
+
+def _write_owners_rows(composition: Composition, site: Site, file: str) -> dict[str, TensorInfo]:
     """Write every layer's rows and prove that each expert's are its owner's; return the tensors."""
-    target = site.folder / ROUTER_FILE
     layout = _router_layout(composition)
     row_bytes = 4 * composition.architecture.hidden_size
-    with target.open("xb") as output:
+    with (site.folder / file).open("xb") as output:
         output.write(stock_head(layout))
         for layer in range(len(layout)):
             for part in composition.parts:
                 output.write(part.rows[layer].load() if part.rows else bytes(row_bytes))
-    hashers = [hashlib.sha256() for _ in composition.parts]
-    tensors = {}
-    for key, span in read_header(target).tensors.items():
-        data = span.load()
-        for index, hasher in enumerate(hashers):
-            hasher.update(data[index * row_bytes : (index + 1) * row_bytes])
-        if not is_finite("F32", data):
-            raise BundleError(f"{target.name}: tensor {key}: holds NaN or infinity", hint="see which expert by verify")
-        tensors[key] = TensorInfo(span.dtype, span.shape, hashlib.sha256(data).hexdigest())
-        site.advance(len(data))
-    for part, hasher in zip(composition.parts, hashers, strict=True):
-        if part.rows_sha256 is not None and hasher.hexdigest() != part.rows_sha256:
+    spans = read_header(site.folder / file).tensors.values()
+    for index, part in enumerate(composition.parts):
+        rows = b"".join(span.rows(index, index + 1).load() for span in spans)
+        if part.rows_sha256 is not None and hashlib.sha256(rows).hexdigest() != part.rows_sha256:
             where = f"{part.source}: expert {part.entry.name}: tensor {ROUTER_TENSOR}"
             raise BundleError(f"{where}: its bytes are not those of the manifest", hint="fetch the file again")
+    return _checked_router(site, file)
+
+
+def _checked_router(site: Site, file: str) -> dict[str, TensorInfo]:
+    """Return the tensors of a router's file as they are on disk, all finite."""
+    tensors = {}
+    for key, span in read_header(site.folder / file).tensors.items():
+        data = span.load()
+        if not is_finite("F32", data):
+            raise BundleError(f"{file}: tensor {key}: holds NaN or infinity", hint="see which expert by verify")
+        tensors[key] = TensorInfo(span.dtype, span.shape, hashlib.sha256(data).hexdigest())
+        site.advance(len(data))
     return tensors
 
 
 def _write_small_files(composition: Composition, tensors: Mapping[str, TensorInfo], site: Site) -> None:
     """Write stock files, config, index, card and manifest beside the weights."""
     folder = site.folder
-    files = {item.name: hash_file(item, len(read_header(item).head)) for item in sorted(folder.iterdir())}
+    weights = [item for item in sorted(folder.iterdir()) if item.name != UNTUNED_ROUTER_FILE]
+    files = {item.name: hash_file(item, len(read_header(item).head)) for item in weights}
     weight_map = {key: item for item in files for key in read_header(folder / item).tensors}
+    tuned_with = None
+    if composition.tuned is not None:
+        files[UNTUNED_ROUTER_FILE] = hash_file(folder / UNTUNED_ROUTER_FILE)
+        tuned_with = tuple(part.entry.name for part in composition.parts[1:])
     for name, (source, sha256) in composition.stock.items():
         (folder / name).write_bytes(read_bytes(source))
         files[name] = hash_file(folder / name)
@@ -222,7 +247,7 @@ def _write_small_files(composition: Composition, tensors: Mapping[str, TensorInf
         experts=tuple(replace(part.entry, index=index) for index, part in enumerate(composition.parts)),
         license=composition.license,
         num_experts_per_tok_requested=composition.top_k,
-        router=RouterState(tuned_with=None),
+        router=RouterState(tuned_with=tuned_with),
         removed=composition.removed,
         files={},
         tensors=tensors,

@@ -39,7 +39,7 @@ from flexctl.bundle.merged import (
     weight_files,
 )
 from flexctl.bundle.names import PUBLIC
-from flexctl.bundle.tensors import Span
+from flexctl.bundle.tensors import RawTensor, Span
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import Family, family_of, feed_forward_names
 
@@ -94,6 +94,8 @@ class Composition:
         parts: ``public`` first, then by name.
         top_k: num_experts_per_tok as asked for.
         removed: Tombstones.
+        tuned: All router rows after tuning, a layer each, (num_experts, hidden_size), F32; None where each is as its
+            owner made it. They are of this very set, so another set has none.
     """
 
     anchor: AnchorRef
@@ -104,6 +106,7 @@ class Composition:
     parts: tuple[Part, ...]
     top_k: int = DEFAULT_TOP_K
     removed: tuple[Tombstone, ...] = ()
+    tuned: tuple[RawTensor, ...] | None = None
 
     @property
     def family(self) -> Family:
@@ -142,6 +145,7 @@ class Composition:
             self,
             parts=(parts[0], *sorted(parts[1:], key=lambda part: part.entry.name)),
             removed=tuple(stone for stone in self.removed if stone.name not in present),
+            tuned=None,
         )
 
     def without(self, names: Collection[str], *, tombstone: bool = False) -> Composition:
@@ -168,6 +172,7 @@ class Composition:
             self,
             parts=tuple(part for part in self.parts if part.entry not in gone),
             removed=tuple(sorted([*self.removed, *stones], key=lambda stone: (stone.name, stone.digest))),
+            tuned=None,
         )
 
     def refuse_expired(self, today: datetime.date) -> None:

@@ -84,11 +84,15 @@ class Merged:
         keys = feed_forward_keys(self.family, self.manifest.architecture.num_hidden_layers, index)
         return {name: tensors[key] for name, key in keys.items()}
 
-    def rows(self, index: int) -> tuple[Span, ...]:
-        """Return where an expert's router rows lie as its owner made them, a layer each, (hidden_size,), F32."""
+    def untuned_router(self) -> tuple[Span, ...]:
+        """Return where all router rows lie as their owners made them, a layer each, (num_experts, hidden_size), F32."""
         tuned = self.manifest.router.tuned_with is not None
         tensors = self.headers[UNTUNED_ROUTER_FILE if tuned else ROUTER_FILE].tensors
-        return tuple(tensors[key].rows(index, index + 1) for key in self.router_layout())
+        return tuple(tensors[key] for key in self.router_layout())
+
+    def rows(self, index: int) -> tuple[Span, ...]:
+        """Return where an expert's router rows lie as its owner made them, a layer each, (hidden_size,), F32."""
+        return tuple(span.rows(index, index + 1) for span in self.untuned_router())
 
     def owner_manifest(self, index: int) -> tuple[ExpertManifest, str]:
         """Return a closed expert's own manifest, which its file carries verbatim, and its text.

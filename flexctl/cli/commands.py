@@ -337,6 +337,75 @@ def replace(
 
 
 @_command(
+    "flexctl select-proxy --data law/",
+    "flexctl select-proxy --data law.jsonl --public crawl/ --count 5000 -o law.proxy.json",
+)
+def select_proxy(
+    data: o.Data = None,
+    text_field: o.TextField = None,
+    anchor: o.Anchor = None,
+    name: o.Name = None,
+    output: o.OutputProxy = None,
+    public: o.PublicToChoose = None,
+    count: o.Count = None,
+    encoder: o.SelectEncoder = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Choose, at home, the public documents most like your text.
+
+    Writes a list of their numbers and hashes: what you give to a coordinator for tune-router in place of
+    any text. It says which public documents your text resembles, and nothing else.
+    """
+    return _call("select_proxy", locals())
+
+
+@_command(
+    "flexctl tune-router --proxy law.proxy.json --proxy news.proxy.json",
+    "flexctl tune-router merged --proxy law.proxy.json --public crawl/ -o merged-tuned",
+)
+def tune_router(
+    merged: o.MergedModel = None,
+    proxy: o.Proxy = None,
+    text_field: o.TextField = None,
+    anchor: o.Anchor = None,
+    public: o.PublicOfLists = None,
+    output: o.OutputElsewhere = None,
+    max_tokens: o.TuneTokens = None,
+    max_steps: o.MaxSteps = None,
+    lr: o.Lr = None,
+    seq_len: o.SeqLen = None,
+    batch_tokens: o.BatchTokens = None,
+    tether: o.Tether = None,
+    resume: o.Resume = None,
+    checkpoint_steps: o.CheckpointSteps = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    overwrite: o.Overwrite = None,
+    dry_run: o.DryRun = None,
+    json: o.Json = None,
+    quiet: o.Quiet = None,
+    verbose: o.Verbose = None,
+) -> Call:
+    """Tune the router of a merged model on public text.
+
+    Trains the router rows, and nothing else, on the public documents that each owner chose. The owners'
+    rows stay in the model; merge, remove and replace go back to them. Rows that are no better on held-out
+    text are not written.
+    """
+    return _call("tune_router", locals())
+
+
+@_command(
     "flexctl evaluate --data law=heldout/law --data news=heldout/news",
     "flexctl evaluate --data law=heldout/law --without law --json",
     "flexctl evaluate --data law=heldout/law --data public=heldout/public --report report.html",

@@ -43,6 +43,10 @@ Bundle = Annotated[
         help="Merged model, anchor or expert, here or hf://OWNER/NAME; the workspace's merged model by default.",
     ),
 ]
+MergedModel = Annotated[
+    Path | None,
+    Argument(metavar="MERGED", help="Merged model, here or hf://OWNER/NAME; the workspace's merged model by default."),
+]
 BundlePath = Annotated[Path, Argument(metavar="PATH", help="Anchor, expert (.st) or merged model.")]
 BundleAnywhere = Annotated[
     Path, Argument(metavar="PATH", help="Anchor, expert (.st) or merged model; hf://OWNER/NAME for one on the Hub.")
@@ -68,6 +72,10 @@ OutputElsewhere = Annotated[
 OutputBeside = Annotated[
     Path | None,
     Option("--output", "-o", metavar="FILE.st", help="File to write; NAME-rR.st or NAME-auto.st beside it by default."),
+]
+OutputProxy = Annotated[
+    Path | None,
+    Option("--output", "-o", metavar="FILE", help="File to write; NAME.proxy.json among the experts by default."),
 ]
 OutputFolder = Annotated[Path | None, Option("--output", "-o", metavar="DIR", help="Directory to work in.")]
 From = Annotated[
@@ -110,6 +118,21 @@ Public = Annotated[
     Path | None,
     Option("--public", metavar="PATH", help="Public text to use instead of the anchor's sample."),
 ]
+PublicToChoose = Annotated[
+    Path | None,
+    Option("--public", metavar="PATH", help="Public text to choose from (default: the anchor's sample)."),
+]
+PublicOfLists = Annotated[
+    Path | None,
+    Option("--public", metavar="PATH", help="Public text that the lists were made from, if not the anchor's sample."),
+]
+Count = Annotated[
+    str | None, Option("--count", metavar="N", help="Documents to choose; a tenth of the public text by default.")
+]
+Proxy = Annotated[
+    list[Path] | None,
+    Option("--proxy", metavar="FILE", help="List that select-proxy made, one for every closed expert; repeatable."),
+]
 PublicMix = Annotated[
     str | None, Option("--public-mix", metavar="SHARE", help="Share of public text mixed into training.")
 ]
@@ -128,6 +151,10 @@ Preset = Annotated[
 ]
 MaxTokens = Annotated[str | None, Option("--max-tokens", metavar="N", help="Stop after this many tokens of --data.")]
 MaxSteps = Annotated[str | None, Option("--max-steps", metavar="N", help="Stop after this many optimiser steps.")]
+TuneTokens = Annotated[
+    str | None,
+    Option("--max-tokens", metavar="N", help="Stop after this many tokens; by default a pass over the lists."),
+]
 Epochs = Annotated[str | None, Option("--epochs", metavar="N", help="Passes over --data.")]
 AnnealTokens = Annotated[
     str | None,
@@ -176,6 +203,10 @@ Router = Annotated[
     Option("--router", metavar="KIND|FILE", help="discriminant, hidden, encoder, or a file of embed-router."),
 ]
 Encoder = Annotated[str | None, Option("--encoder", metavar="MODEL", help="Sentence encoder for --router encoder.")]
+SelectEncoder = Annotated[
+    str | None,
+    Option("--encoder", metavar="MODEL", help="Tell texts apart by this sentence encoder, not by router inputs."),
+]
 Baselines = Annotated[
     Path | None,
     Option("--baselines", metavar="DIR", help="Compare with soups, BTM, routing and more, from dense experts here."),

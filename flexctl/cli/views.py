@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         PushResult,
         RemoveResult,
         ReplaceResult,
+        SelectProxyResult,
         TrainExpertResult,
+        TuneRouterResult,
         VerifyResult,
     )
     from flexctl.engine.evaluate import TaskScore
@@ -384,6 +386,21 @@ def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
     return [prompt + printable(result.text), "", *table(["piece", "leading", *names], rows), "", *shares]
 
 
+def _select_proxy(result: SelectProxyResult) -> list[str]:
+    chosen = f"{number(result.documents)} of {number(result.public_documents)} public documents"
+    right = f"{result.accuracy:.0%} of passages told apart" if result.accuracy is not None else None
+    done = f"Chose proxies for {result.name}: {cell(result.path)}"
+    return [_sentence(result, done, chosen if result.documents else None, right)]
+
+
+def _tune_router(result: TuneRouterResult) -> list[str]:
+    speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
+    amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
+    done = f"Tuned the router of {cell(result.path)} with {', '.join(result.tuned_with)}"
+    lines = [_sentence(result, done, amounts, speed)]
+    return [*lines, "", *_matrix(result.held_out, "held-out loss")] if result.held_out else lines
+
+
 def _demo(result: DemoResult) -> list[str]:
     checks = {
         f"removing {result.removed} == never having merged it": result.removal_exact,
@@ -408,6 +425,8 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "merge": _merge,
     "remove": _remove,
     "replace": _replace,
+    "select_proxy": _select_proxy,
+    "tune_router": _tune_router,
     "evaluate": _evaluate,
     "inspect": _inspect,
     "verify": _verify,

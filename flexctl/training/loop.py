@@ -15,7 +15,7 @@ from flexctl.errors import FlexctlError
 from flexctl.model.losses import training_loss
 from flexctl.runtime import Progress, Reporter
 from flexctl.training.checkpoints import Checkpoints, TrainingState
-from flexctl.training.tokens import Mixture
+from flexctl.training.tokens import Batches
 
 __all__ = ["LoopSettings", "Outcome", "ParameterGroup", "learning_rate", "train"]
 
@@ -79,7 +79,7 @@ def learning_rate(step: int, settings: LoopSettings) -> float:
 def train(
     model: nn.Module,
     groups: Sequence[ParameterGroup],
-    data: Mixture,
+    data: Batches,
     settings: LoopSettings,
     *,
     reporter: Reporter,
@@ -135,7 +135,7 @@ def train(
 def _step(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
-    data: Mixture,
+    data: Batches,
     step: int,
     settings: LoopSettings,
     optimiser: torch.optim.Optimizer,

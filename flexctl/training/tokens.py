@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexctl.bundle.names import PUBLIC
 from flexctl.errors import UsageError
 
-__all__ = ["Framed", "Mixture", "TokenStream", "frame_documents", "frame_passages", "joined", "pack"]
+__all__ = [
+    "Batches",
+    "EqualShares",
+    "Framed",
+    "Mixture",
+    "TokenStream",
+    "frame_documents",
+    "frame_passages",
+    "joined",
+    "pack",
+]
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 _TOGETHER = 64
@@ -83,7 +94,12 @@ class TokenStream:
     @classmethod
     def open(cls, path: Path) -> TokenStream:
         """Return the stream in a file that ``pack`` wrote."""
-        return cls(np.memmap(path, dtype="<i4", mode="r") if path.stat().st_size else np.zeros(0, dtype="<i4"))
+        return cls(np.memmap(path, dtype="<i4", mode="r")) if path.stat().st_size else cls.empty()
+
+    @classmethod
+    def empty(cls) -> TokenStream:
+        """Return a stream of nothing."""
+        return cls(np.zeros(0, dtype="<i4"))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -119,6 +135,73 @@ def pack(path: Path, documents: Iterable[Framed]) -> TokenStream:
     return TokenStream.open(path)
 
 
+class Batches(Protocol):
+    """What the loop trains on: step ``s`` depends on ``s`` alone."""
+
+    seq_len: int
+    batch_size: int
+
+    def batch(self, step: int) -> Tensor:
+        """Return the sequences of one step, (batch_size, seq_len + 1), int64."""
+
+    def is_public(self, step: int) -> Tensor:
+        """Return which sequences of one step are public, (batch_size,), bool."""
+
+
+class _Shuffled:
+    """Sequences of a stream in a seeded order, a new one each time it is gone through."""
+
+    def __init__(self, source: TokenStream, seq_len: int, seed: Sequence[int]) -> None:
+        self.count = source.num_sequences(seq_len)
+        self._source, self._seq_len, self._seed = source, seq_len, [part % 2**64 for part in seed]
+        self._order: tuple[int, np.ndarray[Any, Any]] = (-1, np.zeros(0))
+
+    def pick(self, position: int) -> Tokens:
+        """Return the sequence at ``position``, counted from 0 over all passes, (seq_len + 1,), int64."""
+        epoch, offset = divmod(position, self.count)
+        if self._order[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([*self._seed, epoch]))
+            self._order = (epoch, generator.permutation(self.count))
+        return self._source.sequence(int(self._order[1][offset]), self._seq_len)
+
+
+class EqualShares:
+    """Batches that take a sequence from one text after the other, so that every text has the same share.
+
+    Args:
+        texts: Tokens by name; ``public`` stands for itself in ``is_public``.
+        seq_len: Targets a sequence.
+        batch_size: Sequences a step.
+        seed: Seed of the orders.
+
+    Raises:
+        UsageError: A text does not fill one sequence.
+    """
+
+    def __init__(self, texts: Mapping[str, TokenStream], *, seq_len: int, batch_size: int, seed: int) -> None:
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self._public = list(texts).index(PUBLIC)
+        self._texts = [_Shuffled(text, seq_len, [seed, number]) for number, text in enumerate(texts.values())]
+        for name, text in texts.items():
+            if text.num_sequences(seq_len) == 0:
+                raise UsageError(
+                    f"{name}: {len(text)} tokens of public text do not fill one sequence of {seq_len}",
+                    hint="choose more documents with select-proxy --count, or give a smaller --seq-len",
+                )
+
+    def batch(self, step: int) -> Tensor:
+        """Return the sequences of one step, (batch_size, seq_len + 1), int64."""
+        picks = [divmod(number, len(self._texts)) for number in self._numbers(step)]
+        return torch.from_numpy(np.stack([self._texts[text].pick(position) for position, text in picks]))
+
+    def is_public(self, step: int) -> Tensor:
+        """Return which sequences of one step are public, (batch_size,), bool."""
+        return torch.tensor([number % len(self._texts) == self._public for number in self._numbers(step)])
+
+    def _numbers(self, step: int) -> range:
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
+
+
 class Mixture:
     """Batches of the owner's sequences with a share of public ones, each in a seeded order.
 
@@ -148,8 +231,8 @@ class Mixture:
     ) -> None:
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.public_share = public_share if public is not None else 0.0
-        self._own, self._public = own, public
-        self._orders: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}
+        self._own = _Shuffled(own, seq_len, [seed, 0])
+        self._public = None if public is None else _Shuffled(public, seq_len, [seed, 1])
         for name, source in (("--data", own), ("the public sample", public if self.public_share else None)):
             if source is not None and source.num_sequences(seq_len) == 0:
                 raise UsageError(
@@ -175,20 +258,12 @@ class Mixture:
         public_from, public_to = self.public_before(step), self.public_before(step + 1)
         own_from = step * self.batch_size - public_from
         own_to = (step + 1) * self.batch_size - public_to
-        rows = [self._pick(0, self._own, i) for i in range(own_from, own_to)]
+        rows = [self._own.pick(i) for i in range(own_from, own_to)]
         if self._public is not None:
-            rows += [self._pick(1, self._public, i) for i in range(public_from, public_to)]
+            rows += [self._public.pick(i) for i in range(public_from, public_to)]
         return torch.from_numpy(np.stack(rows))
 
     def is_public(self, step: int) -> Tensor:
         """Return which sequences of one step are public, (batch_size,), bool."""
         count = self.public_before(step + 1) - self.public_before(step)
         return torch.arange(self.batch_size) >= self.batch_size - count
-
-    def _pick(self, stream: int, source: TokenStream, position: int) -> Tokens:
-        count = source.num_sequences(self.seq_len)
-        epoch, offset = divmod(position, count)
-        if self._orders.get(stream, (-1,))[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed % 2**64, stream, epoch]))
-            self._orders[stream] = (epoch, generator.permutation(count))
-        return source.sequence(int(self._orders[stream][1][offset]), self.seq_len)

@@ -178,7 +178,7 @@ def test_counts_add_up_and_epochs_are_complete(mixture: Mixture, steps: int) -> 
     assert len(own) * mixture.seq_len == mixture.own_tokens(steps)
     assert abs(len(public) - steps * mixture.batch_size * mixture.public_share) < 1
     for taken, source in ((own, mixture._own), (public, mixture._public)):
-        size = source.num_sequences(mixture.seq_len)
+        size = source.count
         whole = len(taken) // size
         for epoch in range(whole):
             assert len(set(taken[epoch * size : (epoch + 1) * size])) == size

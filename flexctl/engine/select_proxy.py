@@ -1,0 +1,179 @@
+"""Choose, at home, the public documents that are most like an owner's text: a list that tune-router trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import workspace
+from flexctl.bundle import Anchor, open_anchor, slug
+from flexctl.bundle.names import check_expert_name
+from flexctl.bundle.proxy import write_proxy
+from flexctl.config import refuse_out_of_range
+from flexctl.errors import UsageError
+from flexctl.hub import localise
+from flexctl.runtime import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexctl.training.proxies import Ranking
+
+__all__ = ["SelectProxyConfig", "SelectProxyResult", "select_proxy"]
+
+_SHARE = 0.1
+_WEAK = 0.7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectProxyConfig:
+    """What ``select_proxy`` is asked to do.
+
+    Attributes:
+        data: The owner's text, as in ``train_expert``. It is only read.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text; of ``public`` too.
+        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
+        name: The expert's name; None makes it from the folder or file of ``data``.
+        output: File to write; None is NAME.proxy.json among the workspace's experts.
+        public: Public text to choose from, as ``data``; None is the anchor's sample.
+        count: Documents to choose; None is a tenth of the public text.
+        encoder: sentence-transformers model whose embeddings tell texts apart, a directory or Hub id; None takes the
+            anchor's own router inputs.
+        seed: Of the passages and folds.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the model: auto, float32 or bfloat16.
+        overwrite: Replace an existing file.
+        dry_run: Check everything, write nothing.
+    """
+
+    data: tuple[Path, ...]
+    text_field: str = "text"
+    anchor: Path | None = None
+    name: str | None = None
+    output: Path | None = None
+    public: Path | None = None
+    count: int | None = None
+    encoder: str | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectProxyResult:
+    """What ``select_proxy`` chose.
+
+    Attributes:
+        documents: How many were chosen.
+        public_documents: Of how many.
+        accuracy: Share of held-out passages that the classifier puts right, the owner's and public ones counted
+            equally. It stays with the owner: the file does not have it.
+        encoder: What told the texts apart; None is the anchor's router inputs.
+    """
+
+    path: Path
+    digest: str | None
+    name: str
+    anchor_digest: str
+    documents: int = 0
+    public_documents: int = 0
+    accuracy: float | None = None
+    encoder: str | None = None
+    dry_run: bool = False
+
+
+def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> SelectProxyResult:
+    """Choose the public documents that are most like the owner's text and write their numbers.
+
+    Args:
+        config: Whose text, which public text, how many.
+        reporter: Hears of progress.
+
+    Raises:
+        UsageError: A setting or the data is wrong, or the target exists.
+        BundleError: The anchor is not valid.
+    """
+    from flexctl.embedding import encoder_name
+    from flexctl.training.documents import source_name, text_files
+
+    place = workspace.find()
+    refuse_out_of_range(config, above_zero=("count", "threads"))
+    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
+    name = check_expert_name(config.name or slug(source_name(config.data[0])), "--name")
+    target = config.output or place.experts / f"{name}.proxy.json"
+    if target.exists() and not config.overwrite:
+        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+    text_files([*config.data, *([config.public] if config.public else [])])
+    if config.dry_run:
+        return SelectProxyResult(path=target, digest=None, name=name, anchor_digest=anchor.digest, dry_run=True)
+    ranking = _rank(config, anchor, reporter)
+    if ranking.accuracy < _WEAK:
+        reporter.warn(
+            f"the classifier hardly tells this text from public text ({ranking.accuracy:.2f} of passages right)"
+        )
+    encoder = encoder_name("encoder", config.encoder)
+    proxy = write_proxy(
+        target,
+        name=name,
+        anchor=anchor.manifest.ref,
+        public=ranking.public,
+        encoder=encoder,
+        documents=ranking.documents,
+        overwrite=config.overwrite,
+    )
+    return SelectProxyResult(
+        path=target,
+        digest=proxy.digest,
+        name=name,
+        anchor_digest=anchor.digest,
+        documents=len(proxy.documents),
+        public_documents=proxy.public.documents,
+        accuracy=ranking.accuracy,
+        encoder=encoder,
+    )
+
+
+def _rank(config: SelectProxyConfig, anchor: Anchor, reporter: Reporter) -> Ranking:
+    from flexctl.model.building import load_tokenizer, set_threads
+    from flexctl.training.documents import read_documents, sample_passages
+    from flexctl.training.proxies import PASSAGES_A_FOLD, public_reader, rank_public
+    from flexctl.training.sample import PublicSample
+    from flexctl.training.tokens import frame_passages
+
+    set_threads(config.threads)
+    tokenizer = load_tokenizer(anchor.path)
+    own = sample_passages(read_documents(config.data, config.text_field), 2 * PASSAGES_A_FOLD, config.seed)
+    if len(own) < 4:
+        raise UsageError(f"--data: {len(own)} passages are too few to tell from public text", hint="give more text")
+    sample = PublicSample.from_tensors(anchor.public_sample())
+    reporter.note(f"telling {len(own)} passages from public text")
+    return rank_public(
+        public_reader(sample, tokenizer, config.public, config.text_field),
+        frame_passages(tokenizer, own),
+        _features(config, anchor, tokenizer),
+        count=config.count,
+        share=_SHARE,
+        seed=config.seed,
+        reporter=reporter,
+    )
+
+
+def _features(config: SelectProxyConfig, anchor: Anchor, tokenizer: Any) -> Callable[[Sequence[Tensor]], Tensor]:
+    """Return what the classifier sees of passages: mean router inputs of all layers, or sentence embeddings."""
+    from flexctl.embedding import embedder
+    from flexctl.model.building import build_model, pick_device, pick_dtype
+    from flexctl.model.space import measure_documents
+
+    if config.encoder is not None:
+        embed = embedder(config.encoder)
+        return lambda windows: embed([tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows])
+    device = pick_device(config.device)
+    model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
+    # One document alone is refused there, as rows need more.
+    return lambda windows: measure_documents(model, [windows[0], *windows])[1:].flatten(1)

@@ -1,0 +1,390 @@
+"""Tune a merged model's router on public text that is like each closed set; everything else stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import workspace
+from flexctl.bundle import PUBLIC, Anchor, Merged, RawTensor, open_anchor, open_merged
+from flexctl.bundle.assembly import assemble
+from flexctl.bundle.composition import compose_merged
+from flexctl.bundle.proxy import Proxy, open_proxy
+from flexctl.bundle.store import check_directory_target, place_of_change
+from flexctl.config import refuse_out_of_range
+from flexctl.errors import BundleError, FlexctlError, UsageError
+from flexctl.hub import is_remote, localise
+from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flexctl.training.loop import LoopSettings, Outcome
+    from flexctl.training.tokens import EqualShares, Framed
+    from flexctl.training.tuning import RouterTuning
+
+__all__ = ["TuneRouterConfig", "TuneRouterResult", "tune_router"]
+
+_HELD_OUT_EVERY = 10
+_PUBLIC_HELD_OUT_EVERY = 20
+_HELD_OUT_TOKENS = 65_536
+_SCORE_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneRouterConfig:
+    """What ``tune_router`` is asked to do. Defaults were chosen by measurement: docs/results.md.
+
+    Attributes:
+        merged: Directory of the merged model, or ``hf://owner/name`` on the Hub; the workspace's if None.
+        proxy: A proxy list of every closed expert, as select-proxy makes them.
+        text_field: The column of a table, or the field of a .jsonl line, that holds the text of ``public``.
+        anchor: The anchor, a directory or ``hf://owner/name``; the workspace's if None.
+        public: The public text that the lists were made from; None is the anchor's sample.
+        output: Directory to write; if None the merged model is replaced.
+        max_tokens: Stop after this many tokens, those of public text counted; None is one pass over the lists and as
+            much public text as a list has.
+        max_steps: At most this many optimiser steps.
+        lr: Peak learning rate; None scales with the model's width.
+        seq_len: Tokens a sequence; None is 1024, or what the anchor can hold.
+        batch_tokens: Tokens an optimiser step; None is about a six-hundredth of all, from 1024 to 65,536.
+        tether: How strongly router rows are held to where they start.
+        seed: Of the order.
+        threads: CPU threads; None is torch's choice.
+        device: auto, cpu or cuda.
+        dtype: Of the matrix products: auto, float32 or bfloat16.
+        resume: Go on with an interrupted run.
+        checkpoint_steps: Steps between checkpoints.
+        overwrite: Replace a merged model that exists; a workspace's own needs none.
+        dry_run: Check everything, the lists' documents too, train and write nothing.
+    """
+
+    merged: Path | None = None
+    proxy: tuple[Path, ...]
+    text_field: str = "text"
+    anchor: Path | None = None
+    public: Path | None = None
+    output: Path | None = None
+    max_tokens: int | None = None
+    max_steps: int | None = None
+    lr: float | None = None
+    seq_len: int | None = None
+    batch_tokens: int | None = None
+    tether: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    resume: bool = False
+    checkpoint_steps: int = 200
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneRouterResult:
+    """What ``tune_router`` made.
+
+    Attributes:
+        path: Directory of the merged model.
+        digest: Its digest; None after a dry run.
+        tuned_with: Closed experts that were there.
+        documents: Documents of each list.
+        tokens: Trained on, those of public text counted.
+        steps: Optimiser steps.
+        final_loss: Mean training loss over the last steps, nats a token.
+        held_out: Expert's name or ``public`` -> {"before", "after"}, nats a token on documents of its list, or public
+            ones, that were not trained on.
+        tokens_per_s: None when the run only finished what was there.
+    """
+
+    path: Path
+    digest: str | None
+    tuned_with: tuple[str, ...]
+    documents: dict[str, int]
+    tokens: int = 0
+    steps: int = 0
+    final_loss: float | None = None
+    held_out: dict[str, dict[str, float]] = field(default_factory=dict)
+    tokens_per_s: float | None = None
+    bytes_written: int = 0
+    peak_rss_bytes: int = 0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Texts:
+    """Public documents by expert and ``public``: to train on, and to score before and after."""
+
+    training: Mapping[str, Sequence[Framed]]
+    held_out: Mapping[str, Sequence[Framed]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setup:
+    """Everything a run needs, ready."""
+
+    model: nn.Module
+    tuning: RouterTuning
+    data: EqualShares
+    loop: LoopSettings
+    held_out: Mapping[str, Sequence[Framed]]
+
+    def losses(self) -> dict[str, float]:
+        """Return the model's loss on every held-out part, nats a token."""
+        from flexctl.evaluation.scoring import score_documents
+
+        return {
+            name: score_documents(
+                self.model, documents, seq_len=self.data.seq_len, batch_tokens=_SCORE_BATCH_TOKENS
+            ).nll
+            for name, documents in self.held_out.items()
+        }
+
+
+def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRouterResult:
+    """Train the router rows of a merged model on its proxy lists, and write the model anew.
+
+    Training starts from the owners' own rows, also where the router was tuned before. They stay beside the tuned ones.
+
+    Args:
+        config: Which model, which lists, how long.
+        reporter: Hears of progress.
+
+    Raises:
+        UsageError: A setting is wrong, an expert has no list, or the target exists and may not be replaced.
+        BundleError: A bundle or a list is not valid, or they do not belong together.
+        FlexctlError: The tuned rows are no better on held-out text; nothing is written.
+    """
+    from flexctl.training.checkpoints import working_folder
+
+    place = workspace.find()
+    source = localise(config.merged or place.merged, reporter)
+    merged = open_merged(source)
+    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
+    proxies = _proxies(config, merged, anchor)
+    if config.merged is not None and is_remote(config.merged):
+        target, replaces_own = config.output or place.merged, False
+    else:
+        target, replaces_own = place_of_change(source, config.output)
+    config = replace(config, overwrite=config.overwrite or replaces_own)
+    _refuse_bad_settings(config, target)
+    texts = _texts(config, anchor, proxies)
+    documents = {proxy.name: len(proxy.documents) for _, proxy in proxies}
+    if config.dry_run:
+        return TuneRouterResult(path=target, digest=None, tuned_with=merged.names, documents=documents, dry_run=True)
+    with working_folder(target.parent / f".{target.name}.tuning") as work:
+        return _run(config, merged, anchor, proxies, texts, target, work, reporter)
+
+
+def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[tuple[Path, Proxy]]:
+    """Return the lists by expert, one for each: rows would learn to win over an expert whose text is not there."""
+    if anchor.digest != merged.manifest.anchor.digest:
+        raise BundleError(f"{anchor.path}: digest is {anchor.digest}; {merged.path} was made of another anchor")
+    if not merged.names:
+        raise UsageError(f"{merged.path}: has no closed expert, so there is nothing to tune")
+    found: dict[str, tuple[Path, Proxy]] = {}
+    for path in config.proxy:
+        proxy = open_proxy(path)
+        if proxy.anchor.digest != anchor.digest:
+            raise BundleError(
+                f"{path}: anchor.digest is {proxy.anchor.digest} ({proxy.anchor.name}); expected {anchor.digest}"
+            )
+        if proxy.name not in merged.names:
+            raise BundleError(f"{path}: name is {proxy.name!r}; {merged.path} has {', '.join(merged.names)}")
+        if proxy.name in found:
+            raise BundleError(f"{path}: name is {proxy.name!r}, and so is that of {found[proxy.name][0]}")
+        if len(proxy.documents) < 2:
+            raise BundleError(f"{path}: documents: is {len(proxy.documents)}; expected at least 2, one is held out")
+        found[proxy.name] = (path, proxy)
+    missing = [name for name in merged.names if name not in found]
+    if missing:
+        raise UsageError(
+            f"--proxy: none for {', '.join(missing)}; every closed expert needs one",
+            hint="ask the owner for one (flexctl select-proxy), or remove the expert first",
+        )
+    return [found[name] for name in merged.names]
+
+
+def _refuse_bad_settings(config: TuneRouterConfig, target: Path) -> None:
+    from flexctl.model.building import autocast_dtype, pick_device
+    from flexctl.training.documents import text_files
+
+    sizes = ("max_tokens", "max_steps", "lr", "seq_len", "batch_tokens", "threads", "checkpoint_steps")
+    refuse_out_of_range(config, above_zero=sizes, from_zero=("tether",))
+    autocast_dtype(config.dtype, pick_device(config.device))
+    check_directory_target(target, kind="merged", overwrite=config.overwrite)
+    if config.public is not None:
+        text_files([config.public])
+
+
+def _texts(config: TuneRouterConfig, anchor: Anchor, proxies: Sequence[tuple[Path, Proxy]]) -> _Texts:
+    """Return the lists' documents and public ones; what any of them holds out, none of them trains on."""
+    from flexctl.model.building import load_tokenizer
+    from flexctl.training.proxies import fetch, public_reader
+    from flexctl.training.sample import PublicSample, draw_sample
+
+    sample = PublicSample.from_tensors(anchor.public_sample())
+    lists = fetch(public_reader(sample, load_tokenizer(anchor.path), config.public, config.text_field), proxies)
+    texts = {proxy.name: documents for (_, proxy), documents in zip(proxies, lists, strict=True)}
+    held_out = {name: documents[::_HELD_OUT_EVERY] for name, documents in texts.items()}
+    # The experts' own training held these out, too.
+    held_out[PUBLIC] = list(sample.documents[::_PUBLIC_HELD_OUT_EVERY])
+    kept_back = {document.tokens.tobytes() for documents in held_out.values() for document in documents}
+    return _Texts(
+        training={
+            name: [document for document in documents if document.tokens.tobytes() not in kept_back]
+            for name, documents in (texts | {PUBLIC: list(sample.documents)}).items()
+        },
+        held_out={
+            name: draw_sample(documents, _HELD_OUT_TOKENS, config.seed).documents
+            for name, documents in held_out.items()
+        },
+    )
+
+
+def _run(
+    config: TuneRouterConfig,
+    merged: Merged,
+    anchor: Anchor,
+    proxies: Sequence[tuple[Path, Proxy]],
+    texts: _Texts,
+    target: Path,
+    work: Path,
+    reporter: Reporter,
+) -> TuneRouterResult:
+    from flexctl.model.tensors import to_bytes
+
+    setup = _set_up(config, merged, anchor, texts)
+    before = setup.losses()
+    outcome = _train(config, merged, proxies, setup, work, reporter)
+    held_out = {name: {"before": before[name], "after": after} for name, after in setup.losses().items()}
+    _refuse_worse(held_out, reporter)
+    tuned = tuple(RawTensor(*to_bytes(rows)) for rows in setup.tuning.rows)
+    digest, written = assemble(
+        target,
+        replace(compose_merged(merged), tuned=tuned),
+        overwrite=config.overwrite,
+        trust_cache=False,
+        dry_run=False,
+        reporter=reporter,
+    )
+    recent = outcome.losses[-20:]
+    return TuneRouterResult(
+        path=target,
+        digest=digest,
+        tuned_with=merged.names,
+        documents={proxy.name: len(proxy.documents) for _, proxy in proxies},
+        tokens=setup.loop.steps * setup.data.batch_size * setup.data.seq_len,
+        steps=setup.loop.steps,
+        final_loss=sum(recent) / len(recent),
+        held_out=held_out,
+        tokens_per_s=outcome.tokens_per_s,
+        bytes_written=written,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _set_up(config: TuneRouterConfig, merged: Merged, anchor: Anchor, texts: _Texts) -> _Setup:
+    from flexctl.model.building import autocast_dtype, build_model, pick_device, pick_dtype, set_threads
+    from flexctl.model.space import RouterSpace
+    from flexctl.training.budget import resolve_budget, warmup_steps
+    from flexctl.training.loop import LoopSettings
+    from flexctl.training.sample import PublicSample
+    from flexctl.training.tokens import EqualShares, TokenStream
+    from flexctl.training.tuning import RouterTuning
+
+    set_threads(config.threads)
+    streams = {
+        name: PublicSample(documents).stream() if documents else TokenStream.empty()
+        for name, documents in texts.training.items()
+    }
+    listed = sum(len(stream) for name, stream in streams.items() if name != PUBLIC)
+    budget = resolve_budget(
+        available_tokens=round(listed * len(streams) / (len(streams) - 1)),
+        epochs=1.0,
+        max_tokens=config.max_tokens,
+        public_mix=0.0,
+        seq_len=config.seq_len,
+        batch_tokens=config.batch_tokens,
+        micro_batch=None,
+        lr=config.lr,
+        hidden_size=anchor.manifest.architecture.hidden_size,
+        max_position_embeddings=anchor.config.get("max_position_embeddings"),
+    )
+    data = EqualShares(streams, seq_len=budget.seq_len, batch_size=budget.batch_size, seed=config.seed)
+    most = max(1, round(budget.own_tokens / (data.batch_size * data.seq_len)))
+    steps = min(most, config.max_steps or most)
+    device = pick_device(config.device)
+    weights = replace(merged.weights(), router=tuple(span.read() for span in merged.untuned_router()))
+    model = build_model(weights, device=device, dtype=pick_dtype(config.dtype, device))
+    return _Setup(
+        model=model,
+        tuning=RouterTuning(model, RouterSpace.from_tensors(anchor.router_space()), tether=config.tether),
+        data=data,
+        loop=LoopSettings(
+            steps=steps,
+            lr=budget.lr,
+            warmup_steps=warmup_steps(steps, None),
+            micro_batch=budget.micro_batch,
+            autocast=autocast_dtype(config.dtype, device),
+        ),
+        held_out=texts.held_out,
+    )
+
+
+def _train(
+    config: TuneRouterConfig,
+    merged: Merged,
+    proxies: Sequence[tuple[Path, Proxy]],
+    setup: _Setup,
+    work: Path,
+    reporter: Reporter,
+) -> Outcome:
+    from flexctl.training.checkpoints import Checkpoints
+    from flexctl.training.loop import train
+
+    identity: dict[str, Any] = {
+        "experts": [entry.digest for entry in merged.manifest.experts],
+        "top_k": merged.manifest.num_experts_per_tok_requested,
+        "proxies": [proxy.digest for _, proxy in proxies],
+        "lr": setup.loop.lr,
+        "steps": setup.loop.steps,
+        "seq_len": setup.data.seq_len,
+        "batch_size": setup.data.batch_size,
+        "tether": config.tether,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+    checkpoints = Checkpoints(
+        work / "checkpoints",
+        identity,
+        every_steps=config.checkpoint_steps,
+        resume=config.resume,
+        reporter=reporter,
+    )
+    return train(
+        setup.model,
+        setup.tuning.groups(),
+        setup.data,
+        setup.loop,
+        reporter=reporter,
+        penalty=setup.tuning.penalty if config.tether else None,
+        checkpoints=checkpoints,
+    )
+
+
+def _refuse_worse(held_out: Mapping[str, Mapping[str, float]], reporter: Reporter) -> None:
+    """Refuse rows that are no better on held-out text, every part weighing the same; warn where one part lost."""
+    gains = {name: losses["before"] - losses["after"] for name, losses in held_out.items()}
+    gain = sum(gains.values()) / len(gains)
+    if not gain > 0:
+        raise FlexctlError(
+            f"the tuned router is no better on held-out text ({-gain:+.4f} nats a token); nothing was written",
+            hint="give more documents, a smaller --lr, or stay with the owners' rows",
+        )
+    for name, lost in gains.items():
+        if lost < 0:
+            reporter.warn(f"{name}: held-out loss went up by {-lost:.4f} nats a token")
