@@ -115,6 +115,8 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
             f"{config.expert}: name is {expert.manifest.name!r}; expected {config.name!r}",
             hint="an expert is replaced by one of the same name; remove and merge for any other",
         )
+    if merged.manifest.router.tuned_with is not None:
+        reporter.warn(f"{merged.path}: its router was tuned; the result has the owners' own rows again")
     composition = compose_merged(merged).without([config.name]).adding([expert])
     old = _old_manifest(merged, expert)
     if not config.allow_expired:
