@@ -35,7 +35,7 @@ _SCORE_BATCH_TOKENS = 8192
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TuneRouterConfig:
-    """What ``tune_router`` is asked to do. Defaults were chosen by measurement: docs/results.md.
+    """What ``tune_router`` is asked to do. Rate and tether are those of experts: docs/results.md, section 6.
 
     Attributes:
         merged: Directory of the merged model, or ``hf://owner/name`` on the Hub; the workspace's if None.

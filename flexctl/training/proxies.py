@@ -31,7 +31,7 @@ Features = Callable[[Sequence[Tensor]], Tensor]
 
 PASSAGES_A_FOLD = 512
 SHRINKAGE = 0.03
-"""Weight of the squared norm of the classifier: shares from 0.003 to 0.3 do about equally well (docs/results.md)."""
+"""Weight of the squared norm of the classifier, over the number of features. Not tuned."""
 _TOGETHER = 64
 _PREFIX = 16
 
@@ -88,7 +88,7 @@ def rank_public(
     Raises:
         UsageError: There are too few documents or passages, or fewer documents than ``count``.
 
-    Source: FlexOlmo section 3.3.3 for the idea; folds, and router inputs as features, are ours.
+    Source: FlexOlmo for the idea (docs/how-it-works.md, section 9); folds, and router inputs as features, are ours.
     """
     public, sampled = _survey(read, seed)
     wanted = max(2, round(share * public.documents)) if count is None else count

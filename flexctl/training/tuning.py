@@ -25,7 +25,7 @@ class RouterTuning:
         space: The anchor's router space.
         tether: Weight of the mean squared change of the rows' logits on public text.
 
-    Source: FlexOlmo section 3.3.3 for tuning on proxies; the tether is ours (docs/how-it-works.md, section 9).
+    Source: FlexOlmo for tuning on proxies; the tether is ours (docs/how-it-works.md, section 9).
     """
 
     def __init__(self, model: nn.Module, space: RouterSpace, *, tether: float) -> None:
