@@ -112,7 +112,7 @@ DataSets = Annotated[
 ]
 TextField = Annotated[
     str | None,
-    Option("--text-field", metavar="NAME", help="Column or .jsonl field that holds the text (default: text)."),
+    Option("--text-field", metavar="NAME", help="Column or .jsonl field that holds the text."),
 ]
 Public = Annotated[
     Path | None,
@@ -186,7 +186,10 @@ CompressRank = Annotated[
     str | None, Option("--rank", metavar="R|auto", help="Rank of every matrix; auto chooses one for each on --data.")
 ]
 Size = Annotated[
-    str | None, Option("--size", metavar="SHARE", help="With --rank auto: share of the full matrices' bytes to take.")
+    str | None,
+    Option(
+        "--size", metavar="SHARE", help="With --rank auto: share of the full matrices' bytes to take (default: 0.15)."
+    ),
 ]
 FreezeRouter = Annotated[bool | None, Option("--freeze-router", help="Leave the router rows as they start.")]
 Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint.")]

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressConfig", "CompressResult", "compress"]
 
+_SIZE = 0.15
 _TOKENS = 65_536
 _GAIN_TOKENS = 16_384
 _BATCH_TOKENS = 8192
-_PUBLIC_EVERY = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +50,8 @@ class CompressConfig:
         data: The owner's text, best some that the expert was not trained on. At most 65,536 tokens of it are used.
         text_field: The column of a table, or the field of a .jsonl line, that holds the text.
         rank: Of every matrix; auto chooses one for each on ``data``, within ``size``.
-        size: With auto: share of the full matrices' bytes that the low-rank ones may take, between 0 and 1. The default
-            was chosen by measurement: docs/results.md.
+        size: With auto: share of the full matrices' bytes that the low-rank ones may take, between 0 and 1; None is
+            0.15, chosen by measurement: docs/results.md.
         anchor: The anchor that the expert was made for, a directory or ``hf://owner/name``; None is the workspace's.
         output: The ``.st`` file to write; None is NAME-rR.st or NAME-auto.st beside the expert's.
         seed: Of the sample of text.
@@ -66,7 +66,7 @@ class CompressConfig:
     data: tuple[Path, ...]
     text_field: str = "text"
     rank: int | str = "auto"
-    size: float = 0.15
+    size: float | None = None
     anchor: Path | None = None
     output: Path | None = None
     seed: int = 0
@@ -185,8 +185,10 @@ def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Pat
     if target.exists() and not config.overwrite:
         raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
     refuse_out_of_range(config, above_zero=("size", "threads"))
-    if config.size >= 1:
+    if config.size is not None and config.size >= 1:
         raise UsageError(f"--size: {config.size} is not a share below 1")
+    if config.size is not None and config.rank != "auto":
+        raise UsageError(f"--size: rank {config.rank} decides the size", hint="give one of --rank and --size")
     if isinstance(config.rank, int):
         refuse_out_of_range(config, above_zero=("rank",))
         refuse_useless_rank(config.rank, anchor.manifest.architecture)
@@ -208,13 +210,14 @@ def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Pat
 
 def _components(config: CompressConfig, anchor: Anchor) -> int:
     """Return how many rows all A together may have within ``size``; each costs the same, whatever its matrix."""
+    size = config.size or _SIZE
     sizes = anchor.manifest.architecture
     full = sizes.hidden_size * sizes.intermediate_size / (sizes.hidden_size + sizes.intermediate_size)
     matrices = 3 * sizes.num_hidden_layers
-    components = int(config.size * full * matrices)
+    components = int(size * full * matrices)
     if components < matrices:
         raise UsageError(
-            f"--size: {config.size} is too small for rank 1 in every matrix, which takes {1 / full:.4f}",
+            f"--size: {size} is too small for rank 1 in every matrix, which takes {1 / full:.4f}",
             hint="give a larger --size",
         )
     return components
@@ -234,7 +237,7 @@ def _set_up(config: CompressConfig, anchor: Anchor, weights: Weights) -> _Setup:
     if not own:
         raise UsageError(f"--data: no document with text in {', '.join(map(str, config.data))}")
     apart = config.rank == "auto" and len(own) > 1
-    public = PublicSample.from_tensors(anchor.public_sample()).documents[::_PUBLIC_EVERY]
+    public = PublicSample.from_tensors(anchor.public_sample()).held_out
     return _Setup(
         model=build_model(weights, device=device, dtype=pick_dtype(config.dtype, device)),
         weights=weights,

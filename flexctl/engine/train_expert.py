@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 
-_PUBLIC_HELD_OUT_EVERY = 20
 _SCORE_BATCH_TOKENS = 8192
 
 
@@ -177,7 +176,7 @@ class _Setup:
         from flexctl.training.sample import leading
 
         most = held_out_tokens(self.data.own_tokens(self.loop.steps))
-        parts = {"own": self.corpus.held_out, "public": self.public.documents[::_PUBLIC_HELD_OUT_EVERY]}
+        parts = {"own": self.corpus.held_out, "public": self.public.held_out}
         return {name: leading(documents, most) for name, documents in parts.items() if documents is not None}
 
 
@@ -319,7 +318,7 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
         config.data, tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
     )
     public = _public_sample(config, anchor, tokenizer)
-    kept = [d for i, d in enumerate(public.documents) if i % _PUBLIC_HELD_OUT_EVERY]
+    kept = public.to_train_on
     budget = resolve_budget(
         available_tokens=len(corpus.stream),
         epochs=config.epochs,

@@ -20,6 +20,8 @@ from flexctl.training.tokens import Framed, TokenStream, joined
 
 __all__ = ["PublicSample", "draw_sample", "leading"]
 
+_HELD_OUT_EVERY = 20
+
 
 class PublicSample:
     """Framed public documents in memory.
@@ -51,6 +53,16 @@ class PublicSample:
         for document in self.documents:
             digest.update(document.tokens.tobytes())
         return digest.hexdigest()
+
+    @property
+    def held_out(self) -> list[Framed]:
+        """One document in twenty, kept out of training."""
+        return list(self.documents[::_HELD_OUT_EVERY])
+
+    @property
+    def to_train_on(self) -> list[Framed]:
+        """The other documents."""
+        return [document for i, document in enumerate(self.documents) if i % _HELD_OUT_EVERY]
 
     def texts(self, tokenizer: Any) -> Iterator[str]:
         """Yield each document's text."""

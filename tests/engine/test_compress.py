@@ -171,6 +171,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, code: Path, anchor: Path, texts:
         ({"rank": "some"}, "--rank: 'some' is neither a number nor auto"),
         ({"rank": 20}, "the highest that is smaller is 19"),
         ({"size": 0.0}, "--size: 0.0"),
+        ({"size": 0.2, "rank": 3}, "--size: rank 3 decides the size"),
         ({"size": 1.0}, "--size: 1.0"),
         ({"size": 0.01}, "--size: 0.01 is too small for rank 1 in every matrix, which takes 0.0521"),
         ({"threads": 0}, "--threads"),

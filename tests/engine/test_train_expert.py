@@ -355,7 +355,7 @@ def held_out_losses(anchor: Path, expert: Path, data: Path, work: Path) -> dict[
     model = build_model(pair_weights(made_for, opened), device=torch.device("cpu"), dtype=torch.float32)
     work.mkdir()
     own = prepare_corpus([data], load_tokenizer(anchor), work, seed=0, reporter=SILENT).held_out
-    public = PublicSample.from_tensors(made_for.public_sample()).documents[::20]
+    public = PublicSample.from_tensors(made_for.public_sample()).held_out
     assert own is not None
     parts = {"own": leading(own, 4_096), "public": leading(public, 4_096)}
     return {name: score_documents(model, parts[name], seq_len=32, batch_tokens=8192).nll for name in parts}
