@@ -16,7 +16,7 @@ _STEPS = 600
 _FEWEST_BATCH_TOKENS = 1024
 _MOST_BATCH_TOKENS = 65_536
 _LR_AT_WIDTH = (2e-3, 192)
-_LEAST_LR, _MOST_LR = 5e-5, 3e-3
+_LEAST_LR, _MOST_LR = 5e-5, 2.5e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ def resolve_budget(
         batch_tokens: Default the power of two below a six-hundredth of all tokens, from 1024 to 65,536: small budgets
             gain more from steps than from size.
         micro_batch: Default as many sequences as make 8192 tokens.
-        lr: Default 2e-3 at a width of 192, falling with the square of the width, from 3e-3 to 5e-5.
+        lr: Default 2e-3 at a width of 192, falling with the square of the width, from 2.5e-3 to 5e-5.
         hidden_size: The anchor's width.
         max_position_embeddings: Longest sequence that the anchor can hold, where its config says so.
     """

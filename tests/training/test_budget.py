@@ -39,7 +39,7 @@ def test_what_is_given_is_taken() -> None:
     assert resolve(seq_len=100, batch_tokens=10).batch_size == 1
 
 
-@pytest.mark.parametrize(("width", "expected"), [(32, 3e-3), (192, 2e-3), (576, 2e-3 / 9), (4096, 5e-5)])
+@pytest.mark.parametrize(("width", "expected"), [(32, 2.5e-3), (192, 2e-3), (576, 2e-3 / 9), (4096, 5e-5)])
 def test_learning_rate_falls_with_the_square_of_the_width(width: int, expected: float) -> None:
     assert resolve(hidden_size=width).lr == pytest.approx(expected)
 
