@@ -49,6 +49,7 @@ def notes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     from datasets import config
 
     monkeypatch.setattr(config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     files = {
         "README.md": CARD,
         "en/train-1.parquet": table("three"),
