@@ -268,8 +268,9 @@ def forge_expert(path: Path, expert: Expert, tensors: Mapping[str, RawTensor] | 
 
 
 def read_directory(path: Path) -> dict[str, bytes]:
-    """Return every file below a directory: relative name -> bytes."""
-    return {str(item.relative_to(path)): item.read_bytes() for item in sorted(path.rglob("*")) if item.is_file()}
+    """Return every file below a directory but results.json, which evaluate leaves beside a bundle: name -> bytes."""
+    files = (item for item in sorted(path.rglob("*")) if item.is_file() and item.name != "results.json")
+    return {str(item.relative_to(path)): item.read_bytes() for item in files}
 
 
 @dataclass(frozen=True, slots=True)
