@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flexctl.bundle.anchor import DENSE_PREFIX, checkpoint_spans, read_dense_config
 from flexctl.bundle.layout import feed_forward_keys
 from flexctl.bundle.names import PUBLIC, shown
-from flexctl.bundle.tensors import FLOAT_DTYPES, RawTensor, Span, TensorType, Typed, check_agreement
-from flexctl.bundle.weights import Weights
+from flexctl.bundle.tensors import FLOAT_DTYPES, Span, TensorType, Typed, check_agreement
+from flexctl.bundle.weights import Weights, zero_rows
 from flexctl.errors import BundleError
 from flexctl.families import Family, family_of
 
@@ -22,13 +20,11 @@ __all__ = ["alone", "is_mixture", "open_checkpoint"]
 
 def alone(weights: Weights) -> Weights:
     """Return the public expert of a model as a model of its own: the anchor."""
-    hidden_size = weights.router[0].shape[1]
-    zeros = RawTensor("F32", (1, hidden_size), np.zeros(4 * hidden_size, np.uint8))
     return Weights(
         dense_config=weights.dense_config,
         shared=weights.shared,
         experts={PUBLIC: weights.experts[PUBLIC]},
-        router=(zeros,) * len(weights.router),
+        router=zero_rows(len(weights.router), weights.router[0].shape[1]),
         num_experts_per_tok=1,
     )
 

@@ -12,7 +12,7 @@ from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.names import PUBLIC
 from flexctl.bundle.tensors import RawTensor, Span
 
-__all__ = ["Weights", "dense_weights"]
+__all__ = ["Weights", "dense_weights", "zero_rows"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,11 @@ class Weights:
     num_experts_per_tok: int
 
 
+def zero_rows(num_hidden_layers: int, hidden_size: int) -> tuple[RawTensor, ...]:
+    """Return the router rows of a model of the public expert alone, (1, hidden_size) a layer, F32."""
+    return (RawTensor("F32", (1, hidden_size), np.zeros(4 * hidden_size, np.uint8)),) * num_hidden_layers
+
+
 def dense_weights(
     config: Mapping[str, Any], architecture: Architecture, shared: Mapping[str, Span], feed_forward: Mapping[str, Span]
 ) -> Weights:
@@ -46,12 +51,10 @@ def dense_weights(
         shared: Where the weights outside the feed-forward networks lie, by dense name.
         feed_forward: Where the others lie, by expert tensor name.
     """
-    hidden = architecture.hidden_size
-    zeros = RawTensor("F32", (1, hidden), np.zeros(4 * hidden, np.uint8))
     return Weights(
         dense_config=config,
         shared={name: span.read() for name, span in shared.items()},
         experts={PUBLIC: {name: span.read() for name, span in feed_forward.items()}},
-        router=(zeros,) * architecture.num_hidden_layers,
+        router=zero_rows(architecture.num_hidden_layers, architecture.hidden_size),
         num_experts_per_tok=1,
     )

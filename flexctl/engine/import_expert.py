@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
 
-_MAX_SEQ_LEN = 1024
 _SCORE_BATCH_TOKENS = 8192
 _SCORED_PASSAGES = 128
 _SHOWN = 3
@@ -336,6 +335,7 @@ def _losses(
     passages: Sequence[str],
 ) -> dict[str, float]:
     """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
+    from flexctl.evaluation.domains import window_length
     from flexctl.evaluation.scoring import score_documents
     from flexctl.training.tokens import frame_documents
 
@@ -346,7 +346,7 @@ def _losses(
         "pair": weights_beside(anchor, "imported", tensors, rows),
     }
     documents = list(frame_documents(tokenizer, passages))
-    seq_len = min(_MAX_SEQ_LEN, int(anchor.config.get("max_position_embeddings") or _MAX_SEQ_LEN))
+    seq_len = window_length(anchor.config, None)
     return {
         name: score_documents(_build(config, weights), documents, seq_len=seq_len, batch_tokens=_SCORE_BATCH_TOKENS).nll
         for name, weights in models.items()

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["TuneRouterConfig", "TuneRouterResult", "tune_router"]
 
 _HELD_OUT_EVERY = 10
-_PUBLIC_HELD_OUT_EVERY = 20
 _HELD_OUT_TOKENS = 65_536
 _SCORE_BATCH_TOKENS = 8192
 
@@ -231,7 +230,7 @@ def _texts(config: TuneRouterConfig, anchor: Anchor, proxies: Sequence[tuple[Pat
     texts = {proxy.name: documents for (_, proxy), documents in zip(proxies, lists, strict=True)}
     held_out = {name: documents[::_HELD_OUT_EVERY] for name, documents in texts.items()}
     # The experts' own training held these out, too.
-    held_out[PUBLIC] = list(sample.documents[::_PUBLIC_HELD_OUT_EVERY])
+    held_out[PUBLIC] = sample.held_out
     kept_back = {document.tokens.tobytes() for documents in held_out.values() for document in documents}
     return _Texts(
         training={

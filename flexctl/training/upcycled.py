@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flexctl.families import PROJECTIONS, family_of
@@ -112,10 +114,6 @@ def save_mixture(model: Any, folder: Path, tokenizer: Any) -> None:
 
     Weights are rounded to the dtype of the model's config; router rows stay float32.
     """
-    import json
-
-    from safetensors.torch import save_file
-
     dense = model.config.to_dict()
     family = family_of(dense["model_type"])
     blocks = routed_layers(model)
