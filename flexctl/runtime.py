@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-__all__ = ["SILENT", "Progress", "Reporter", "SilentReporter", "peak_rss_bytes", "software_versions"]
+__all__ = ["SILENT", "Progress", "Reporter", "SilentReporter", "counted", "peak_rss_bytes", "software_versions"]
+
+Item = TypeVar("Item")
 
 
 class Progress(Protocol):
@@ -52,6 +55,13 @@ class _SilentProgress:
 
 
 SILENT = SilentReporter()
+
+
+def counted(items: Iterable[Item], bar: Progress) -> Iterator[Item]:
+    """Yield items; the bar moves on by one after each."""
+    for item in items:
+        yield item
+        bar.advance(1)
 
 
 def peak_rss_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from flexctl.bundle import Weights
-from flexctl.errors import BundleError
+from flexctl.errors import BundleError, UsageError
 from flexctl.evaluation.baselines.blends import Blend, btx_start, dare, soup, ties
 from flexctl.evaluation.baselines.mixing import mixed_logit_losses, soup_losses
 from flexctl.evaluation.baselines.prompt import PromptClassifier, fit_classifier
-from flexctl.evaluation.baselines.windows import choose, cut, softmax_weights
+from flexctl.evaluation.baselines.windows import Windows, choose, cut, softmax_weights
 from flexctl.evaluation.scoring import score_documents
 from flexctl.model.losses import LOGIT_BUDGET
 from flexctl.training.tokens import Framed
@@ -53,11 +54,15 @@ def documents(lengths: tuple[int, ...] = (40, 9, 33)) -> list[Framed]:
     return [Framed(tokens=piece, num_bytes=3 * len(piece)) for piece in pieces]
 
 
+def windows_of(lengths: tuple[int, ...] = (40, 9, 33)) -> Windows:
+    return cut("a", lambda: documents(lengths), seq_len=16, advance=lambda _bytes: None)
+
+
 @torch.no_grad()
 def stock_losses(model: Any, windows: Any) -> list[float]:
     """Sum of losses of each window by a stock model."""
     found = []
-    for piece in windows.pieces:
+    for piece in windows.pieces():
         tokens = torch.from_numpy(piece.tokens)
         found.append(float(F.cross_entropy(model(tokens[None, :-1]).logits[0], tokens[1:], reduction="sum")))
     return found
@@ -120,18 +125,26 @@ def test_btx_starts_from_each_models_experts_and_the_mean_of_the_rest() -> None:
 
 def test_windows_are_the_scorers_own() -> None:
     model = tiny.build(MODELS[0])
-    windows = cut(documents(), seq_len=16)
-    assert [len(piece.tokens) - 1 for piece in windows.pieces] == [16, 16, 7, 8, 16, 16] == windows.targets.tolist()
+    windows = windows_of()
+    assert [len(piece.tokens) - 1 for piece in windows.pieces()] == [16, 16, 7, 8, 16, 16] == windows.targets.tolist()
     assert windows.document.tolist() == [0, 0, 0, 1, 2, 2]
     assert windows.first.tolist() == [True, False, False, True, True, False]
-    losses = windows.losses(model, 64)
+    losses = windows.losses(model, windows.pieces(), 64)
     assert losses == pytest.approx(stock_losses(STOCK[0], windows), abs=1e-3)
     expected = score_documents(model, documents(), seq_len=16, batch_tokens=64)
     np.testing.assert_allclose(windows.score(losses).per_document, expected.per_document, rtol=1e-6)
 
 
+@pytest.mark.parametrize("now", [(40, 9), (40, 9, 33, 2), (40, 10, 33), (40, 9, 33, 33), ()])
+def test_text_that_changes_between_passes_is_refused(now: tuple[int, ...]) -> None:
+    lengths: list[tuple[int, ...]] = [(40, 9, 33), now]
+    windows = cut("law", lambda: documents(lengths.pop(0)), seq_len=16, advance=lambda _bytes: None)
+    with pytest.raises(UsageError, match="the text of law changed while it was read"):
+        windows.losses(tiny.build(MODELS[0]), windows.pieces(), 64)
+
+
 def test_what_is_known_before_a_window_is_the_documents_earlier_text() -> None:
-    windows = cut(documents(), seq_len=16)
+    windows = windows_of()
     losses = np.array([[16.0, 32.0, 7.0, 8.0, 48.0, 16.0]])
     np.testing.assert_allclose(windows.before(losses), [[np.nan, 1.0, 1.5, np.nan, np.nan, 3.0]])
     np.testing.assert_allclose(windows.itself(losses), [[1.0, 2.0, 1.0, 1.0, 3.0, 1.0]])
@@ -156,13 +169,15 @@ def some_weights(windows: int) -> np.ndarray[Any, Any]:
     return drawn / drawn.sum(axis=0)
 
 
-def test_weighted_soup_is_a_soup_of_its_own_for_each_window() -> None:
-    windows = cut(documents(), seq_len=16)
-    weights = some_weights(len(windows.pieces))
+@pytest.mark.parametrize("together", [256, 4])
+def test_weighted_soup_is_a_soup_of_its_own_for_each_window(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexctl.evaluation.baselines.mixing._TOGETHER", together)
+    windows = windows_of()
+    weights = some_weights(len(windows))
     told: list[int] = []
     models = [tiny.build(model) for model in MODELS]
     losses = soup_losses(models, weights, windows, batch_tokens=64, advance=told.append)
-    assert sum(told) == len(windows.pieces)
+    assert sum(told) == len(windows)
     direct = tiny.make_dense(CONFIG)
     for index, column in enumerate(weights.T):
         state = {
@@ -177,11 +192,11 @@ def test_weighted_soup_is_a_soup_of_its_own_for_each_window() -> None:
 @pytest.mark.parametrize("budget", [LOGIT_BUDGET, 7 * tiny.VOCAB_SIZE])
 def test_btm_mixes_stock_logits_token_by_token(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexctl.evaluation.baselines.mixing.LOGIT_BUDGET", budget)
-    windows = cut(documents(), seq_len=16)
-    weights = some_weights(len(windows.pieces))
+    windows = windows_of()
+    weights = some_weights(len(windows))
     models = [tiny.build(model) for model in MODELS]
     losses = mixed_logit_losses(models, weights, windows, advance=lambda _count: None)
-    for index, piece in enumerate(windows.pieces):
+    for index, piece in enumerate(windows.pieces()):
         tokens = torch.from_numpy(piece.tokens)
         with torch.no_grad():
             mixed = sum(
@@ -191,7 +206,7 @@ def test_btm_mixes_stock_logits_token_by_token(budget: int, monkeypatch: pytest.
 
 
 def test_models_of_weight_zero_do_not_run() -> None:
-    windows = cut(documents((9,)), seq_len=16)
+    windows = windows_of((9,))
     alone = mixed_logit_losses([tiny.build(MODELS[0]), None], np.array([[1.0], [0.0]]), windows, advance=lambda _: None)  # type: ignore[list-item]
     assert alone == pytest.approx(stock_losses(STOCK[0], windows), abs=1e-3)
 
@@ -220,18 +235,20 @@ def test_classifier_is_bayes_rule_for_two_gaussians() -> None:
     assert float(logits[1, 1] - logits[1, 0]) == pytest.approx(12.5 / variance, rel=1e-6)
 
 
-def test_classifier_survives_the_disk(tmp_path: Path) -> None:
+def test_classifier_survives_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     classifier = fit_classifier({name: torch.randn(9, 2, 32, generator=generator) for name in ("public", "a")})
     classifier.save(tmp_path / "c.safetensors")
     again = PromptClassifier.load(tmp_path / "c.safetensors")
     assert again.names == ("public", "a")
-    model, windows = tiny.build(MODELS[0]), cut(documents((2, 40)), seq_len=16)
-    logits = again.read(model, windows.pieces)
-    assert logits.shape == (len(windows.pieces), 2)
+    model, windows = tiny.build(MODELS[0]), windows_of((2, 40))
+    logits = again.read(model, windows.pieces())
+    assert logits.shape == (len(windows), 2)
     assert torch.isfinite(logits).all()
-    assert torch.equal(logits, classifier.read(model, windows.pieces))
-    assert torch.allclose(logits[:1], classifier.read(model, windows.pieces[:1]))
+    assert torch.equal(logits, classifier.read(model, windows.pieces()))
+    assert torch.allclose(logits[:1], classifier.read(model, islice(windows.pieces(), 1)))
+    monkeypatch.setattr("flexctl.evaluation.baselines.prompt._TOGETHER", 2)
+    assert torch.equal(logits, classifier.read(model, windows.pieces()))
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(BundleError, match="holds no prompt classifier"):
         PromptClassifier.load(tmp_path / "bad.safetensors")

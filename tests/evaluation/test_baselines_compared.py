@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from flexctl.bundle import open_merged
 from flexctl.engine.evaluate import EvaluateConfig, EvaluateResult, evaluate
 from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.errors import BundleError, UsageError
-from flexctl.evaluation.baselines import CLASSIFIER_FILE, find_ingredients, fit_classifier
+from flexctl.evaluation import scoring
+from flexctl.evaluation.baselines import (
+    CLASSIFIER_FILE,
+    Ingredients,
+    comparing,
+    find_ingredients,
+    fit_classifier,
+    mixing,
+    prompt,
+    score_baselines,
+)
+from flexctl.evaluation.domains import Domain
 from flexctl.model.building import build_model, load_tokenizer
 from flexctl.model.space import measure_documents
+from flexctl.runtime import SILENT
 from flexctl.training.documents import read_documents
-from flexctl.training.tokens import frame_passages
+from flexctl.training.tokens import Framed, frame_documents, frame_passages
 from flexctl.training.upcycled import save_mixture, upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
@@ -110,6 +125,49 @@ def test_without_earlier_text_weights_are_equal_and_routes_are_public(merged: Pa
     assert found["weighted soup"] == pytest.approx(found["soup"], abs=1e-5)
     assert found["perplexity routing"] == found["prompt routing"] == found["public only"]
     assert found["btm"]["code"] < found["public only"]["code"]
+
+
+def test_documents_are_read_anew_and_never_kept(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With passes that look at 16 windows at a time, no more than three times as many documents are in memory."""
+    texts = tmp_path / "a.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{number} + 1 = {number + 1}"}) + "\n" for number in range(100)))
+    in_memory: set[int] = set()
+    counts: list[int] = []
+
+    def watched(*given: Any) -> Iterator[Framed]:
+        for document in frame_documents(*given):
+            in_memory.add(len(counts))
+            weakref.finalize(document.tokens, in_memory.discard, len(counts))
+            counts.append(len(in_memory))
+            yield document
+
+    monkeypatch.setattr(comparing, "frame_documents", watched)
+    for module, name in ((scoring, "_SORTED_TOGETHER"), (mixing, "_TOGETHER"), (prompt, "_TOGETHER")):
+        monkeypatch.setattr(module, name, 16)
+    generator = torch.Generator().manual_seed(0)
+    ingredients = Ingredients(
+        anchor=tiny.make_weights(tiny.dense_config()),  # type: ignore[arg-type]
+        dense={"sums": tiny.make_weights(tiny.dense_config(), seed=1)},  # type: ignore[dict-item]
+        mixtures={},
+        classifier=fit_classifier({n: torch.randn(9, 2, 32, generator=generator) for n in ("public", "sums")}),
+        missing={},
+    )
+    score_baselines(
+        ingredients,
+        tokenizer,
+        [Domain(name="a", path=texts)],
+        seq_len=64,
+        batch_tokens=512,
+        top_k=1,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        reporter=SILENT,
+    )
+    cut, whole, alone, mixed, embedded = 1, 3, 2, 4, 1
+    assert len(counts) == 100 * (cut + whole + alone + mixed + embedded)
+    assert 16 <= max(counts) <= 48
 
 
 def test_experts_left_out_of_the_bundle_are_left_out_of_the_baselines(merged: Path, folder: Path, texts: Any) -> None:

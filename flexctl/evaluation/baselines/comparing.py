@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from flexctl.bundle import PUBLIC
+from flexctl.errors import UsageError
 from flexctl.evaluation.baselines.blends import dare, soup, ties
 from flexctl.evaluation.baselines.ingredients import Ingredients
 from flexctl.evaluation.baselines.mixing import mixed_logit_losses, soup_losses
@@ -18,8 +20,8 @@ from flexctl.evaluation.baselines.windows import Floats, Windows, choose, cut, s
 from flexctl.evaluation.domains import Domain
 from flexctl.evaluation.scoring import Score
 from flexctl.model.building import WeightSource, build_model
-from flexctl.runtime import Reporter
-from flexctl.training.tokens import frame_documents
+from flexctl.runtime import Progress, Reporter, counted
+from flexctl.training.tokens import Framed, frame_documents
 
 __all__ = ["ORACLE", "TEMPERATURE", "score_baselines"]
 
@@ -49,35 +51,48 @@ def score_baselines(
     Args:
         ingredients: From ``find_ingredients``.
         tokenizer: The anchor's.
-        domains: What to score on; their tokens are kept in memory.
+        domains: What to score on; their documents are read anew for every pass.
         seq_len: Window length.
         batch_tokens: Positions that go through a model at once.
         top_k: Dense experts that BTM keeps.
         device: Where models run.
         dtype: Of their weights.
         reporter: Hears of progress.
+
+    Raises:
+        UsageError: There is no document with text, or a text changed while it was read.
     """
 
     def build(source: WeightSource) -> nn.Module:
         return build_model(source, device=device, dtype=dtype)
 
-    texts = {domain.name: cut(frame_documents(tokenizer, domain.documents()), seq_len) for domain in domains}
-    count = sum(len(windows.pieces) for windows in texts.values())
+    texts = [_cut(domain, tokenizer, seq_len, reporter) for domain in domains]
     scores: dict[str, dict[str, Score]] = {}
     for name, source in _whole_models(ingredients):
-        with reporter.progress(f"scoring {name}", count, "windows") as bar:
+        with reporter.progress(f"scoring {name}", sum(map(len, texts)), "windows") as bar:
             model = build(source)
             scores[name] = {}
-            for domain, windows in texts.items():
-                scores[name][domain] = windows.score(windows.losses(model, batch_tokens))
-                bar.advance(len(windows.pieces))
+            for windows in texts:
+                losses = windows.losses(model, counted(windows.pieces(), bar), batch_tokens)
+                scores[name][windows.name] = windows.score(losses)
     dense = {PUBLIC: build(ingredients.anchor)} | {name: build(model) for name, model in ingredients.dense.items()}
-    for domain, windows in texts.items():
-        panel = _Panel(dense, windows, batch_tokens, top_k, domain, reporter)
+    for windows in texts:
+        panel = _Panel(dense, windows, batch_tokens, top_k, reporter)
         found = panel.alone() | (panel.together(ingredients.classifier) if ingredients.complete else {})
         for name, losses in found.items():
-            scores.setdefault(name, {})[domain] = windows.score(losses)
+            scores.setdefault(name, {})[windows.name] = windows.score(losses)
     return scores
+
+
+def _cut(domain: Domain, tokenizer: Any, seq_len: int, reporter: Reporter) -> Windows:
+    def documents() -> Iterable[Framed]:
+        return frame_documents(tokenizer, domain.documents())
+
+    with reporter.progress(f"reading {domain.name}", domain.size_bytes(), "bytes") as bar:
+        windows = cut(domain.name, documents, seq_len=seq_len, advance=bar.advance)
+    if not len(windows):
+        raise UsageError(f"--data: no document with text in {domain.path}")
+    return windows
 
 
 def _whole_models(ingredients: Ingredients) -> Iterator[tuple[str, WeightSource]]:
@@ -96,27 +111,16 @@ class _Panel:
         windows: What to score.
         batch_tokens: Positions that go through a model at once.
         top_k: Models that BTM keeps.
-        domain: What the windows are called.
         reporter: Hears of progress.
     """
 
     def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        windows: Windows,
-        batch_tokens: int,
-        top_k: int,
-        domain: str,
-        reporter: Reporter,
+        self, models: Mapping[str, nn.Module], windows: Windows, batch_tokens: int, top_k: int, reporter: Reporter
     ) -> None:
         self._models, self._windows, self._batch_tokens = models, windows, batch_tokens
-        self._top_k, self._domain, self._reporter = top_k, domain, reporter
-        count = len(models) * len(windows.pieces)
-        with reporter.progress(f"scoring dense experts on {domain}", count, "windows") as bar:
-            found = []
-            for model in models.values():
-                found.append(windows.losses(model, batch_tokens))
-                bar.advance(len(windows.pieces))
+        self._top_k, self._reporter = top_k, reporter
+        with self._progress("scoring dense experts", len(models)) as bar:
+            found = [windows.losses(model, counted(windows.pieces(), bar), batch_tokens) for model in models.values()]
         self._losses = np.stack(found)
 
     def alone(self) -> dict[str, Floats]:
@@ -142,17 +146,22 @@ class _Panel:
         return losses
 
     def _soup(self, weights: Floats) -> Floats:
-        with self._reporter.progress(f"weighted soups on {self._domain}", weights.shape[1], "windows") as bar:
+        with self._progress("weighted soups") as bar:
             models = list(self._models.values())
             return soup_losses(models, weights, self._windows, batch_tokens=self._batch_tokens, advance=bar.advance)
 
     def _btm(self, weights: Floats) -> Floats:
-        with self._reporter.progress(f"BTM on {self._domain}", weights.shape[1], "windows") as bar:
+        with self._progress("BTM") as bar:
             return mixed_logit_losses(list(self._models.values()), weights, self._windows, advance=bar.advance)
 
     def _votes(self, classifier: PromptClassifier) -> Floats:
         """Return the classifier's logits against each model, times each window's targets, (M, W)."""
-        logits = classifier.read(self._models[PUBLIC], self._windows.pieces)
+        with self._progress("prompt routing") as bar:
+            logits = classifier.read(self._models[PUBLIC], counted(self._windows.pieces(), bar))
         order = [classifier.names.index(name) for name in self._models]
         votes: Floats = -logits[:, order].numpy().T * self._windows.targets
         return votes
+
+    def _progress(self, title: str, times: int = 1) -> AbstractContextManager[Progress]:
+        windows = self._windows
+        return self._reporter.progress(f"{title} on {windows.name}", times * len(windows), "windows")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from flexctl.model.losses import LOGIT_BUDGET
 
 __all__ = ["mixed_logit_losses", "soup_losses"]
 
+_TOGETHER = 256
+
 
 def soup_losses(
     models: Sequence[nn.Module],
@@ -30,7 +33,7 @@ def soup_losses(
 ) -> Floats:
     """Return the losses of windows, each scored by the soup of all models with its own weights, (W,), nats.
 
-    Windows with the same weights share a soup. One model is made in place, one tensor at a time.
+    Windows near each other with the same weights share a soup. One model is made in place, one tensor at a time.
 
     Args:
         models: Of one architecture, as from ``model.building.build_model``.
@@ -40,13 +43,15 @@ def soup_losses(
         advance: Told how many windows were scored.
     """
     mixed = copy.deepcopy(models[0])
-    distinct, which = np.unique(weights, axis=1, return_inverse=True)
-    losses = np.zeros(weights.shape[1])
-    for index, column in enumerate(distinct.T):
-        _fill(mixed, models, column)
-        members = np.flatnonzero(which.reshape(-1) == index)
-        losses[members] = windows.losses(mixed, batch_tokens, members)
-        advance(len(members))
+    losses = np.zeros(len(windows))
+    stream = enumerate(windows.pieces())
+    while near := dict(islice(stream, _TOGETHER)):
+        distinct, which = np.unique(weights[:, list(near)], axis=1, return_inverse=True)
+        for index, column in enumerate(distinct.T):
+            _fill(mixed, models, column)
+            members = [number for number, soup in zip(near, which.reshape(-1), strict=True) if soup == index]
+            losses[members] = windows.losses(mixed, [near[number] for number in members], batch_tokens)
+            advance(len(members))
     return losses
 
 
@@ -76,8 +81,8 @@ def mixed_logit_losses(
     probabilities.
     """
     device = next(models[0].parameters()).device
-    losses = np.zeros(len(windows.pieces))
-    for index, piece in enumerate(windows.pieces):
+    losses = np.zeros(len(windows))
+    for index, piece in enumerate(windows.pieces()):
         tokens = torch.from_numpy(piece.tokens).to(device)
         running = [(model, float(w)) for model, w in zip(models, weights[:, index], strict=True) if w > 0]
         losses[index] = _mixed_loss(running, tokens[:-1], tokens[1:])

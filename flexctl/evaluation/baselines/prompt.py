@@ -6,8 +6,9 @@ Shapes: D texts, L num_hidden_layers, H hidden_size, N classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from flexctl.model.space import SHRINKAGE, measure_documents
 from flexctl.training.tokens import Framed
 
 __all__ = ["PromptClassifier", "fit_classifier"]
+
+_TOGETHER = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,16 +42,19 @@ class PromptClassifier:
         """Return (D, N), float64, for mean router inputs (D, L, H)."""
         return (torch.einsum("dlh,lnh->dln", embedded.double(), self.rows) + self.offset).mean(dim=1)
 
-    def read(self, anchor: nn.Module, texts: Sequence[Framed]) -> Tensor:
-        """Return the logits of texts, (D, N), float64.
+    def read(self, anchor: nn.Module, texts: Iterable[Framed]) -> Tensor:
+        """Return the logits of texts, (D, N), float64; embeddings of some are in memory at a time.
 
         Args:
             anchor: Whose router inputs are the embedding.
             texts: At least two tokens each.
         """
-        # Measuring takes two documents or more; the first is given twice and left out.
-        tokens = [torch.from_numpy(text.tokens) for text in texts]
-        return self.logits(measure_documents(anchor, [*tokens[:1], *tokens])[1:])
+        logits = []
+        stream = (torch.from_numpy(text.tokens) for text in texts)
+        while tokens := list(islice(stream, _TOGETHER)):
+            # Measuring takes two documents or more; the first is given twice and left out.
+            logits.append(self.logits(measure_documents(anchor, [tokens[0], *tokens])[1:]))
+        return torch.cat(logits)
 
     def save(self, path: Path) -> None:
         """Write the classifier as safetensors."""

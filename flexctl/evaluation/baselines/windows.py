@@ -5,13 +5,16 @@ Shapes: M models, W windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
 from flexctl.training.tokens import Framed
 
@@ -23,33 +26,48 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Windows:
-    """Documents as windows, in reading order.
+    """Documents as windows, in reading order. Numbers about them are kept; their tokens are read anew for every pass.
 
     Attributes:
-        pieces: Each window as a document of its own, inputs and targets: the scorer then makes one window of it.
-        document: Number of the document that it is from, (W,), int64, rising.
+        name: What the text is called.
+        documents: Reads the documents, framed.
+        document: Number of the document that each window is from, (W,), int64, rising.
         targets: How many of its tokens are scored, (W,), float64.
         num_bytes: UTF-8 bytes of each document, (documents,), float64.
         seq_len: Most targets a window.
     """
 
-    pieces: Sequence[Framed]
+    name: str
+    documents: Callable[[], Iterable[Framed]]
     document: Numbers
     targets: Floats
     num_bytes: Floats
     seq_len: int
 
-    def losses(self, model: nn.Module, batch_tokens: int, members: Iterable[int] | None = None) -> Floats:
-        """Return the sum of negative log-likelihoods of each window's targets in nats, (windows,), float64.
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def pieces(self) -> Iterator[Framed]:
+        """Yield each window as a document of its own, inputs and targets: the scorer then makes one window of it.
+
+        Raises:
+            UsageError: The text is no longer what it was.
+        """
+        pieces = (piece for document in self.documents() for piece in _pieces(document, self.seq_len))
+        for targets, piece in zip_longest(self.targets, pieces):
+            if piece is None or len(piece.tokens) - 1 != targets:
+                raise UsageError(f"--data: the text of {self.name} changed while it was read", hint="run it again")
+            yield piece
+
+    def losses(self, model: nn.Module, pieces: Iterable[Framed], batch_tokens: int) -> Floats:
+        """Return the sum of negative log-likelihoods of each piece's targets in nats, (pieces,), float64.
 
         Args:
             model: As from ``model.building.build_model``.
+            pieces: Some or all of ``pieces()``.
             batch_tokens: Positions that go through the model at once.
-            members: Numbers of the windows to score; None is all.
         """
-        pieces = self.pieces if members is None else [self.pieces[i] for i in members]
-        score = score_documents(model, pieces, seq_len=self.seq_len, batch_tokens=batch_tokens)
-        return score.per_document[:, 0]
+        return score_documents(model, pieces, seq_len=self.seq_len, batch_tokens=batch_tokens).per_document[:, 0]
 
     def score(self, losses: Floats) -> Score:
         """Return the documents' score when the windows have these losses, (W,), nats."""
@@ -77,21 +95,37 @@ class Windows:
         return until - until[..., begin]
 
 
-def cut(documents: Iterable[Framed], seq_len: int) -> Windows:
-    """Return framed documents cut as docs/how-it-works.md, section 7, says."""
-    pieces, numbers, sizes = [], [], []
-    for number, document in enumerate(documents):
+def cut(
+    name: str, documents: Callable[[], Iterable[Framed]], *, seq_len: int, advance: Callable[[int], None]
+) -> Windows:
+    """Return framed documents cut as docs/how-it-works.md, section 7, says.
+
+    Args:
+        name: What the text is called.
+        documents: Reads the documents, the same ones every time.
+        seq_len: Most targets a window.
+        advance: Told the UTF-8 bytes that were read.
+    """
+    numbers, targets, sizes = array("q"), array("d"), array("d")
+    for number, document in enumerate(documents()):
         sizes.append(document.num_bytes)
-        for start in range(0, len(document.tokens) - 1, seq_len):
-            pieces.append(Framed(tokens=document.tokens[start : start + seq_len + 1], num_bytes=0))
+        for piece in _pieces(document, seq_len):
             numbers.append(number)
+            targets.append(len(piece.tokens) - 1)
+        advance(document.num_bytes)
     return Windows(
-        pieces=pieces,
+        name=name,
+        documents=documents,
         document=np.array(numbers, dtype=np.int64),
-        targets=np.array([len(piece.tokens) - 1 for piece in pieces], dtype=np.float64),
+        targets=np.array(targets, dtype=np.float64),
         num_bytes=np.array(sizes, dtype=np.float64),
         seq_len=seq_len,
     )
+
+
+def _pieces(document: Framed, seq_len: int) -> Iterator[Framed]:
+    for start in range(0, len(document.tokens) - 1, seq_len):
+        yield Framed(tokens=document.tokens[start : start + seq_len + 1], num_bytes=0)
 
 
 def softmax_weights(evidence: Floats, temperature: float, top_k: int | None = None) -> Floats:
