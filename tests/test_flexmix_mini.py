@@ -68,10 +68,12 @@ def test_table_of_known_scores(tmp_path: Path, example: Any) -> None:
     assert high - low < 0.1
     # The documents' noise is the same in every model, so paired figures do not vary.
     assert rows["flexctl"].retained_interval == pytest.approx((0.55 / 0.75, 0.55 / 0.75))
-    table.write_results(tmp_path, list(rows.values()), {"budget": "none"})
+    assert rows["anchor"].margin == pytest.approx((2.0 + 4.0 + 3.0 - 2.1 - 3.1 - 2.8) / 3)
+    table.write_results(tmp_path, list(rows.values()), [], {"budget": "none"})
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "| flexctl | 2.100 | 3.100 | 2.800 | 2.950 |" in text
-    assert "| 0.73 | 0.73 to 0.73 | 3 |" in text
+    assert "| flexctl | 2.100 | 3.100 | 2.800 | 2.667 | 2.950 |" in text
+    assert "| 0.73 | 0.73 to 0.73 | +0.000 | 0.000 to 0.000 | 3 |" in text
+    assert "| left out |" not in text
     assert json.loads((tmp_path / "results.json").read_text())["rows"][2]["retained"] == pytest.approx(0.55 / 0.75)
 
 
@@ -83,6 +85,35 @@ def test_seeds_are_averaged_and_their_spread_is_told(tmp_path: Path, example: An
     rows = table.rows_of([table.read_scores(tmp_path / f"seed-{seed}") for seed in range(2)], {})
     assert rows[0].average == pytest.approx(3.4)
     assert rows[0].spread == pytest.approx(np.std([3.5, 3.3], ddof=1))
+
+
+def test_rows_that_one_seed_has_are_held_against_that_seed(tmp_path: Path, example: Any) -> None:
+    table = example("table")
+    write_scores(tmp_path / "seed-0", FOUND)
+    main = {name: by for name, by in FOUND.items() if not name.endswith("init") and "hidden" not in name}
+    better = {name: {domain: bits - 0.2 for domain, bits in by.items()} for name, by in main.items()}
+    write_scores(tmp_path / "seed-1", better)
+    rows = {row.name: row for row in table.rows_of([table.read_scores(tmp_path / f"seed-{i}") for i in range(2)], {})}
+    assert (rows["flexctl"].seeds, rows["hidden-state init"].seeds) == (2, 1)
+    assert rows["flexctl"].average == pytest.approx(2.85)
+    assert rows["hidden-state init"].retained == pytest.approx(1.0)
+    assert rows["hidden-state init"].margin == pytest.approx((2.1 + 3.5 + 2.5 - 2.1 - 3.1 - 2.8) / 3)
+
+
+def test_removal_is_held_against_the_anchor(tmp_path: Path, example: Any) -> None:
+    table = example("table")
+    write_scores(tmp_path, FOUND)
+    without = {"public": 2.05, "code": 3.9, "math": 2.8}
+    path = tmp_path / "scores" / "removal" / "flexctl.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"code": {domain: scored(bits) for domain, bits in without.items()}}))
+    (removed,) = table.read_removals(tmp_path)
+    assert (removed.name, removed.worst) == ("code", "public")
+    assert (removed.anchor, removed.merged, removed.without) == pytest.approx((4.0, 3.1, 3.9))
+    assert removed.others == pytest.approx({"public": 0.05, "math": -0.2})
+    table.write_results(tmp_path, table.rows_of([table.read_scores(tmp_path)], {}), [removed], {})
+    line = "| flexctl | code | 4.000 | 3.100 | 3.900 | public | +0.050 |"
+    assert line in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_baselines_have_a_row_each_and_the_own_dense_expert_is_put_together(tmp_path: Path, example: Any) -> None:
@@ -165,7 +196,13 @@ def test_every_variant_has_a_recipe_and_a_name_of_its_own(example: Any) -> None:
     recipes = example("recipes")
     names = [variant.name for variant in recipes.VARIANTS]
     assert len(set(names)) == len(names)
-    assert {variant.recipe for variant in recipes.VARIANTS} == {recipe.name for recipe in recipes.RECIPES}
+    known = {recipe.name for recipe in recipes.RECIPES}
+    assert {variant.recipe for variant in recipes.VARIANTS} == known
+    assert set(recipes.MAIN_RECIPES) <= known
+    assert set(recipes.MAIN_VARIANTS) <= set(names)
+    for budget in example("budgets").BUDGETS.values():
+        assert set(budget.recipes or ()) <= known
+        assert set(budget.variants or ()) <= set(names)
 
 
 @pytest.mark.slow

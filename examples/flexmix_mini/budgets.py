@@ -1,8 +1,8 @@
-"""How much of everything: three budgets, and the settings that a run writes down."""
+"""How much of everything: four budgets, and the settings that a run writes down."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +11,7 @@ class Budget:
 
     Attributes:
         preset: Size of an anchor from scratch.
-        anchor_tokens: Its training tokens.
+        anchor_tokens: Its training tokens, or those that a checkpoint is annealed on.
         anchor_batch_tokens: Tokens an optimiser step of its training.
         sample_tokens: Public text that goes with it.
         expert_tokens: The owner's tokens an expert; a third as many public ones come on top.
@@ -22,6 +22,10 @@ class Budget:
         train_bytes: Text kept of each other training set; None is all.
         test_bytes: Text scored of each test set; None is all.
         whole_lr: Learning rate where every weight trains, from an anchor from scratch.
+        classifier_passages: Passages a set that the prompt classifier learns from.
+        unrestricted: Mixtures trained on everything -> share of all experts' tokens that each sees.
+        recipes: Ways of training that are tried; None is all.
+        variants: Ways of merging that are tried; None is all that the recipes allow.
     """
 
     preset: str
@@ -36,6 +40,10 @@ class Budget:
     train_bytes: int | None = None
     test_bytes: int | None = None
     whole_lr: float = 1e-3
+    classifier_passages: int = 128
+    unrestricted: dict[str, float] = field(default_factory=lambda: {"unrestricted": 0.5, "unrestricted-2x": 1.0})
+    recipes: tuple[str, ...] | None = None
+    variants: tuple[str, ...] | None = None
 
 
 CHECKPOINT_LR = 1e-4
@@ -64,8 +72,34 @@ BUDGETS = {
         seq_len=256,
         batch_tokens=1024,
         sample_tokens=200_000,
-        train_bytes=600_000,
-        test_bytes=40_000,
+        train_bytes=300_000,
+        test_bytes=20_000,
+        whole_lr=2e-3,
+    ),
+    "checkpoint": Budget(
+        preset="none",
+        anchor_tokens=40_000,
+        anchor_batch_tokens=2048,
+        expert_tokens=8_192,
+        seq_len=256,
+        batch_tokens=1024,
+        sample_tokens=40_000,
+        train_bytes=100_000,
+        test_bytes=8_000,
+        classifier_passages=24,
+        unrestricted={"unrestricted": 0.5},
+        recipes=("discriminant",),
+        variants=(
+            "flexctl",
+            "discriminant rows, put back",
+            "half the scale",
+            "hidden rows, put in",
+            "encoder rows, put in",
+            "no bias",
+            "top-1",
+            "public logits -2 +- 2",
+            "bias lowered by 1",
+        ),
     ),
     "gpu": Budget(
         preset="small",

@@ -33,16 +33,25 @@ class Variant:
     Attributes:
         name: In the table.
         recipe: Whose experts.
-        edit: What happens to each expert's rows: nothing, "start" (put back), "no bias" (mean public logit 0),
-            "start, no bias", or (mean, deviation) that their public logits get.
+        rows: Kind of untrained rows that are put in; None leaves the trained ones.
+        scale: What the rows are multiplied by.
+        shift: How far their mean public logit moves.
+        public_logits: Mean and deviation that public logits get.
+        bias: False sets the mean public logit to 0.
         top_k: Experts kept for each token; None is 4, or all of fewer.
+        removal: Also score the model with each expert left out.
         about: What it shows.
     """
 
     name: str
     recipe: str = "discriminant"
-    edit: str | tuple[float, float] | None = None
+    rows: str | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+    public_logits: tuple[float, float] | None = None
+    bias: bool = True
     top_k: int | None = None
+    removal: bool = False
     about: str
 
 
@@ -59,29 +68,47 @@ RECIPES = (
     *(Recipe(name=f"public-{share:.0%}".rstrip("%"), public_mix=share) for share in SHARES),
 )
 
+MAIN_RECIPES = ("discriminant",)
+MAIN_VARIANTS = (DEFAULT,)
+"""What every seed trains and scores beside the baselines; the first seed tries everything."""
+
 VARIANTS = (
-    Variant(name=DEFAULT, about="the default recipe: discriminant rows, trained and tethered, 30 % public text"),
     Variant(
-        name="no bias", edit="no bias", about="paper's ablation: each row's mean public logit set to 0 after training"
+        name=DEFAULT,
+        removal=True,
+        about="the default recipe: discriminant rows, trained and tethered, 30 % public text",
     ),
+    Variant(name="no bias", bias=False, about="paper's ablation: each row's mean public logit set to 0 after training"),
     Variant(name="no init", recipe="no-init", about="paper's ablation: rows start small and random"),
-    Variant(name="no init, no bias", recipe="no-init", edit="no bias", about="paper's ablation: neither"),
+    Variant(name="no init, no bias", recipe="no-init", bias=False, about="paper's ablation: neither"),
     Variant(
         name="no pair training", recipe="no-pair", about="paper's ablation: feed-forward networks of dense experts"
     ),
     Variant(name="hidden-state init", recipe="hidden", about="paper's ablation: rows from mean hidden states"),
     *(Variant(name=f"top-{k}", top_k=k, about=f"{k} active") for k in (1, 2, 8)),
+    Variant(name="encoder rows, trained", recipe="encoder", about="ours: encoder rows trained"),
+    *(Variant(name=f"{k} rows, frozen", recipe=f"{k}-frozen", about=f"ours: {k} rows frozen") for k in KINDS),
+    *(Variant(name=f"{k} rows, put back", recipe=k, rows=k, about=f"ours: {k} rows, put back") for k in KINDS),
     *(
-        Variant(name=f"{kind} rows, {how}", recipe=f"{kind}{suffix}", edit=edit, about=f"ours: {kind} rows {how}")
-        for kind in KINDS
-        for how, suffix, edit in (("trained", "", None), ("frozen", "-frozen", None), ("put back", "", "start"))
-        if (kind, how) not in {("discriminant", "trained"), ("hidden", "trained")}
+        Variant(name=f"{k} rows, put in", rows=k, about=f"ours: {k} rows beside networks trained with the default's")
+        for k in KINDS[1:]
     ),
-    Variant(name="put back, no bias", edit="start, no bias", about="ours: start rows without their part along u"),
+    Variant(name="put back, no bias", rows="discriminant", bias=False, about="ours: start rows without their bias"),
+    Variant(name="half the scale", rows="discriminant", scale=0.5, removal=True, about="ours: start rows, halved"),
+    Variant(name="twice the scale", rows="discriminant", scale=2.0, about="ours: start rows, doubled"),
+    *(
+        Variant(
+            name=f"bias lowered by {nats:g}",
+            shift=-nats,
+            removal=True,
+            about="ours: the default, every row moved along u",
+        )
+        for nats in (1.0, 2.0)
+    ),
     *(
         Variant(
             name=f"public logits {m:g} +- {d:g}",
-            edit=(m, d),
+            public_logits=(m, d),
             about="ours: rows scaled and shifted to a set mean and deviation on public text",
         )
         for m, d in CALIBRATIONS
@@ -95,7 +122,7 @@ VARIANTS = (
         for share in SHARES
     ),
     *(
-        Variant(name=f"put back, top-{k}", edit="start", top_k=k, about=f"ours: start rows, {k} active")
+        Variant(name=f"put back, top-{k}", rows="discriminant", top_k=k, about=f"ours: start rows, {k} active")
         for k in (1, 2, 8)
     ),
 )

@@ -4,11 +4,12 @@
 
 DIR holds a folder a set, each with train.jsonl and test.jsonl, one of them called public. Everything goes into
 ./flexmix-mini-BUDGET (or --output): RESULTS.md and results.json at its top, a folder a seed below. Run it again after
-an interruption and it goes on where it was. Budgets: smoke (minutes on one core), cpu (an hour on two), gpu (all text).
+an interruption and it goes on where it was. Budgets: smoke (minutes on one core), cpu (an hour on two), checkpoint
+(an hour or two on two, with a checkpoint of some 100M parameters as --anchor), gpu (all text).
 
     --anchor CHECKPOINT_DIR   anneal this dense checkpoint in place of training an anchor from scratch
     --encoder MODEL           also try router rows from this sentence encoder
-    --seeds 0 1 2             repeat everything with other seeds
+    --seeds 0 1 2             repeat the default and the baselines with other seeds
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from budgets import BUDGETS, PUBLIC_MIX
-from recipes import DEFAULT, RECIPES, VARIANTS, Recipe, Variant
-from scoring import score_all_baselines, score_anchor, score_pairs, score_variant
+from recipes import DEFAULT, MAIN_RECIPES, MAIN_VARIANTS, RECIPES, VARIANTS, Recipe, Variant
+from scoring import score_all_baselines, score_anchor, score_pairs, score_removal, score_variant
 from stages import TOP_K, make_anchor, make_btx, make_classifier, make_dense, make_expert, make_unrestricted
-from table import read_scores, rows_of, write_results
+from table import read_removals, read_scores, rows_of, write_results
 from work import Work, hold_settings, prepare_data, say
 
 from flexctl.bundle import open_anchor
@@ -48,38 +49,68 @@ def main() -> None:
     ]
     for work in runs:
         hold_settings(work.root, {**told, "encoder": asked.encoder, "seed": work.seed})
-        run(work, asked.data)
+        run_main(work, asked.data)
+    run_everything(runs[0])
     rows = rows_of([read_scores(work.root) for work in runs], training_cost(runs[0]))
-    write_results(root, rows, {**told, "seeds": asked.seeds})
+    write_results(root, rows, read_removals(runs[0].root), {**told, "seeds": asked.seeds})
     say(f"{root / 'RESULTS.md'} and {root / 'results.json'} are written")
 
 
-def run(work: Work, data: Path) -> None:
-    """Train and score everything that is not there yet."""
-    recipes, variants = wanted(work.encoder)
+def run_main(work: Work, data: Path) -> None:
+    """Train and score the default and the baselines, as far as they are not there yet."""
     prepare_data(data, work)
     make_anchor(work)
     score_anchor(work)
+    for recipe in RECIPES:
+        if recipe.name in MAIN_RECIPES:
+            try_recipe(work, recipe)
+    for variant in VARIANTS:
+        if variant.name in MAIN_VARIANTS:
+            score_variant(work, variant)
     for name in work.names:
         make_dense(work, name)
-    for recipe in recipes:
-        for name in work.names:
-            make_expert(work, recipe, name)
-        score_pairs(work, recipe)
-    for variant in variants:
-        score_variant(work, variant)
-    make_btx(work)
-    make_unrestricted(work, "unrestricted", 0.5)
-    make_unrestricted(work, "unrestricted-2x", 1.0)
     make_classifier(work)
+    make_btx(work)
+    for folder, share in work.budget.unrestricted.items():
+        make_unrestricted(work, folder, share)
     score_all_baselines(work)
 
 
-def wanted(encoder: str | None) -> tuple[list[Recipe], list[Variant]]:
-    """Return recipes and variants; those with encoder rows only where there is an encoder."""
-    recipes = [recipe for recipe in RECIPES if encoder is not None or recipe.rows != "encoder"]
+def run_everything(work: Work) -> None:
+    """Train and score whatever else the budget has room for."""
+    recipes, variants = wanted(work)
+    for recipe in recipes:
+        try_recipe(work, recipe)
+    for variant in variants:
+        score_variant(work, variant)
+    for variant in variants:
+        if variant.removal:
+            score_removal(work, variant)
+
+
+def try_recipe(work: Work, recipe: Recipe) -> None:
+    for name in work.names:
+        make_expert(work, recipe, name)
+    score_pairs(work, recipe)
+
+
+def wanted(work: Work) -> tuple[list[Recipe], list[Variant]]:
+    """Return the budget's recipes and variants; those with encoder rows only where there is an encoder."""
+    budget = work.budget
+    recipes = [
+        recipe
+        for recipe in RECIPES
+        if (budget.recipes is None or recipe.name in budget.recipes) and (work.encoder or recipe.rows != "encoder")
+    ]
     names = {recipe.name for recipe in recipes}
-    return recipes, [variant for variant in VARIANTS if variant.recipe in names]
+    variants = [
+        variant
+        for variant in VARIANTS
+        if (budget.variants is None or variant.name in budget.variants)
+        and (work.encoder or variant.rows != "encoder")
+        and variant.recipe in names
+    ]
+    return recipes, variants
 
 
 def training_cost(work: Work) -> dict[str, float]:
@@ -96,8 +127,7 @@ def training_cost(work: Work) -> dict[str, float]:
         DEFAULT: experts * tokens * matrices.pair_training(),
         **dict.fromkeys(names, experts * tokens * dense),
         "btx": experts * tokens * dense + tokens * mixture,
-        "unrestricted": 0.5 * experts * tokens * mixture,
-        "unrestricted-2x": experts * tokens * mixture,
+        **{name: share * experts * tokens * mixture for name, share in work.budget.unrestricted.items()},
     }
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from recipes import Recipe, Variant
-from stages import TOP_K
+from stages import TOP_K, make_rows
+from torch import Tensor
 from work import Work, write_json
 
 import flexctl
-from flexctl.bundle import PUBLIC, RawTensor, open_anchor, open_expert, open_router_file, reroute_expert
+from flexctl.bundle import PUBLIC, Anchor, RawTensor, open_anchor, open_expert, open_router_file, reroute_expert
 from flexctl.bundle.runnable import open_runnable
 from flexctl.evaluation.baselines import find_ingredients, score_baselines
 from flexctl.evaluation.domains import Domain, score_domain
 from flexctl.evaluation.scoring import Score
 from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype
-from flexctl.model.routed import set_top_k
-from flexctl.model.rows import set_bias, set_public_logits
+from flexctl.model.routed import exclude, set_top_k
+from flexctl.model.rows import bias_of, set_bias, set_public_logits
 from flexctl.model.space import RouterSpace
 from flexctl.model.tensors import to_bytes, to_torch
 from flexctl.runtime import SILENT
@@ -47,35 +49,64 @@ def score_variant(work: Work, variant: Variant) -> None:
     path = work.root / "scores" / "variants" / f"{variant.name}.json"
 
     def make() -> None:
-        folder = work.root / "unfinished" / "merging"
-        shutil.rmtree(folder, ignore_errors=True)
-        experts = tuple(edited(work, variant, name, folder / f"{name}.st") for name in work.names)
-        top_k = min(variant.top_k or TOP_K, len(experts) + 1)
-        config = flexctl.MergeConfig(experts=experts, anchor=work.anchor, output=folder / "merged", top_k=top_k)
-        flexctl.merge(config)
-        write_json(path, score(work, folder / "merged", [PUBLIC, *work.names]))
-        shutil.rmtree(folder)
+        with merged(work, variant) as bundle:
+            write_json(path, score(work, bundle, [PUBLIC, *work.names]))
 
     work.stage(path, make)
+
+
+def score_removal(work: Work, variant: Variant) -> None:
+    """Score a variant's merged model on everything with each expert left out."""
+    path = work.root / "scores" / "removal" / f"{variant.name}.json"
+
+    def make() -> None:
+        with merged(work, variant) as bundle:
+            write_json(path, {name: score(work, bundle, [PUBLIC, *work.names], name) for name in work.names})
+
+    work.stage(path, make)
+
+
+@contextmanager
+def merged(work: Work, variant: Variant) -> Iterator[Path]:
+    """Give a variant's merged model, which is deleted after the block."""
+    folder = work.root / "unfinished" / "merging"
+    shutil.rmtree(folder, ignore_errors=True)
+    experts = tuple(edited(work, variant, name, folder / f"{name}.st") for name in work.names)
+    top_k = min(variant.top_k or TOP_K, len(experts) + 1)
+    config = flexctl.MergeConfig(experts=experts, anchor=work.anchor, output=folder / "merged", top_k=top_k)
+    flexctl.merge(config)
+    yield folder / "merged"
+    shutil.rmtree(folder)
 
 
 def edited(work: Work, variant: Variant, name: str, target: Path) -> Path:
     """Return an expert's file, or that of a copy with the rows that the variant asks for."""
     source = work.expert(variant.recipe, name)
-    if variant.edit is None:
-        return source
     anchor, expert = open_anchor(work.anchor), open_expert(source)
-    space = RouterSpace.from_tensors(anchor.router_space())
-    rows = to_torch(expert.router())
-    if isinstance(variant.edit, tuple):
-        rows = set_public_logits(rows, space, *variant.edit)
-    elif variant.edit.startswith("start"):
-        rows = to_torch(open_router_file(work.rows(expert.manifest.router.kind, name), anchor).rows)
-    if str(variant.edit).endswith("no bias"):
-        rows = set_bias(rows, space, 0.0)
+    trained = to_torch(expert.router())
+    rows = edited_rows(work, variant, name, anchor, trained)
+    if rows is trained:
+        return source
     raw = RawTensor(*to_bytes(rows))
     reroute_expert(target, anchor=anchor, expert=expert, rows=raw, router=expert.manifest.router, overwrite=True)
     return target
+
+
+def edited_rows(work: Work, variant: Variant, name: str, anchor: Anchor, rows: Tensor) -> Tensor:
+    """Return an expert's rows (layers, hidden_size) as a variant wants them; the same tensor where nothing changes."""
+    space = RouterSpace.from_tensors(anchor.router_space())
+    if variant.rows:
+        make_rows(work, variant.rows, name)
+        rows = to_torch(open_router_file(work.rows(variant.rows, name), anchor).rows)
+    if variant.scale != 1:
+        rows = variant.scale * rows
+    if not variant.bias:
+        rows = set_bias(rows, space, 0.0)
+    if variant.shift:
+        rows = set_bias(rows, space, bias_of(rows, space) + variant.shift)
+    if variant.public_logits:
+        rows = set_public_logits(rows, space, *variant.public_logits)
+    return rows
 
 
 def score_all_baselines(work: Work) -> None:
@@ -100,11 +131,20 @@ def score_all_baselines(work: Work) -> None:
     work.stage(path, make)
 
 
-def score(work: Work, bundle: Path, domains: Sequence[str]) -> dict[str, list[list[float]]]:
-    """Return {domain: (nats, targets, bytes) of each document} of an anchor, an expert or a merged model."""
+def score(work: Work, bundle: Path, domains: Sequence[str], without: str | None = None) -> dict[str, list[list[float]]]:
+    """Return {domain: (nats, targets, bytes) of each document} of an anchor, an expert or a merged model.
+
+    Args:
+        work: The run.
+        bundle: What to score.
+        domains: On which sets.
+        without: An expert to leave out.
+    """
     runnable, device = open_runnable(bundle, work.anchor), pick_device("auto")
     model = build_model(runnable.weights, device=device, dtype=pick_dtype("auto", device))
-    set_top_k(model, runnable.weights.num_experts_per_tok)
+    left_out = runnable.indices([without] if without else [])
+    set_top_k(model, min(runnable.weights.num_experts_per_tok, len(runnable.experts) - len(left_out)))
+    exclude(model, left_out)
     tokenizer = load_tokenizer(work.anchor)
 
     def on(name: str) -> Score:

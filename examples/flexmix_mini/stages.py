@@ -35,7 +35,6 @@ from flexctl.training.whole import WholeSettings, train_whole
 TOP_K = 4
 RANDOM_STD = 0.02
 EPOCHS = 1000.0
-CLASSIFIER_PASSAGES = 128
 EVERY_HELD_OUT = 20
 
 
@@ -45,8 +44,8 @@ def make_anchor(work: Work) -> None:
         how: dict[str, Any] = {"preset": budget.preset, "max_tokens": budget.anchor_tokens}
         how |= {"batch_tokens": budget.anchor_batch_tokens}
     else:
-        how = {"source": str(work.source), "anneal_tokens": budget.expert_tokens, "lr": CHECKPOINT_LR}
-        how |= {"seq_len": budget.seq_len, "batch_tokens": budget.batch_tokens}
+        how = {"source": str(work.source), "anneal_tokens": budget.anchor_tokens, "lr": CHECKPOINT_LR}
+        how |= {"seq_len": budget.seq_len, "batch_tokens": budget.anchor_batch_tokens}
     config = flexctl.InitAnchorConfig(
         data=(work.train(PUBLIC),),
         output=work.anchor,
@@ -163,7 +162,7 @@ def make_classifier(work: Work) -> None:
         model, tokenizer = mixture_of(open_anchor(work.anchor).weights()), load_tokenizer(work.anchor)
         embedded = {}
         for name in (PUBLIC, *work.names):
-            passages = sample_passages(read_documents([work.train(name)]), CLASSIFIER_PASSAGES, work.seed)
+            passages = sample_passages(read_documents([work.train(name)]), work.budget.classifier_passages, work.seed)
             embedded[name] = measure_documents(model, frame_passages(tokenizer, passages))
         fit_classifier(embedded).save(path)
 
