@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from flexctl.bundle.manifest import Architecture
+from flexctl.bundle.codec import canonical_json
+from flexctl.bundle.hashing import hash_raw, in_parallel
+from flexctl.bundle.manifest import Architecture, digest_of
 from flexctl.bundle.names import PUBLIC
 from flexctl.bundle.tensors import RawTensor, Span
 
-__all__ = ["Weights", "dense_weights", "zero_rows"]
+__all__ = ["Weights", "dense_weights", "weights_digest", "zero_rows"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +36,26 @@ class Weights:
     experts: Mapping[str, Mapping[str, RawTensor]]
     router: tuple[RawTensor, ...]
     num_experts_per_tok: int
+
+
+def weights_digest(weights: Weights) -> str:
+    """Return ``sha256:<hex>`` of all that decides a model's logits: config, tensors, experts kept for each token.
+
+    Every byte is hashed, as a memory map.
+    """
+    named = {
+        **weights.shared,
+        **{f"{expert} {name}": raw for expert, own in weights.experts.items() for name, raw in own.items()},
+        **{f"router {layer}": rows for layer, rows in enumerate(weights.router)},
+    }
+    infos = dict(zip(named, in_parallel(hash_raw, named.values()), strict=True))
+    content = {
+        "config": weights.dense_config,
+        "experts": list(weights.experts),
+        "num_experts_per_tok": weights.num_experts_per_tok,
+        "tensors": digest_of(infos),
+    }
+    return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def zero_rows(num_hidden_layers: int, hidden_size: int) -> tuple[RawTensor, ...]:

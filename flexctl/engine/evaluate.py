@@ -17,9 +17,9 @@ from flexctl.families import family_of
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes, software_versions
 
 if TYPE_CHECKING:
-    from flexctl.evaluation.baselines import Ingredients
+    from flexctl.evaluation.baselines import Baselines, Ingredients
     from flexctl.evaluation.comparison import Comparison
-    from flexctl.evaluation.domains import Content, Domain
+    from flexctl.evaluation.domains import Content
     from flexctl.evaluation.passes import Passes, Variant
     from flexctl.evaluation.report.data import Report
     from flexctl.evaluation.scoring import Score
@@ -229,16 +229,17 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     passes.free()
     if others:
         result = dataclasses.replace(result, compare=_compare(others[0], contents, scores))
-    baselines = _score_baselines(ingredients, passes, [content.domain for content in contents], config, reporter)
+    baselines = _baselines(ingredients, passes, config, reporter)
+    compared = baselines.score(domains) if baselines else {}
     if ingredients:
-        bits = {way: {name: score.bits_per_byte for name, score in row.items()} for way, row in baselines.items()}
+        bits = {way: {name: score.bits_per_byte for name, score in row.items()} for way, row in compared.items()}
         result = dataclasses.replace(result, baselines=bits, baselines_missing=dict(ingredients.missing))
-    _say_what_was_recalled([passes, *others], reporter)
+    _say_what_was_recalled([passes, *others, *([baselines] if baselines else [])], reporter)
     if config.samples:
         answers = [record for run in runs.values() for record in run.records]
         write_samples(config.samples, contents, scores, runnable.experts, answers, overwrite=config.overwrite)
     if config.report and report:
-        _write_report(config.report, report, baselines, scores, overwrite=config.overwrite)
+        _write_report(config.report, report, compared, scores, overwrite=config.overwrite)
     if isinstance(runnable.path, Path) and not config.without and config.top_k is None:
         kept = write_results(runnable.path, _results(result, passes), reporter)
         result = dataclasses.replace(result, results=kept)
@@ -376,22 +377,17 @@ def _ingredients(config: EvaluateConfig, runnable: Runnable) -> Ingredients | No
     return find_ingredients(config.baselines, runnable.weights, experts, runnable.tokenizer)
 
 
-def _score_baselines(
-    ingredients: Ingredients | None,
-    passes: Passes,
-    domains: Sequence[Domain],
-    config: EvaluateConfig,
-    reporter: Reporter,
-) -> dict[str, dict[str, Score]]:
-    """Return {baseline: {domain: score}}; empty without ingredients."""
-    from flexctl.evaluation.baselines import score_baselines
+def _baselines(
+    ingredients: Ingredients | None, passes: Passes, config: EvaluateConfig, reporter: Reporter
+) -> Baselines | None:
+    """Return the baselines, to be scored as the bundle was."""
+    from flexctl.evaluation.baselines import Baselines
 
     if ingredients is None:
-        return {}
-    return score_baselines(
+        return None
+    return Baselines(
         ingredients,
         passes.tokenizer,
-        domains,
         seq_len=passes.seq_len,
         batch_tokens=config.batch_tokens,
         top_k=config.top_k or _BTM_TOP_K,
@@ -415,7 +411,7 @@ def _write_report(
     write_report(path, dataclasses.replace(report, baselines=compared), overwrite=overwrite)
 
 
-def _say_what_was_recalled(passes: Sequence[Passes], reporter: Reporter) -> None:
+def _say_what_was_recalled(passes: Sequence[Passes | Baselines], reporter: Reporter) -> None:
     count, recalled = (sum(getattr(each, name) for each in passes) for name in ("count", "recalled"))
     if recalled:
         which = "all" if recalled == count else f"{recalled} of"

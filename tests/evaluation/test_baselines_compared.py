@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -20,7 +20,9 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.evaluation import scoring
 from flexctl.evaluation.baselines import (
     CLASSIFIER_FILE,
+    Baselines,
     Ingredients,
+    PromptClassifier,
     comparing,
     find_ingredients,
     fit_classifier,
@@ -31,12 +33,15 @@ from flexctl.evaluation.baselines import (
 from flexctl.evaluation.domains import Domain
 from flexctl.model.building import build_model, load_tokenizer
 from flexctl.model.space import measure_documents
-from flexctl.runtime import SILENT
+from flexctl.runtime import SILENT, Reporter, SilentReporter
 from flexctl.training.documents import read_documents
 from flexctl.training.tokens import Framed, frame_documents, frame_passages
 from flexctl.training.upcycled import save_mixture, upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
+
+Score = Callable[..., tuple[int, dict[str, Any]]]
+"""Scores all baselines on one text: how many did not come from the cache, and the figures."""
 
 ORACLES = ("weighted soup", "btm", "perplexity routing", "prompt routing")
 
@@ -76,10 +81,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, anchor: Path, texts: Any) -
     return root
 
 
-def compare(bundle: Path, folder: Path, texts: Any, **settings: Any) -> EvaluateResult:
+def compare(bundle: Path, folder: Path, texts: Any, reporter: Reporter = SILENT, **settings: Any) -> EvaluateResult:
     data = (f"public={texts.public_test}", f"code={texts.code_test}", f"sums={texts.sums_test}")
     config = {"data": data, "bundle": bundle, "seq_len": 64, "threads": 1, "baselines": folder}
-    return evaluate(EvaluateConfig(**{**config, **settings}))
+    return evaluate(EvaluateConfig(**{**config, **settings}), reporter)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,125 @@ def test_without_earlier_text_weights_are_equal_and_routes_are_public(merged: Pa
     assert found["btm"]["code"] < found["public only"]["code"]
 
 
+def made_of(**changes: Any) -> Ingredients:
+    """Ingredients in memory: an anchor, a dense expert, a mixture and a classifier, none of them trained."""
+    config = tiny.dense_config()
+    ingredients = {
+        "anchor": tiny.make_weights(config),
+        "dense": {"sums": tiny.make_weights(config, seed=1)},
+        "mixtures": {"btx": tiny.make_weights(config, ("public", "expert-1"))},
+        "classifier": classifier_of(0),
+        "missing": {},
+    }
+    return Ingredients(**{**ingredients, **changes})
+
+
+def classifier_of(seed: int) -> PromptClassifier:
+    generator = torch.Generator().manual_seed(seed)
+    return fit_classifier({name: torch.randn(9, 2, 32, generator=generator) for name in ("public", "sums")})
+
+
+SETTINGS: dict[str, Any] = {
+    "seq_len": 64,
+    "batch_tokens": 512,
+    "top_k": 1,
+    "device": torch.device("cpu"),
+    "dtype": torch.float32,
+    "reporter": SILENT,
+}
+
+
+class TestCache:
+    """A baseline is scored again when, and only when, something that decides its figures changed."""
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    @pytest.fixture
+    def domain(self, tmp_path: Path) -> Domain:
+        domain = Domain(name="a", path=tmp_path / "a.txt")
+        domain.path.write_text("1 + 1 = 2")
+        return domain
+
+    @pytest.fixture
+    def score(self, tokenizer: Any, domain: Domain) -> Score:
+        def score(ingredients: Ingredients, **changes: Any) -> tuple[int, dict[str, Any]]:
+            baselines = Baselines(ingredients, tokenizer, **{**SETTINGS, **changes})
+            found = baselines.score([domain])
+            assert baselines.count == len(found) == 14
+            return 14 - baselines.recalled, {name: row["a"].per_document.tolist() for name, row in found.items()}
+
+        return score
+
+    def test_a_repetition_builds_no_model(self, score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+        new, first = score(made_of())
+        assert new == 14
+        monkeypatch.setattr(comparing, "build_model", None)
+        assert score(made_of(), batch_tokens=7) == (0, first)
+
+    @pytest.mark.parametrize(
+        ("ingredient", "scored_again"),
+        [
+            ({"mixtures": {"btx": tiny.make_weights(tiny.dense_config(), ("public", "expert-1"), top_k=1)}}, 1),
+            ({"dense": {"sums": tiny.make_weights(tiny.dense_config(), seed=2)}}, 13),
+            ({"classifier": classifier_of(1)}, 10),
+        ],
+    )
+    def test_another_ingredient(self, score: Score, ingredient: dict[str, Any], scored_again: int) -> None:
+        score(made_of())
+        assert score(made_of(**ingredient))[0] == scored_again
+
+    @pytest.mark.parametrize(
+        ("setting", "scored_again"), [({"top_k": 2}, 10), ({"seq_len": 4}, 14), ({"dtype": torch.bfloat16}, 14)]
+    )
+    def test_another_setting(self, score: Score, setting: dict[str, Any], scored_again: int) -> None:
+        score(made_of())
+        assert score(made_of(), **setting)[0] == scored_again
+
+    def test_another_temperature_and_other_software(self, score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+        score(made_of())
+        monkeypatch.setattr(comparing, "TEMPERATURE", 0.2)
+        assert score(made_of())[0] == 10
+        monkeypatch.setattr(comparing, "software_versions", lambda: {"torch": "0.0.1"})
+        assert score(made_of())[0] == 14
+
+    def test_other_text(self, score: Score, domain: Domain) -> None:
+        score(made_of())
+        domain.path.write_text("1 + 2 = 3")
+        assert score(made_of())[0] == 14
+
+    def test_one_whole_model_at_a_time_is_in_memory(self, score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+        models: list[weakref.ref[Any]] = []
+        alive = []
+
+        def build(*given: Any, **settings: Any) -> Any:
+            alive.append(sum(model() is not None for model in models))
+            model = build_model(*given, **settings)
+            models.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(comparing, "build_model", build)
+        score(made_of())
+        soup_ties_dare_and_btx, public_and_sums = [0, 0, 0, 0], [0, 1]
+        assert alive == soup_ties_dare_and_btx + public_and_sums
+
+
+def test_a_repeated_evaluation_takes_baselines_from_the_cache(
+    merged: Path, folder: Path, texts: Any, result: EvaluateResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Listener(SilentReporter):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    monkeypatch.setattr(comparing, "build_model", None)
+    assert compare(merged, folder, texts, Listener()).baselines == result.baselines
+    whole, baselines = 3, 3 * 15
+    assert Listener.notes[-1].startswith(f"all {whole + baselines} passes are from the cache")
+
+
 def test_documents_are_read_anew_and_never_kept(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,25 +270,8 @@ def test_documents_are_read_anew_and_never_kept(
     monkeypatch.setattr(comparing, "frame_documents", watched)
     for module, name in ((scoring, "_SORTED_TOGETHER"), (mixing, "_TOGETHER"), (prompt, "_TOGETHER")):
         monkeypatch.setattr(module, name, 16)
-    generator = torch.Generator().manual_seed(0)
-    ingredients = Ingredients(
-        anchor=tiny.make_weights(tiny.dense_config()),  # type: ignore[arg-type]
-        dense={"sums": tiny.make_weights(tiny.dense_config(), seed=1)},  # type: ignore[dict-item]
-        mixtures={},
-        classifier=fit_classifier({n: torch.randn(9, 2, 32, generator=generator) for n in ("public", "sums")}),
-        missing={},
-    )
-    score_baselines(
-        ingredients,
-        tokenizer,
-        [Domain(name="a", path=texts)],
-        seq_len=64,
-        batch_tokens=512,
-        top_k=1,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        reporter=SILENT,
-    )
+    found = score_baselines(made_of(mixtures={}), tokenizer, [Domain(name="a", path=texts)], **SETTINGS)
+    assert len(found) == 13
     cut, whole, alone, mixed, embedded = 1, 3, 2, 4, 1
     assert len(counts) == 100 * (cut + whole + alone + mixed + embedded)
     assert 16 <= max(counts) <= 48

@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from flexctl.bundle import PUBLIC
+from flexctl.bundle import PUBLIC, Weights
+from flexctl.bundle.weights import weights_digest
 from flexctl.errors import UsageError
-from flexctl.evaluation.baselines.blends import dare, soup, ties
+from flexctl.evaluation.baselines.blends import DARE_DROP, TIES_DENSITY, dare, soup, ties
 from flexctl.evaluation.baselines.ingredients import Ingredients
-from flexctl.evaluation.baselines.mixing import mixed_logit_losses, soup_losses
-from flexctl.evaluation.baselines.prompt import PromptClassifier
-from flexctl.evaluation.baselines.windows import Floats, Windows, choose, cut, softmax_weights
+from flexctl.evaluation.baselines.panel import TEMPERATURE, Panel, names_alone, names_together
+from flexctl.evaluation.baselines.windows import Floats, Windows, cut
+from flexctl.evaluation.cache import recall, remember
 from flexctl.evaluation.domains import Domain
 from flexctl.evaluation.scoring import Score
 from flexctl.model.building import WeightSource, build_model
-from flexctl.runtime import Progress, Reporter, counted
+from flexctl.runtime import Reporter, counted, software_versions
 from flexctl.training.tokens import Framed, frame_documents
 
-__all__ = ["ORACLE", "TEMPERATURE", "score_baselines"]
+__all__ = ["Baselines", "score_baselines"]
 
-TEMPERATURE = 0.1
-"""Of the weights of weighted soups and BTM, in nats a token."""
-
-ORACLE = "oracle"
-"""What the name of a baseline ends with that looks at the very text it is scored on."""
+SCORING = 1
+"""Part of what the cache knows a baseline by; goes up when the same ingredients and text get other figures."""
 
 
-def score_baselines(
-    ingredients: Ingredients,
-    tokenizer: Any,
-    domains: Sequence[Domain],
-    *,
-    seq_len: int,
-    batch_tokens: int,
-    top_k: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    reporter: Reporter,
-) -> dict[str, dict[str, Score]]:
-    """Return {baseline: {domain: score}}.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """Baselines that are scored together.
+
+    Attributes:
+        names: Theirs.
+        made_of: What decides their figures beside text and settings, as JSON has it.
+        losses: Scores windows, {name: losses (W,)}; builds its models when it is first called.
+    """
+
+    names: Sequence[str]
+    made_of: Mapping[str, Any]
+    losses: Callable[[Windows], Mapping[str, Floats]]
+
+
+class Baselines:
+    """Scores of all baselines that the ingredients allow. Models are built for what no earlier run has scored.
 
     All dense experts are in memory at once while they are mixed; every other model is alone.
 
     Args:
         ingredients: From ``find_ingredients``.
         tokenizer: The anchor's.
-        domains: What to score on; their documents are read anew for every pass.
         seq_len: Window length.
         batch_tokens: Positions that go through a model at once.
         top_k: Dense experts that BTM keeps.
@@ -59,109 +60,133 @@ def score_baselines(
         dtype: Of their weights.
         reporter: Hears of progress.
 
-    Raises:
-        UsageError: There is no document with text, or a text changed while it was read.
-    """
-
-    def build(source: WeightSource) -> nn.Module:
-        return build_model(source, device=device, dtype=dtype)
-
-    texts = [_cut(domain, tokenizer, seq_len, reporter) for domain in domains]
-    scores: dict[str, dict[str, Score]] = {}
-    for name, source in _whole_models(ingredients):
-        with reporter.progress(f"scoring {name}", sum(map(len, texts)), "windows") as bar:
-            model = build(source)
-            scores[name] = {}
-            for windows in texts:
-                losses = windows.losses(model, counted(windows.pieces(), bar), batch_tokens)
-                scores[name][windows.name] = windows.score(losses)
-    dense = {PUBLIC: build(ingredients.anchor)} | {name: build(model) for name, model in ingredients.dense.items()}
-    for windows in texts:
-        panel = _Panel(dense, windows, batch_tokens, top_k, reporter)
-        found = panel.alone() | (panel.together(ingredients.classifier) if ingredients.complete else {})
-        for name, losses in found.items():
-            scores.setdefault(name, {})[windows.name] = windows.score(losses)
-    return scores
-
-
-def _cut(domain: Domain, tokenizer: Any, seq_len: int, reporter: Reporter) -> Windows:
-    def documents() -> Iterable[Framed]:
-        return frame_documents(tokenizer, domain.documents())
-
-    with reporter.progress(f"reading {domain.name}", domain.size_bytes(), "bytes") as bar:
-        windows = cut(domain.name, documents, seq_len=seq_len, advance=bar.advance)
-    if not len(windows):
-        raise UsageError(f"--data: no document with text in {domain.path}")
-    return windows
-
-
-def _whole_models(ingredients: Ingredients) -> Iterator[tuple[str, WeightSource]]:
-    """Yield the baselines that are one model for all text."""
-    if ingredients.complete:
-        models = [ingredients.anchor, *ingredients.dense.values()]
-        yield from (("soup", soup(models)), ("ties", ties(models)), ("dare", dare(models)))
-    yield from ingredients.mixtures.items()
-
-
-class _Panel:
-    """The anchor and the dense experts, which score windows alone and together.
-
-    Args:
-        models: By name, the anchor first.
-        windows: What to score.
-        batch_tokens: Positions that go through a model at once.
-        top_k: Models that BTM keeps.
-        reporter: Hears of progress.
+    Attributes:
+        count: Passes so far, of one baseline over one text each.
+        recalled: How many of them are from the cache.
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module], windows: Windows, batch_tokens: int, top_k: int, reporter: Reporter
+        self,
+        ingredients: Ingredients,
+        tokenizer: Any,
+        *,
+        seq_len: int,
+        batch_tokens: int,
+        top_k: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        reporter: Reporter,
     ) -> None:
-        self._models, self._windows, self._batch_tokens = models, windows, batch_tokens
-        self._top_k, self._reporter = top_k, reporter
-        with self._progress("scoring dense experts", len(models)) as bar:
-            found = [windows.losses(model, counted(windows.pieces(), bar), batch_tokens) for model in models.values()]
-        self._losses = np.stack(found)
+        self.count = self.recalled = 0
+        self._ingredients, self._tokenizer, self._reporter = ingredients, tokenizer, reporter
+        self._seq_len, self._batch_tokens, self._top_k = seq_len, batch_tokens, top_k
+        self._device, self._dtype = device, dtype
 
-    def alone(self) -> dict[str, Floats]:
-        """Return the losses (W,) of each model by itself."""
-        names = ["public only" if name == PUBLIC else f"dense {name}" for name in self._models]
-        return dict(zip(names, self._losses, strict=True))
+    def score(self, domains: Sequence[Domain]) -> dict[str, dict[str, Score]]:
+        """Return {baseline: {domain: score}}.
 
-    def together(self, classifier: PromptClassifier | None) -> dict[str, Floats]:
-        """Return the losses (W,) of what weighs or chooses among the models, by earlier text and as oracles."""
-        found = {}
-        votes = None if classifier is None else self._votes(classifier)
-        for suffix, look in (("", self._windows.before), (f" {ORACLE}", self._windows.itself)):
-            evidence = look(self._losses)
-            found[f"weighted soup{suffix}"] = self._soup(softmax_weights(evidence, TEMPERATURE))
-            found[f"btm{suffix}"] = self._btm(softmax_weights(evidence, TEMPERATURE, self._top_k))
-            found[f"perplexity routing{suffix}"] = self._routed(evidence)
-            if votes is not None:
-                found[f"prompt routing{suffix}"] = self._routed(look(votes))
-        return found
+        Args:
+            domains: What to score on; their documents are read anew for every pass.
 
-    def _routed(self, evidence: Floats) -> Floats:
-        losses: Floats = np.take_along_axis(self._losses, choose(evidence)[None], axis=0)[0]
-        return losses
+        Raises:
+            UsageError: There is no document with text, or a text changed while it was read.
+        """
+        texts = [self._cut(domain) for domain in domains]
+        scores: dict[str, dict[str, Score]] = {}
+        for way in self._ways():
+            for windows in texts:
+                for name, score in self._score(way, windows).items():
+                    scores.setdefault(name, {})[windows.name] = score
+        return scores
 
-    def _soup(self, weights: Floats) -> Floats:
-        with self._progress("weighted soups") as bar:
-            models = list(self._models.values())
-            return soup_losses(models, weights, self._windows, batch_tokens=self._batch_tokens, advance=bar.advance)
+    def _cut(self, domain: Domain) -> Windows:
+        def documents() -> Iterable[Framed]:
+            return frame_documents(self._tokenizer, domain.documents())
 
-    def _btm(self, weights: Floats) -> Floats:
-        with self._progress("BTM") as bar:
-            return mixed_logit_losses(list(self._models.values()), weights, self._windows, advance=bar.advance)
+        with self._reporter.progress(f"reading {domain.name}", domain.size_bytes(), "bytes") as bar:
+            windows = cut(domain.name, documents, seq_len=self._seq_len, advance=bar.advance)
+        if not len(windows):
+            raise UsageError(f"--data: no document with text in {domain.path}")
+        return windows
 
-    def _votes(self, classifier: PromptClassifier) -> Floats:
-        """Return the classifier's logits against each model, times each window's targets, (M, W)."""
-        with self._progress("prompt routing") as bar:
-            logits = classifier.read(self._models[PUBLIC], counted(self._windows.pieces(), bar))
-        order = [classifier.names.index(name) for name in self._models]
-        votes: Floats = -logits[:, order].numpy().T * self._windows.targets
-        return votes
+    def _ways(self) -> Iterator[_Way]:
+        ingredients = self._ingredients
+        dense = {PUBLIC: ingredients.anchor, **ingredients.dense}
+        digests = self._digests(dense)
+        if ingredients.complete:
+            models = list(dense.values())
+            yield self._whole("soup", soup(models), {"models": digests})
+            yield self._whole("ties", ties(models), {"models": digests, "density": TIES_DENSITY})
+            yield self._whole("dare", dare(models), {"models": digests, "drop": DARE_DROP})
+        for name, mixture in ingredients.mixtures.items():
+            yield self._whole(name, mixture, {"models": self._digests({name: mixture})})
+        yield self._panel(dense, digests)
 
-    def _progress(self, title: str, times: int = 1) -> AbstractContextManager[Progress]:
-        windows = self._windows
-        return self._reporter.progress(f"{title} on {windows.name}", times * len(windows), "windows")
+    def _digests(self, models: Mapping[str, Weights]) -> list[tuple[str, str]]:
+        with self._reporter.progress("hashing models", len(models), "models") as bar:
+            return [(name, weights_digest(weights)) for name, weights in counted(models.items(), bar)]
+
+    def _whole(self, name: str, source: WeightSource, made_of: Mapping[str, Any]) -> _Way:
+        """Return a baseline that is one model for all text."""
+        model = functools.cache(lambda: self._build(source))
+
+        def losses(windows: Windows) -> dict[str, Floats]:
+            with self._reporter.progress(f"scoring {name} on {windows.name}", len(windows), "windows") as bar:
+                return {name: windows.losses(model(), counted(windows.pieces(), bar), self._batch_tokens)}
+
+        return _Way(names=[name], made_of=made_of, losses=losses)
+
+    def _panel(self, dense: Mapping[str, Weights], digests: Sequence[tuple[str, str]]) -> _Way:
+        """Return what the anchor and the dense experts are alone and, where none is missing, together."""
+        complete, classifier = self._ingredients.complete, self._ingredients.classifier
+        models = functools.cache(lambda: {name: self._build(weights) for name, weights in dense.items()})
+
+        def losses(windows: Windows) -> dict[str, Floats]:
+            panel = Panel(models(), windows, self._batch_tokens, self._top_k, self._reporter)
+            return panel.alone() | (panel.together(classifier) if complete else {})
+
+        return _Way(
+            names=[*names_alone(dense), *(names_together(classified=classifier is not None) if complete else [])],
+            made_of={
+                "models": digests,
+                "classifier": classifier and classifier.digest,
+                "top_k": self._top_k,
+                "temperature": TEMPERATURE,
+            },
+            losses=losses,
+        )
+
+    def _build(self, source: WeightSource) -> nn.Module:
+        return build_model(source, device=self._device, dtype=self._dtype)
+
+    def _score(self, way: _Way, windows: Windows) -> dict[str, Score]:
+        identities = {name: self._identity(name, way, windows) for name in way.names}
+        known = {name: score for name, identity in identities.items() if (score := recall(identity)) is not None}
+        self.count += len(identities)
+        if len(known) == len(identities):
+            self.recalled += len(known)
+            return known
+        losses = way.losses(windows)
+        scores = {name: windows.score(losses[name]) for name in way.names}
+        for name, score in scores.items():
+            remember(identities[name], score)
+        return scores
+
+    def _identity(self, name: str, way: _Way, windows: Windows) -> dict[str, Any]:
+        return {
+            "scoring": ["baselines", SCORING],
+            "software": software_versions(),
+            "name": name,
+            "made_of": way.made_of,
+            "data": windows.digest,
+            "seq_len": self._seq_len,
+            "device": self._device.type,
+            "dtype": str(self._dtype),
+        }
+
+
+def score_baselines(
+    ingredients: Ingredients, tokenizer: Any, domains: Sequence[Domain], **settings: Any
+) -> dict[str, dict[str, Score]]:
+    """Return {baseline: {domain: score}}: ``Baselines(ingredients, tokenizer, **settings).score(domains)``."""
+    return Baselines(ingredients, tokenizer, **settings).score(domains)

@@ -5,6 +5,7 @@ Shapes: D texts, L num_hidden_layers, H hidden_size, N classes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ class PromptClassifier:
     names: tuple[str, ...]
     rows: Tensor
     offset: Tensor
+
+    @property
+    def digest(self) -> str:
+        """A digest of names and numbers."""
+        hasher = hashlib.sha256(json.dumps(self.names).encode())
+        for part in (self.rows, self.offset):
+            hasher.update(part.numpy().tobytes())
+        return f"sha256:{hasher.hexdigest()}"
 
     def logits(self, embedded: Tensor) -> Tensor:
         """Return (D, N), float64, for mean router inputs (D, L, H)."""

@@ -5,6 +5,7 @@ Shapes: M models, W windows.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Windows:
         targets: How many of its tokens are scored, (W,), float64.
         num_bytes: UTF-8 bytes of each document, (documents,), float64.
         seq_len: Most targets a window.
+        digest: sha256 of all documents' tokens and sizes in order, as ``sha256:<hex>``.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Windows:
     targets: Floats
     num_bytes: Floats
     seq_len: int
+    digest: str
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -107,8 +110,11 @@ def cut(
         advance: Told the UTF-8 bytes that were read.
     """
     numbers, targets, sizes = array("q"), array("d"), array("d")
+    hasher = hashlib.sha256()
     for number, document in enumerate(documents()):
         sizes.append(document.num_bytes)
+        hasher.update(np.array([len(document.tokens), document.num_bytes], dtype="<i8").tobytes())
+        hasher.update(document.tokens.astype("<i8").tobytes())
         for piece in _pieces(document, seq_len):
             numbers.append(number)
             targets.append(len(piece.tokens) - 1)
@@ -120,6 +126,7 @@ def cut(
         targets=np.array(targets, dtype=np.float64),
         num_bytes=np.array(sizes, dtype=np.float64),
         seq_len=seq_len,
+        digest=f"sha256:{hasher.hexdigest()}",
     )
 
 
