@@ -75,12 +75,14 @@ class TaskRun:
         metrics: Name -> value over all items.
         stderr: Name -> standard error, for metrics that are means over items.
         items: Items that were scored.
+        chance: Share that guessing gets right, mean over items; None where they are not choices with one right answer.
         records: A record an item, by its id: what the model gave, and its scores.
     """
 
     metrics: dict[str, float]
     stderr: dict[str, float]
     items: int
+    chance: float | None
     records: list[dict[str, Any]]
 
 
@@ -162,12 +164,14 @@ def run_task(task: Task, model: HarnessModel, limit: int | None) -> TaskRun:
         found = lm_eval.evaluator.evaluate(
             lm=model, task_dict={"tasks": {task.name: task.harness}}, limit=limit, bootstrap_iters=0
         )
-    samples = found["samples"][task.name]
+        samples = found["samples"][task.name]
+        chance = _chance(task.harness, samples)
     metrics, stderr = _figures(task.harness, found["results"][task.name], samples)
     return TaskRun(
         metrics=metrics,
         stderr=stderr,
         items=found["n-samples"][task.name]["effective"],
+        chance=chance,
         records=[_record(task.name, sample) for sample in samples],
     )
 
@@ -188,6 +192,12 @@ def _figures(
         if harness.aggregation().get(metric) is lm_eval.api.metrics.mean and len(values) > 1:
             stderr[name] = statistics.stdev(map(float, values)) / math.sqrt(len(values))
     return metrics, stderr
+
+
+def _chance(harness: ConfigurableTask, samples: Sequence[Mapping[str, Any]]) -> float | None:
+    if harness.OUTPUT_TYPE != "multiple_choice" or harness.multiple_target:
+        return None
+    return statistics.fmean(1 / len(harness.doc_to_choice(sample["doc"])) for sample in samples)
 
 
 def _record(task: str, sample: Mapping[str, Any]) -> dict[str, Any]:

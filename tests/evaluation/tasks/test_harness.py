@@ -106,16 +106,30 @@ def test_choices_are_scored_by_their_log_likelihood(tmp_path: Path, lm: Any) -> 
     for name, values in hits.items():
         assert found.metrics[name] == pytest.approx(statistics.mean(values))
         assert found.stderr[name] == pytest.approx(statistics.stdev(values) / 2)
+    assert found.chance == pytest.approx(1 / 3)
 
 
 def test_generated_answers_and_their_reference_are_scored(tmp_path: Path, lm: Any) -> None:
     found = run(write(tmp_path / "end.jsonl", PROMPTS), lm)
     assert set(found.metrics) == {"exact_match", "bits_per_byte"}
     assert set(found.stderr) == {"exact_match"}
+    assert found.chance is None
     bits = -sum(record["log_likelihoods"][0] for record in found.records) / math.log(2)
     assert found.metrics["bits_per_byte"] == pytest.approx(bits / (3 * len("the harbour")))
     assert all(isinstance(record["generated"], str) for record in found.records)
     assert "walked" not in json.dumps(found.records)
+
+
+def test_chance_follows_each_item_s_own_choices(tmp_path: Path, lm: Any) -> None:
+    two = [{**item, "choices": item["choices"][:2], "answer": 0} for item in CHOICES]
+    assert run(write(tmp_path / "mixed.jsonl", [*CHOICES[:2], *two[2:]]), lm).chance == pytest.approx(5 / 12)
+    blanks = [{**item, "question": f"the miller saw _ at {item['id']}."} for item in two]
+    assert run(write(tmp_path / "winogrande.jsonl", blanks), lm).chance == 0.5
+
+
+def test_chance_is_unknown_where_several_choices_are_right(tmp_path: Path, lm: Any) -> None:
+    several = QUIZ | {"doc_to_target": "{{[0, answer]}}", "metric_list": QUIZ["metric_list"][:1]}
+    assert run(write_yaml(tmp_path / "several.yaml", **several), lm).chance is None
 
 
 def test_limit_takes_the_first_items_and_a_task_runs_again(tmp_path: Path, lm: Any) -> None:
