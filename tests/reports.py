@@ -14,13 +14,18 @@ from typing import Any
 from flexctl.bundle.manifest import Tombstone
 from flexctl.evaluation.explaining import Piece
 from flexctl.evaluation.report import (
+    Contrast,
     DomainFigures,
     Estimate,
     Member,
+    MovedDocument,
+    Other,
     Passage,
     Report,
     Setting,
     Shift,
+    TaskFigures,
+    TaskMetric,
 )
 
 EXPERTS = ("public", "code", "math", "news")
@@ -53,6 +58,51 @@ def shifts(scores: dict[str, float], spread: float = 0.03) -> dict[str, Shift]:
 def shift(score: float, change: float, spread: float) -> Shift:
     """Return a score whose change has an interval of twice ``spread``."""
     return Shift(bits_per_byte=score, change=Estimate(value=change, low=change - spread, high=change + spread))
+
+
+def contrast(other: float, change: float, spread: float) -> Contrast:
+    """Return another model's score beside this one's, whose change has an interval of twice ``spread``."""
+    ends = Estimate(value=change, low=change - spread, high=change + spread)
+    return Contrast(bits_per_byte=other, change=ends, better=3 + (change < 0) * 100, worse=3 + (change > 0) * 100)
+
+
+def example_other(members: tuple[Member, ...]) -> Other:
+    """Return a model of one expert less and an older code expert."""
+    scores = {"public": 2.199, "code": 3.592, "math": 4.022, "news": 2.551}
+    spreads = {"public": 0.011, "code": 0.03, "math": 0.09, "news": 0.014}
+    public, code, _, news = members
+    older = Member(name=code.name, digest="sha256:" + "5e5e7a10" * 8, license=code.license)
+    return Other(
+        kind="merged",
+        anchor="micro-anchor",
+        digest="sha256:" + "0b5d3c9a" * 8,
+        num_experts_per_tok=3,
+        members=(public, older, news),
+        domains={name: contrast(score, MERGED[name] - score, spreads[name]) for name, score in scores.items()},
+        moved=tuple(
+            MovedDocument(domain=domain, index=index, change=change)
+            for domain, index, change in (("math", 17, -2.31), ("math", 3, -1.874), ("news", 101, 0.212))
+        ),
+    )
+
+
+def example_tasks() -> dict[str, TaskFigures]:
+    """Return a task of each kind: choices above guessing and not, right answers, code."""
+
+    def mean(value: float, spread: float, chance: float | None = None) -> TaskMetric:
+        ends = Estimate(value=value, low=value - spread, high=value + spread)
+        return TaskMetric(score=ends, stderr=spread / 2, chance=chance)
+
+    found = {
+        "arc_easy": {"acc": mean(0.46, 0.096, 0.25), "acc_norm": mean(0.35, 0.092, 0.25)},
+        "winogrande_of_a_long_name": {"acc": mean(0.52, 0.097, 0.5)},
+        "nq_open": {"exact_match": mean(0.07, 0.05), "bits_per_byte": TaskMetric(score=Estimate(value=1.792))},
+        "humaneval": {"edit_similarity": mean(0.31, 0.03), "bits_per_byte": TaskMetric(score=Estimate(value=0.982))},
+    }
+    return {
+        name: TaskFigures(metrics=metrics, items=100 * i, shots=i % 2, digest="sha256:" + f"{i}f00d5e1" * 8)
+        for i, (name, metrics) in enumerate(found.items(), start=1)
+    }
 
 
 def passage(domain: str) -> Passage:
@@ -114,6 +164,7 @@ def example_report(**changes: Any) -> Report:
         "members": members,
         "removed": (Tombstone(name="reddit", digest="sha256:" + "90aa31c2" * 8),),
         "domains": figures,
+        "tasks": example_tasks(),
         "alone": shifts(ALONE, 0.02),
         "routing": {domain: dict(zip(EXPERTS, shares, strict=True)) for domain, shares in ROUTING.items()},
         "routing_layers": {domain: layered(domain, 6) for domain in ROUTING},
@@ -127,6 +178,7 @@ def example_report(**changes: Any) -> Report:
             "own expert alone": shifts({"public": 2.169, "code": 3.324, "math": 2.819, "news": 2.443}),
             "average of weights": shifts({"public": 2.31, "code": 4.92, "math": 3.87, "news": 2.66}),
         },
+        "other": example_other(members),
         "passages": tuple(passage(domain) for domain in ROUTING),
         "settings": (
             Setting(name="window", value="256 tokens, not overlapping"),

@@ -195,7 +195,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     from flexctl.evaluation.domains import parse_domains, read_domain
     from flexctl.evaluation.passes import Variant, ablate, sweep_top_k
     from flexctl.evaluation.records import write_results, write_samples
-    from flexctl.evaluation.report.measured import report_of
+    from flexctl.evaluation.report.measured import other_of, report_of, tasks_of
 
     domains = parse_domains(config.data, config.text_field) if config.data or not config.tasks else []
     _refuse_bad_settings(config)
@@ -225,10 +225,13 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         samples=config.samples,
         report=config.report,
     )
-    report = report_of(passes, contents, whole, result.post_norm_ratio) if config.report else None
+    answered = tasks_of(tasks, runs)
+    report = report_of(passes, contents, whole, result.post_norm_ratio, answered) if config.report else None
     passes.free()
     if others:
-        result = dataclasses.replace(result, compare=_compare(others[0], contents, scores))
+        beside = _compare(others[0], contents, scores)
+        result = dataclasses.replace(result, compare=beside)
+        report = report and dataclasses.replace(report, other=other_of(others[0].runnable, beside))
     baselines = _baselines(ingredients, passes, config, reporter)
     compared = baselines.score(domains) if baselines else {}
     if ingredients:

@@ -17,7 +17,7 @@ from flexctl.engine.evaluate import EvaluateConfig, EvaluateResult, evaluate
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
 from flexctl.errors import UsageError
-from flexctl.evaluation.report.words import bits, percent
+from flexctl.evaluation.report.words import bits, percent, signed
 from flexctl.training.documents import read_documents
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
@@ -127,6 +127,41 @@ def test_baselines_are_on_the_page_with_intervals(tmp_path: Path, merged: Path, 
     assert list(rows) == list(result.baselines)
     assert [cell[:5] for cell in rows["soup"]] == [bits(value) for value in result.baselines["soup"].values()]
     assert all(" to " in cell for cell in rows["soup"])
+
+
+def test_another_model_and_tasks_are_on_the_page(merged: Path, anchor: Path, texts: Any) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    items = [{"question": f"{i} + {i}", "choices": [f"= {2 * i}", "= none"], "answer": 0} for i in range(4)]
+    Path("sums_quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    result = report(merged, texts, compare=anchor, tasks=(Path("sums_quiz.jsonl"),))
+    assert result.compare is not None
+    page = page_of(PAGE)
+    for name, row in page.table("This model beside the other").items():
+        found = result.compare.domains[name]
+        assert found.difference_low is not None
+        assert found.difference_high is not None
+        assert row[:3] == [
+            bits(result.perplexity[name].bits_per_byte),
+            bits(found.bits_per_byte),
+            signed(found.difference),
+        ]
+        assert row[3].startswith(f"{signed(found.difference_low)} to {signed(found.difference_high)}")
+        assert row[4:] == [str(found.documents_better), str(found.documents_worse)]
+    moved = next(rows for caption, rows in page.tables.items() if "single documents" in caption)
+    assert moved.keys() == {row.domain for row in result.compare.moved}
+    assert "anchor tiny-olmo2 alone, 1 of 1 expert active for a token" in page.text
+    assert result.compare.digest in page.text
+    assert f"Beside another model (anchor, {result.compare.digest[7:19]})" in page.text
+    task = result.tasks["sums_quiz"]
+    row = page.table("Scores, task by task")["sums_quiz acc"]
+    assert (row[0], row[2:]) == (bits(task.metrics["acc"]), [bits(task.stderr["acc"]), "0.500", "4", "0"])
+    assert task.digest in page.text
+    assert page.charts == 2 + 3 + 3 + 2
+    assert str(anchor) not in PAGE.read_text(encoding="utf-8")
+    passages = " ".join(" ".join(page.passages).split())
+    elsewhere = [row.words for row in result.compare.moved if row.words not in passages]
+    assert elsewhere
+    assert not any(words in page.text for words in elsewhere)
 
 
 def test_an_existing_file_stays_unless_told_otherwise(merged: Path, texts: Any) -> None:

@@ -7,11 +7,12 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flexctl.errors import UsageError
-from flexctl.evaluation.report.data import Report
+from flexctl.evaluation.report.data import Estimate, Other, Report
 from flexctl.evaluation.report.svg import COLOURS, embed
 from flexctl.evaluation.report.words import bits, interval, share, short, signed
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ablation", "baselines", "before_and_after", "layers", "require_matplotlib", "top_k"]
+__all__ = ["ablation", "baselines", "before_and_after", "contrasts", "layers", "require_matplotlib", "tasks", "top_k"]
 
 _WIDE, _PANEL = 420, 340
-_ROW, _CELL = 30, 76
+_ROW, _TALL_ROW, _CELL = 30, 42, 76
 _LABEL = 13
 _LEAST_SPAN = 0.1  # bits per byte from bottom to top, so that noise looks small
 _NOTED = 6  # figures beside one line that do not meet
@@ -67,12 +68,57 @@ def before_and_after(report: Report) -> str:
                 before = _drawable(report.alone[name].bits_per_byte)
                 axes.plot([before, figures.value], [y, y], color=COLOURS["rule"], linewidth=4, clip_on=False)
                 _mark(axes, before, y, COLOURS["muted"], hollow=True)
-            if figures.low is not None and figures.high is not None:
-                axes.plot([figures.low, figures.high], [y, y], color=colour, linewidth=2, clip_on=False)
+            _interval(axes, figures, y, colour)
             _mark(axes, figures.value, y, colour)
         axes.grid(axis="x", linewidth=1)
         axes.margins(x=0.06)
         return finish("Bits per byte on each domain", _describe_scores(report))
+
+
+def tasks(report: Report) -> str:
+    """Return each task's main metric with its interval and what guessing gets; empty where no task has one."""
+    shown = {name: (task.main, task.metrics[task.main]) for name, task in report.tasks.items() if task.main}
+    if not shown:
+        return ""
+    with _drawing("tasks", _WIDE, _TALL_ROW * len(shown) + 32) as (figure, finish):
+        axes = _axes(figure, left=126, right=14, top=0, bottom=32)
+        metrics = [metric for metric, _ in shown.values()]
+        for y, (_, found) in zip(_rows(axes, list(shown), 16, metrics), shown.values(), strict=True):
+            if found.chance is not None:
+                axes.plot([found.chance] * 2, [y - 0.3, y + 0.3], color=COLOURS["muted"], linewidth=2)
+            _interval(axes, found.score, y, COLOURS["accent"])
+            _mark(axes, found.score.value, y, COLOURS["accent"])
+        axes.set_xlim(0, 1)
+        axes.grid(axis="x", linewidth=1)
+        told = []
+        for name, (metric, found) in shown.items():
+            guessing = "" if found.chance is None else f", guessing {bits(found.chance)}"
+            told.append(f"{name} {metric} {bits(found.score.value)} ({interval(found.score)}{guessing})")
+        return finish("Score on each task, from 0 to 1", "; ".join(told) + ".")
+
+
+def contrasts(other: Other) -> str:
+    """Return each domain's change from another model to this one with its interval, around a line at zero."""
+    with _drawing("contrasts", _WIDE, _ROW * len(other.domains) + 40) as (figure, finish):
+        axes = _axes(figure, left=112, right=14, top=8, bottom=32)
+        for y, contrast in zip(_rows(axes, list(other.domains)), other.domains.values(), strict=True):
+            change = contrast.change
+            side = "worse" if change.value > 0 else "better"
+            colour = COLOURS[side if change.is_clear else "muted"]
+            _interval(axes, change, y, colour)
+            _mark(axes, _drawable(change.value), y, colour, hollow=not change.is_clear)
+        axes.axvline(0, color=COLOURS["muted"], linewidth=1)
+        axes.grid(axis="x", linewidth=1)
+        axes.margins(x=0.06)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, -_LEAST_SPAN / 2), max(high, _LEAST_SPAN / 2))
+        axes.locator_params(axis="x", nbins=5)
+        told = []
+        for name, contrast in other.domains.items():
+            ends = interval(contrast.change, sign=True)
+            crosses = ", crosses zero" if contrast.change.crosses_zero else ""
+            told.append(f"{name} {signed(contrast.change.value)}{f' ({ends}{crosses})' if ends else ''}")
+        return finish("Change in bits per byte from the other model to this one", "; ".join(told) + ".")
 
 
 def ablation(report: Report) -> str:
@@ -202,10 +248,10 @@ def _axes(figure: Figure, *, left: float, right: float, top: float, bottom: floa
     return axes
 
 
-def _rows(axes: Axes, names: Sequence[str], length: int = 12) -> list[int]:
+def _rows(axes: Axes, names: Sequence[str], length: int = 12, below: Sequence[str] = ()) -> list[int]:
     """Label one line a name at the figure's left edge, the first on top, and return where the lines are.
 
-    Names longer than ``length`` are cut; tables have them in full.
+    Names longer than ``length`` are cut; tables have them in full. Words ``below`` them are muted.
     """
     from matplotlib.transforms import blended_transform_factory
 
@@ -213,8 +259,12 @@ def _rows(axes: Axes, names: Sequence[str], length: int = 12) -> list[int]:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_yticks([])
     edge = blended_transform_factory(axes.figure.transFigure, axes.transData)
-    for place, name in zip(places, names, strict=True):
-        axes.text(0, place, short(name, length), transform=edge, va="center_baseline", fontsize=_LABEL)
+    write = partial(axes.text, transform=edge, va="center_baseline")
+    up = 0.2 if below else 0
+    for place, name in enumerate(names):
+        write(0, place - up, short(name, length), fontsize=_LABEL)
+    for place, name in enumerate(below):
+        write(0, place + up, short(name, length), fontsize=12, color=COLOURS["muted"])
     return places
 
 
@@ -258,6 +308,11 @@ def _drawable(value: float) -> float:
 def _note(axes: Axes, text: str, place: tuple[float, float], *, away: tuple[float, float], **looks: Any) -> None:
     """Write text so many pixels away from a place."""
     axes.annotate(text, place, xytext=away, textcoords="offset points", annotation_clip=False, **looks)
+
+
+def _interval(axes: Axes, estimate: Estimate, y: float, colour: str) -> None:
+    if estimate.low is not None and estimate.high is not None:
+        axes.plot([estimate.low, estimate.high], [y, y], color=colour, linewidth=2, clip_on=False)
 
 
 def _mark(axes: Axes, x: float, y: float, colour: str, *, hollow: bool = False) -> None:

@@ -50,6 +50,7 @@ def render(report: Report) -> str:
         "percent": words.percent,
         "share": words.share,
         "count": words.count,
+        "digest": words.digest,
         "interval": words.interval,
         "visible": words.visible,
     }
@@ -60,7 +61,9 @@ def render(report: Report) -> str:
         report=report,
         style=Markup(_text("page.css")),
         summary=words.summary(report),
+        who_differs=words.who_differs(report, report.other) if report.other else "",
         charts=drawn,
+        guessed=any(found.chance is not None for task in report.tasks.values() for found in task.metrics.values()),
         styles=styles,
         passages=[(passage, _tokens(passage, styles), _leading(passage)) for passage in report.passages],
         public=PUBLIC,
@@ -92,7 +95,9 @@ def _charts(report: Report) -> dict[str, str | dict[str, str]]:
     }
     drawn: dict[str, str | dict[str, str]] = {
         "before_and_after": charts.before_and_after(report),
+        "tasks": charts.tasks(report),
         "ablation": charts.ablation(report) if report.ablation else "",
+        "contrasts": charts.contrasts(report.other) if report.other else "",
     }
     for chart, (draw, measured) in panels.items():
         places = enumerate(report.domains if measured else ())

@@ -8,9 +8,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from flexctl.bundle.names import PUBLIC
-from flexctl.evaluation.report.data import Estimate, Report, Shifts
+from flexctl.evaluation.report.data import Estimate, Other, Report, Shifts, TaskMetric
 
-__all__ = ["bits", "count", "interval", "joined", "percent", "plain", "share", "short", "signed", "summary", "visible"]
+__all__ = [
+    "bits",
+    "count",
+    "digest",
+    "interval",
+    "joined",
+    "percent",
+    "plain",
+    "share",
+    "short",
+    "signed",
+    "summary",
+    "visible",
+    "who_differs",
+]
 
 _MINUS = "\u2212"
 _DASH = "\u2013"
@@ -57,6 +71,11 @@ def interval(estimate: Estimate, *, sign: bool = False) -> str:
     return f"{write(estimate.low)} to {write(estimate.high)}"
 
 
+def digest(value: str) -> str:
+    """Return the beginning of a digest, enough to tell models apart."""
+    return value.removeprefix("sha256:")[:12]
+
+
 def plain(text: str) -> str:
     """Return anybody's words without the characters that no page may hold; a mark stands for each."""
     return _UNFIT.sub("\ufffd", text)
@@ -81,9 +100,23 @@ def joined(names: Iterable[str]) -> str:
 
 def summary(report: Report) -> list[str]:
     """Return what the figures say, a sentence each: what merging does, what each expert is worth, what is unsure."""
+    rest = [*_worth(report), *_tasks(report), *(_beside(report.other) if report.other else [])]
     if not report.closed or report.alone is None:
-        return [_plain(report), *_worth(report)]
-    return [*_gain(report, report.alone), *_elsewhere(report, report.alone), *_worth(report)]
+        return [_plain(report), *rest]
+    return [*_gain(report, report.alone), *_elsewhere(report, report.alone), *rest]
+
+
+def who_differs(report: Report, other: Other) -> str:
+    """Return which experts took part in one of two models alone, or in both but with different digests."""
+    ours = {member.name: member.digest for member in report.members if not member.left_out}
+    theirs = {member.name: member.digest for member in other.members}
+    where = {
+        "in this model alone": [name for name in ours if name not in theirs],
+        "in the other alone": [name for name in theirs if name not in ours],
+        "in both, with different digests": [name for name in ours if theirs.get(name, ours[name]) != ours[name]],
+    }
+    said = [f"{place}: {joined(names)}" for place, names in where.items() if names]
+    return "; ".join(said) or "the same in both"
 
 
 def _plain(report: Report) -> str:
@@ -159,14 +192,54 @@ def _aside(name: str, shifts: Shifts, link: str) -> str:
     said = []
     for verb, back, side in (("costs", "", _side(clear, 1)), ("gives", " back", _side(clear, -1))):
         if side:
-            said.append(f"{verb} {joined(f'{other} {_size(size)}' for other, size in side.items())}{back}")
+            largest = list(side.items())[:2]
+            said.append(f"{verb} {joined(f'{other} {_size(size)}' for other, size in largest)}{back}")
     return link + " and ".join(said) if said else ""
 
 
 def _side(changes: Mapping[str, float], sign: int) -> dict[str, float]:
-    """Return the two largest changes of one sign, by size."""
+    """Return the changes of one sign, by size."""
     sizes = {name: sign * change for name, change in changes.items() if sign * change > 0}
-    return dict(sorted(sizes.items(), key=lambda item: -item[1])[:2])
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _tasks(report: Report) -> list[str]:
+    """Return the first tasks' main metrics, and whether their intervals leave out what guessing gets."""
+    mains = {name: (task.main, task.metrics[task.main]) for name, task in report.tasks.items() if task.main}
+    told = [
+        f"{metric} {bits(found.score.value, 2)} on {name}{_beside_guessing(found)}"
+        for name, (metric, found) in mains.items()
+    ]
+    more = [f"{len(told) - _TOLD} more in the table below"] if len(told) > _TOLD else []
+    return [f"Tasks: {'; '.join([*told[:_TOLD], *more])}."] if told else []
+
+
+def _beside_guessing(metric: TaskMetric) -> str:
+    score, chance = metric.score, metric.chance
+    if chance is None or score.low is None or score.high is None:
+        return ""
+    relation = "above" if score.low > chance else "below" if score.high < chance else "not told from"
+    return f", {relation} guessing ({bits(chance, 2)})"
+
+
+def _beside(other: Other) -> list[str]:
+    """Return where this model is better and worse than another, as far as intervals leave zero out."""
+    changes = {name: contrast.change for name, contrast in other.domains.items()}
+    clear = {name: change.value for name, change in changes.items() if change.is_clear}
+    unclear = [name for name in changes if name not in clear]
+    sides = {"better on": _side(clear, -1), "worse on": _side(clear, 1)}
+    said = [f"{verb} {_amounts(side)}" for verb, side in sides.items() if side]
+    start = f"Beside another model ({other.kind}, {digest(other.digest)}):"
+    parts = [f"in bits per byte this one is {', and '.join(said)}"] if said else []
+    if unclear:
+        parts.append(f"no difference is shown on {_named(unclear, 'domains') if said else 'any domain'}")
+    return [f"{start} {'; '.join(parts)}."]
+
+
+def _amounts(sizes: Mapping[str, float]) -> str:
+    """Return the first of some domains with how much each, and how many more there are."""
+    first = [f"{name} by {_size(size)}" for name, size in list(sizes.items())[:_TOLD]]
+    return joined([*first, *([f"{len(sizes) - _TOLD} more"] if len(sizes) > _TOLD else [])])
 
 
 def _size(value: float) -> str:

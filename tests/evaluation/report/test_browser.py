@@ -65,7 +65,7 @@ def test_charts_are_seen_and_nothing_sticks_out(page: Browser, width: int) -> No
     sizes = page.evaluate("""[...document.querySelectorAll('svg')].map(svg => {
         const box = svg.getBoundingClientRect();
         return [box.width, box.height, svg.querySelectorAll('path, use').length]})""")
-    assert len(sizes) == 14
+    assert len(sizes) == 16
     assert all(shown > 200 and high > 50 and drawn > 5 for shown, high, drawn in sizes)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
@@ -131,14 +131,18 @@ def test_a_screen_reader_finds_everything_by_name(page: Browser) -> None:
     for node in nodes:
         if not node.get("ignored"):
             names.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
-    assert len(names["image"]) == 14
+    assert len(names["image"]) == 16
+    for told in ("Score on each task, from 0 to 1", "Change in bits per byte from the other model to this one"):
+        assert told in names["image"]
+    for told in ("Tasks, table", "Another model, table", "Documents that moved most, table"):
+        assert told in names["region"]
     for role in ("image", "table", "region", "heading", "link", "navigation", "DisclosureTriangle"):
         assert names[role], role
         assert all(names[role]), role
         if role in ("image", "region", "heading"):
             assert len(set(names[role])) == len(names[role]) or role == "heading"
     described = [node for node in nodes if node.get("role", {}).get("value") == "image" and node.get("description")]
-    assert len(described) == 14
+    assert len(described) == 16
 
 
 def test_the_keyboard_reaches_everything(page: Browser) -> None:

@@ -17,7 +17,17 @@ from reports import EXPERTS, MERGED, example_report
 import flexctl.evaluation.report.charts as charts
 from flexctl.errors import UsageError
 from flexctl.evaluation.explaining import Piece
-from flexctl.evaluation.report import Estimate, Passage, Report, Setting, Shift, render
+from flexctl.evaluation.report import (
+    Contrast,
+    Estimate,
+    MovedDocument,
+    Passage,
+    Report,
+    Setting,
+    Shift,
+    TaskMetric,
+    render,
+)
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -157,8 +167,8 @@ def test_skip_link_is_the_first_thing(tree: Element) -> None:
 def test_all_charts_are_there(tree: Element) -> None:
     names = [chart.attributes["aria-labelledby"].removesuffix("-title") for chart in tree.all("svg")]
     panels = [f"{kind}-{i}" for kind in ("layers", "top-k", "baselines") for i in range(4)]
-    assert names == ["before-and-after", "ablation", *panels]
-    ablation = tree.all("svg")[1]
+    assert names == ["before-and-after", "tasks", "ablation", *panels, "contrasts"]
+    ablation = tree.all("svg")[2]
     shown = [text.text for text in ablation.all("text")]
     assert shown[:7] == ["public", "code", "math", "news", "code", "math", "news"]
     for figure in ("+1.058", "\u22120.233", "+0.984", "\u22120.006 ?"):
@@ -229,12 +239,76 @@ def test_passages_wear_their_leader_s_line_and_are_in_full(tree: Element) -> Non
 
 def test_sections_that_were_not_asked_for_say_which_flag_adds_them() -> None:
     bare = example_report(
-        alone=None, ablation={}, top_k={}, baselines={}, passages=(), routing_layers={}, removed=(), settings=()
+        tasks={},
+        alone=None,
+        ablation={},
+        top_k={},
+        baselines={},
+        other=None,
+        passages=(),
+        routing_layers={},
+        removed=(),
+        settings=(),
     )
     tree = check_closed_and_labelled(render(bare))
     absent = [p.text for p in tree.all("p") if "absent" in p.classes]
     assert [re.findall(r"--[\w-]+", text) for text in absent] == [["--ablate"], ["--sweep-top-k"], ["--baselines"], []]
     assert len(tree.all("svg")) == 1
+    places = {link.attributes["href"] for link in tree.all("a")} | {h2.attributes["id"] for h2 in tree.all("h2")}
+    assert not places & {"#tasks", "#other", "tasks", "other"}
+
+
+def rows_of(tree: Element, caption: str) -> list[list[str]]:
+    """Return a table's rows below its head."""
+    (table,) = [table for table in tree.all("table") if table.children[0].text == caption]
+    return [[cell.text for cell in row.children] for row in table.all("tr")[1:]]
+
+
+def test_another_model_is_told_by_what_is_in_it(tree: Element) -> None:
+    rows = rows_of(tree, "This model beside the other")
+    assert rows[0] == ["public", "2.197", "2.199", "\u22120.002", "\u22120.013 to +0.009 crosses zero", "103", "3"]
+    assert rows[3] == ["news", "2.576", "2.551", "+0.025", "+0.011 to +0.039", "3", "103"]
+    moved = "Change in bits per byte of single documents, which are counted from 0 in their domain"
+    assert rows_of(tree, moved) == [
+        ["math", "17", "\u22122.310"],
+        ["math", "3", "\u22121.874"],
+        ["news", "101", "+0.212"],
+    ]
+    facts = {term.text: what.text for term, what in zip(tree.all("dt"), tree.all("dd"), strict=True)}
+    assert facts["the other"] == "merged model micro-anchor with code, news, 3 of 3 experts active for a token"
+    assert facts["digest"] == "sha256:" + "0b5d3c9a" * 8
+    assert facts["experts"] == "in this model alone: math; in both, with different digests: code"
+
+
+def test_a_change_has_a_side_only_where_its_interval_leaves_zero_out(tree: Element) -> None:
+    chart = tree.all("svg")[-1]
+    marks = [use.attributes["style"] for use in chart.all("use")]
+    colours = [re.findall(r"var\(--(\w+)\)", style) for style in marks if "better" in style or "worse" in style]
+    assert colours == [["better"] * 2, ["better"] * 2, ["worse"] * 2]
+    assert "public \u22120.002 (\u22120.013 to +0.009, crosses zero); code \u22120.142 (" in chart.all("desc")[0].text
+
+
+def test_tasks_have_a_row_a_metric_and_a_mark_each(tree: Element) -> None:
+    rows = {row[0]: row[1:] for row in rows_of(tree, "Scores, task by task")}
+    assert rows["arc_easy acc"] == ["0.460", "0.364 to 0.556", "0.048", "0.250", "100", "1"]
+    assert rows["nq_open bits_per_byte"] == ["1.792", "none", "none", "", "300", "1"]
+    assert len(rows) == 7
+    chart = tree.all("svg")[1]
+    told = chart.all("desc")[0].text
+    assert told.startswith("arc_easy acc 0.460 (0.364 to 0.556, guessing 0.250); winogrande_of_a_long_name acc 0.520 (")
+    assert told.count(";") == 3
+    shown = [text.text for text in chart.all("text")]
+    assert {"arc_easy", "winogrande_of_a\u2026", "exact_match", "edit_similarity"} <= {*shown}
+    assert "bits_per_byte" not in shown
+
+
+def test_tasks_without_a_share_have_a_table_alone() -> None:
+    task = example_report().tasks["nq_open"]
+    bits = {"bits_per_byte": task.metrics["bits_per_byte"]}
+    tree = check_closed_and_labelled(render(example_report(tasks={"nq": dataclasses.replace(task, metrics=bits)})))
+    (row,) = rows_of(tree, "Scores, task by task")
+    assert row == ["nq bits_per_byte", "1.792", "none", "none", "300", "1"]
+    assert len(tree.all("svg")) == 15
 
 
 def alone() -> Report:
@@ -306,6 +380,7 @@ HOSTILE = [
 def test_nobody_s_words_are_markup() -> None:
     """Domain names, licenses, labels, purposes, baselines, settings and sample texts are untrusted."""
     full = example_report()
+    assert full.other is not None
     spoilt = [
         dataclasses.replace(full.members[1], name=f"e{i}", license=words, label=words, purposes=(words,), privacy=words)
         for i, words in enumerate(HOSTILE)
@@ -314,6 +389,17 @@ def test_nobody_s_words_are_markup() -> None:
     report = example_report(
         members=(full.members[0], *spoilt),
         license=HOSTILE[0],
+        tasks={
+            words: dataclasses.replace(full.tasks["arc_easy"], metrics={words: full.tasks["arc_easy"].metrics["acc"]})
+            for words in HOSTILE
+        },
+        other=dataclasses.replace(
+            full.other,
+            anchor=HOSTILE[0],
+            members=(full.members[0], *spoilt),
+            domains=dict.fromkeys(HOSTILE, full.other.domains["code"]),
+            moved=tuple(MovedDocument(domain=words, index=0, change=1.0) for words in HOSTILE),
+        ),
         domains=dict.fromkeys(HOSTILE, full.domains["code"]),
         alone=dict.fromkeys(HOSTILE, full.ablation["code"]["code"]),
         routing=dict.fromkeys(HOSTILE, shares),
@@ -341,8 +427,17 @@ def test_figures_that_are_no_numbers_break_nothing() -> None:
     infinite = Shift(bits_per_byte=math.inf, change=Estimate(value=math.inf))
     broken = {"public": none, "code": infinite, "math": none, "news": infinite}
     figures = dataclasses.replace(example_report().domains["code"], perplexity=math.inf)
+    full = example_report()
+    assert full.other is not None
+    contrasts = {
+        name: Contrast(bits_per_byte=shift.bits_per_byte, change=shift.change, better=0, worse=0)
+        for name, shift in broken.items()
+    }
+    unanswered = TaskMetric(score=Estimate(value=math.nan, low=math.nan, high=math.nan), stderr=math.nan, chance=0.5)
     page = render(
         example_report(
+            tasks={"quiz": dataclasses.replace(full.tasks["arc_easy"], metrics={"acc": unanswered})},
+            other=dataclasses.replace(full.other, domains=contrasts),
             domains=dict.fromkeys(MERGED, figures),
             alone=broken,
             ablation={"code": broken},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
 from reports import MERGED, example_report, shift, shifts
 
-from flexctl.evaluation.report import Estimate, Shift
-from flexctl.evaluation.report.words import bits, interval, joined, percent, plain, share, signed, summary
+from flexctl.evaluation.report import Contrast, Estimate, Shift, TaskMetric
+from flexctl.evaluation.report.words import bits, interval, joined, percent, plain, share, signed, summary, who_differs
 
 
 def test_summary_of_everything() -> None:
@@ -19,7 +21,54 @@ def test_summary_of_everything() -> None:
         "Leaving code out costs code 1.06 bits per byte and gives math 0.23 and news 0.07 back.",
         "Leaving math out costs math 0.98 bits per byte and gives code 0.11 back.",
         "Leaving news out costs news 0.06 bits per byte and gives math 0.06 back.",
+        "Tasks: acc 0.46 on arc_easy, above guessing (0.25); "
+        "acc 0.52 on winogrande_of_a_long_name, not told from guessing (0.50); "
+        "exact_match 0.07 on nq_open; 1 more in the table below.",
+        "Beside another model (merged, 0b5d3c9a0b5d): in bits per byte this one is better on math by 0.90 "
+        "and code by 0.14, and worse on news by 0.02; no difference is shown on public.",
     ]
+
+
+def beside(**changes: Estimate) -> str:
+    other = example_report().other
+    assert other is not None
+    domains = {name: Contrast(bits_per_byte=2, change=change, better=0, worse=0) for name, change in changes.items()}
+    return summary(example_report(other=dataclasses.replace(other, domains=domains)))[-1].partition("): ")[2]
+
+
+def test_nothing_is_claimed_of_another_model_without_an_interval_that_leaves_zero_out() -> None:
+    lower = Estimate(value=-0.3, low=-0.4, high=-0.2)
+    unsure = Estimate(value=-0.3, low=-0.7, high=0.1)
+    assert beside(a=unsure, b=Estimate(value=-2.0)) == "no difference is shown on any domain."
+    assert beside(a=Estimate(value=math.inf, low=math.inf, high=math.inf)) == "no difference is shown on any domain."
+    assert beside(a=lower) == "in bits per byte this one is better on a by 0.30."
+    many = beside(**{f"d{i}": lower for i in range(5)}, **{f"u{i}": unsure for i in range(5)})
+    assert many == (
+        "in bits per byte this one is better on d0 by 0.30, d1 by 0.30, d2 by 0.30 and 2 more; "
+        "no difference is shown on 5 domains."
+    )
+
+
+def test_guessing_is_only_spoken_of_where_it_is_known() -> None:
+    task = example_report().tasks["arc_easy"]
+
+    def told(low: float, high: float, chance: float | None) -> str:
+        metric = TaskMetric(score=Estimate(value=0.2, low=low, high=high), stderr=0.1, chance=chance)
+        tasks = {"quiz": dataclasses.replace(task, metrics={"acc": metric})}
+        return summary(example_report(tasks=tasks, other=None))[-1]
+
+    assert told(0.1, 0.3, None) == "Tasks: acc 0.20 on quiz."
+    assert told(0.1, 0.3, 0.25) == "Tasks: acc 0.20 on quiz, not told from guessing (0.25)."
+    assert told(0.1, 0.3, 0.5) == "Tasks: acc 0.20 on quiz, below guessing (0.50)."
+
+
+def test_who_differs_counts_those_that_took_part() -> None:
+    report = example_report()
+    assert report.other is not None
+    same = dataclasses.replace(report.other, members=report.members)
+    assert who_differs(report, same) == "the same in both"
+    masked = tuple(dataclasses.replace(member, left_out=member.name == "code") for member in report.members)
+    assert who_differs(example_report(members=masked), same) == "in the other alone: code"
 
 
 def test_intervals_that_cross_zero_are_said() -> None:
@@ -41,7 +90,7 @@ def test_merging_that_harms_is_said_plainly() -> None:
 
 
 def test_without_the_anchor_s_score_no_gain_is_claimed() -> None:
-    sentences = summary(example_report(alone=None, ablation={}))
+    sentences = summary(example_report(alone=None, ablation={}, tasks={}, other=None))
     assert sentences == [
         "micro-anchor with code, math, news scores 2.20 on public, 3.45 on code, 3.12 on math and 2.58 on news, "
         "in bits per byte; lower is better."
@@ -51,7 +100,8 @@ def test_without_the_anchor_s_score_no_gain_is_claimed() -> None:
 def test_domains_that_no_expert_is_named_for() -> None:
     full = example_report()
     domains = {"books": full.domains["code"]}
-    sentences = summary(example_report(domains=domains, alone={"books": shift(4.0, 0.55, 0.1)}, ablation={}))
+    alone = {"books": shift(4.0, 0.55, 0.1)}
+    sentences = summary(example_report(domains=domains, alone=alone, ablation={}, tasks={}, other=None))
     assert sentences == [
         "micro-anchor with code, math, news scores 3.45 on books, in bits per byte; lower is better.",
         "Elsewhere: books \u221213.7\u00a0% (4.000 to 3.450).",
@@ -71,7 +121,7 @@ def test_many_experts_are_told_costliest_first() -> None:
 
 def test_small_changes_are_not_dressed_up() -> None:
     ablation = {"code": {"code": Shift(bits_per_byte=3.451, change=Estimate(value=0.001))}}
-    assert summary(example_report(ablation=ablation))[-1] == (
+    assert summary(example_report(ablation=ablation, tasks={}, other=None))[-1] == (
         "Leaving code out costs code less than 0.01 bits per byte."
     )
 
