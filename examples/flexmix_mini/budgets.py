@@ -22,6 +22,7 @@ class Budget:
         train_bytes: Text kept of each other training set; None is all.
         test_bytes: Text scored of each test set; None is all.
         whole_lr: Learning rate where every weight trains, from an anchor from scratch.
+        dtype: Of matrix products in training and of models in scoring.
         classifier_passages: Passages a set that the prompt classifier learns from.
         unrestricted: Mixtures trained on everything -> share of all experts' tokens that each sees.
         recipes: Ways of training that are tried; None is all.
@@ -40,6 +41,7 @@ class Budget:
     train_bytes: int | None = None
     test_bytes: int | None = None
     whole_lr: float = 1e-3
+    dtype: str = "auto"
     classifier_passages: int = 128
     unrestricted: dict[str, float] = field(default_factory=lambda: {"unrestricted": 0.5, "unrestricted-2x": 1.0})
     recipes: tuple[str, ...] | None = None
@@ -86,7 +88,8 @@ BUDGETS = {
         sample_tokens=40_000,
         train_bytes=100_000,
         test_bytes=8_000,
-        classifier_passages=24,
+        dtype="bfloat16",
+        classifier_passages=16,
         unrestricted={"unrestricted": 0.5},
         recipes=("discriminant",),
         variants=(

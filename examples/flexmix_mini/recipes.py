@@ -39,6 +39,7 @@ class Variant:
         public_logits: Mean and deviation that public logits get.
         bias: False sets the mean public logit to 0.
         top_k: Experts kept for each token; None is 4, or all of fewer.
+        tuned: Whether the merged model's router is tuned on proxies.
         removal: Also score the model with each expert left out.
         about: What it shows.
     """
@@ -51,6 +52,7 @@ class Variant:
     public_logits: tuple[float, float] | None = None
     bias: bool = True
     top_k: int | None = None
+    tuned: bool = False
     removal: bool = False
     about: str
 
@@ -86,6 +88,7 @@ VARIANTS = (
     ),
     Variant(name="hidden-state init", recipe="hidden", about="paper's ablation: rows from mean hidden states"),
     *(Variant(name=f"top-{k}", top_k=k, about=f"{k} active") for k in (1, 2, 8)),
+    Variant(name="tuned router", tuned=True, about="paper's: rows tuned on public text like each set, and public text"),
     Variant(name="encoder rows, trained", recipe="encoder", about="ours: encoder rows trained"),
     *(Variant(name=f"{k} rows, frozen", recipe=f"{k}-frozen", about=f"ours: {k} rows frozen") for k in KINDS),
     *(Variant(name=f"{k} rows, put back", recipe=k, rows=k, about=f"ours: {k} rows, put back") for k in KINDS),

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recipes import Recipe, Variant
-from stages import TOP_K, make_rows
+from stages import TOP_K, make_rows, tune
 from torch import Tensor
 from work import Work, write_json
 
@@ -75,6 +75,8 @@ def merged(work: Work, variant: Variant) -> Iterator[Path]:
     top_k = min(variant.top_k or TOP_K, len(experts) + 1)
     config = flexctl.MergeConfig(experts=experts, anchor=work.anchor, output=folder / "merged", top_k=top_k)
     flexctl.merge(config)
+    if variant.tuned:
+        tune(work, folder / "merged")
     yield folder / "merged"
     shutil.rmtree(folder)
 
@@ -123,7 +125,7 @@ def score_all_baselines(work: Work) -> None:
             batch_tokens=BATCH_TOKENS,
             top_k=TOP_K,
             device=device,
-            dtype=pick_dtype("auto", device),
+            dtype=pick_dtype(work.budget.dtype, device),
             reporter=SILENT,
         )
         write_json(path, {name: {domain: listed(s) for domain, s in by.items()} for name, by in found.items()})
@@ -141,7 +143,7 @@ def score(work: Work, bundle: Path, domains: Sequence[str], without: str | None 
         without: An expert to leave out.
     """
     runnable, device = open_runnable(bundle, work.anchor), pick_device("auto")
-    model = build_model(runnable.weights, device=device, dtype=pick_dtype("auto", device))
+    model = build_model(runnable.weights, device=device, dtype=pick_dtype(work.budget.dtype, device))
     left_out = runnable.indices([without] if without else [])
     set_top_k(model, min(runnable.weights.num_experts_per_tok, len(runnable.experts) - len(left_out)))
     exclude(model, left_out)

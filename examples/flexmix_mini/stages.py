@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from budgets import CHECKPOINT_LR, PUBLIC_MIX
 from recipes import Recipe
-from work import Work, whole
+from work import Work, say, whole
 
 import flexctl
 from flexctl.bundle import (
@@ -35,6 +35,7 @@ from flexctl.training.whole import WholeSettings, train_whole
 TOP_K = 4
 RANDOM_STD = 0.02
 EPOCHS = 1000.0
+PROXY_DOCUMENTS = 200
 EVERY_HELD_OUT = 20
 
 
@@ -64,7 +65,13 @@ def make_rows(work: Work, kind: str, name: str) -> None:
         work.stage(path, lambda: random_rows(work, name, path))
         return
     config = flexctl.EmbedRouterConfig(
-        data=(work.train(name),), anchor=work.anchor, router=kind, encoder=work.encoder, output=path, seed=work.seed
+        data=(work.train(name),),
+        anchor=work.anchor,
+        router=kind,
+        encoder=work.encoder,
+        output=path,
+        seed=work.seed,
+        dtype=work.budget.dtype,
     )
     work.stage(path, lambda: flexctl.embed_router(config))
 
@@ -107,6 +114,7 @@ def make_expert(work: Work, recipe: Recipe, name: str) -> None:
         batch_tokens=work.budget.batch_tokens,
         public_mix=recipe.public_mix,
         freeze_router=recipe.frozen,
+        dtype=work.budget.dtype,
         seed=work.seed,
         resume=True,
     )
@@ -125,6 +133,43 @@ def make_dense(work: Work, name: str) -> None:
             tokenizer.save_pretrained(folder)
 
     work.stage(work.dense / name, make)
+
+
+def make_proxy(work: Work, name: str) -> Path:
+    """Choose public documents that are like a set."""
+    path = work.root / "proxies" / f"{name}.proxy.json"
+    config = flexctl.SelectProxyConfig(
+        data=(work.train(name),),
+        anchor=work.anchor,
+        name=name,
+        output=path,
+        public=work.train(PUBLIC),
+        count=PROXY_DOCUMENTS,
+        seed=work.seed,
+        dtype=work.budget.dtype,
+    )
+    work.stage(path, lambda: flexctl.select_proxy(config))
+    return path
+
+
+def tune(work: Work, bundle: Path) -> None:
+    """Tune a merged model's router in place, on the tokens of one expert; leave it where that gains nothing."""
+    config = flexctl.TuneRouterConfig(
+        merged=bundle,
+        proxy=tuple(make_proxy(work, name) for name in work.names),
+        anchor=work.anchor,
+        public=work.train(PUBLIC),
+        max_tokens=work.budget.expert_tokens,
+        seq_len=work.budget.seq_len,
+        batch_tokens=work.budget.batch_tokens,
+        seed=work.seed,
+        dtype=work.budget.dtype,
+        overwrite=True,
+    )
+    try:
+        flexctl.tune_router(config)
+    except flexctl.FlexctlError as refused:
+        say(f"{bundle.name}: stays as it is: {refused}")
 
 
 def make_btx(work: Work) -> None:
@@ -194,7 +239,7 @@ def train(
         settings,
         work=work.root / "unfinished" / name,
         resume=True,
-        autocast=autocast_dtype("auto", device),
+        autocast=autocast_dtype(budget.dtype, device),
         reporter=SILENT,
         public=public_stream(work) if public_share else None,
     )
