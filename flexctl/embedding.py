@@ -6,7 +6,7 @@ Shapes: D passages, L num_hidden_layers, H hidden_size, E width of the sentence 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from flexctl.errors import UsageError
 from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
-from flexctl.runtime import Reporter
+from flexctl.runtime import Reporter, counted
 
 __all__ = [
     "PASSAGES",
@@ -78,13 +78,7 @@ def embed_rows(
 def _measure(model: nn.Module, passages: Sequence[Tensor], reporter: Reporter) -> Tensor:
     """Return the mean router inputs of passages, (D, L, H), float32."""
     with reporter.progress("measuring router inputs", len(passages), "passages") as bar:
-
-        def counted() -> Iterator[Tensor]:
-            for passage in passages:
-                yield passage
-                bar.advance(1)
-
-        return measure_documents(model, counted())
+        return measure_documents(model, counted(passages, bar))
 
 
 def check_kind(kind: str, encoder: str | None) -> None:

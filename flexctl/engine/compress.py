@@ -121,15 +121,17 @@ class _Setup:
     parts: Mapping[str, Sequence[Framed]]
     seq_len: int
 
-    def score(self, documents: Sequence[Framed]) -> float:
-        """Return the model's loss on documents, nats a token."""
+    def losses(self, reporter: Reporter) -> dict[str, float]:
+        """Return the model's loss on every part, nats a token."""
+        from flexctl.evaluation.scoring import held_out_losses
+
+        return held_out_losses(self.model, self.parts, seq_len=self.seq_len, reporter=reporter)
+
+    def choosing_loss(self) -> float:
+        """Return the model's loss on the documents that ranks are chosen on, nats a token."""
         from flexctl.evaluation.scoring import score_documents
 
-        return score_documents(self.model, documents, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS).nll
-
-    def losses(self) -> dict[str, float]:
-        """Return the model's loss on every part."""
-        return {name: self.score(documents) for name, documents in self.parts.items()}
+        return score_documents(self.model, self.choosing, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS).nll
 
 
 def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressResult:
@@ -153,11 +155,11 @@ def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressRes
     if config.dry_run:
         return CompressResult(path=target, digest=None, name=expert.manifest.name, parent=expert.digest, dry_run=True)
     setup = _set_up(config, anchor, weights)
-    held_out = _before(setup)
+    held_out = _before(setup, reporter)
     factors = _factors(config, anchor, setup, reporter)
     ranks = _ranks(config, anchor, setup, factors, reporter)
     tensors = _cut(anchor, setup, factors, ranks)
-    for part, loss in setup.losses().items():
+    for part, loss in setup.losses(reporter).items():
         held_out[part]["after"] = loss
     written = _write(config, anchor, expert, target, tensors, ranks, held_out, reporter)
     return CompressResult(
@@ -247,13 +249,13 @@ def _set_up(config: CompressConfig, anchor: Anchor, weights: Weights) -> _Setup:
     )
 
 
-def _before(setup: _Setup) -> dict[str, dict[str, float]]:
+def _before(setup: _Setup, reporter: Reporter) -> dict[str, dict[str, float]]:
     from flexctl.model.routed import exclude
 
     exclude(setup.model, [1])
-    anchor = setup.losses()
+    anchor = setup.losses(reporter)
     exclude(setup.model, [])
-    pair = setup.losses()
+    pair = setup.losses(reporter)
     return {part: {"anchor": anchor[part], "before": pair[part]} for part in anchor}
 
 
@@ -285,7 +287,7 @@ def _ranks(
         factors,
         _components(config, anchor),
         list(_sequences(setup)),
-        lambda: setup.score(setup.choosing),
+        setup.choosing_loss,
         reporter,
     )
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
 
-_SCORE_BATCH_TOKENS = 8192
 _SCORED_PASSAGES = 128
 _SHOWN = 3
 
@@ -322,8 +321,7 @@ def _rows(
         trained=False,
         bias=tuple(float(b) for b in found.bias),
     )
-    reporter.note("scoring the anchor, the checkpoint and the pair")
-    return rows, info, _losses(config, anchor, checkpoint, rows, tokenizer, unseen[:_SCORED_PASSAGES])
+    return rows, info, _losses(config, anchor, checkpoint, rows, tokenizer, unseen[:_SCORED_PASSAGES], reporter)
 
 
 def _losses(
@@ -333,10 +331,11 @@ def _losses(
     rows: RawTensor,
     tokenizer: Any,
     passages: Sequence[str],
+    reporter: Reporter,
 ) -> dict[str, float]:
     """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
     from flexctl.evaluation.domains import window_length
-    from flexctl.evaluation.scoring import score_documents
+    from flexctl.evaluation.scoring import held_out_losses
     from flexctl.training.tokens import frame_documents
 
     tensors = {name: span.read() for name, span in checkpoint.feed_forward(anchor).items()}
@@ -347,10 +346,10 @@ def _losses(
     }
     documents = list(frame_documents(tokenizer, passages))
     seq_len = window_length(anchor.config, None)
-    return {
-        name: score_documents(_build(config, weights), documents, seq_len=seq_len, batch_tokens=_SCORE_BATCH_TOKENS).nll
-        for name, weights in models.items()
-    }
+    losses: dict[str, float] = {}
+    for name, weights in models.items():
+        losses |= held_out_losses(_build(config, weights), {name: documents}, seq_len=seq_len, reporter=reporter)
+    return losses
 
 
 def _build(config: ImportExpertConfig, weights: Weights) -> nn.Module:

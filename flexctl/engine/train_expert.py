@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from flexctl.bundle.names import check_expert_name
 from flexctl.config import refuse_no_date, refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub import localise
-from flexctl.runtime import SILENT, Progress, Reporter, peak_rss_bytes
+from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from flexctl.training.tokens import Framed, Mixture
 
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
-
-_SCORE_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -486,17 +484,6 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
 
 
 def _held_out_losses(setup: _Setup, reporter: Reporter) -> dict[str, float]:
-    from flexctl.evaluation.scoring import score_documents
+    from flexctl.evaluation.scoring import held_out_losses
 
-    losses = {}
-    for name, documents in setup.held_out.items():
-        with reporter.progress(f"scoring held-out text, {name}", len(documents), "documents") as bar:
-
-            def counted(documents: Sequence[Framed] = documents, bar: Progress = bar) -> Iterator[Framed]:
-                for document in documents:
-                    yield document
-                    bar.advance(1)
-
-            sizes = {"seq_len": setup.data.seq_len, "batch_tokens": _SCORE_BATCH_TOKENS}
-            losses[name] = score_documents(setup.model, counted(), **sizes).nll
-    return losses
+    return held_out_losses(setup.model, setup.held_out, seq_len=setup.data.seq_len, reporter=reporter)

@@ -29,7 +29,6 @@ __all__ = ["TuneRouterConfig", "TuneRouterResult", "tune_router"]
 
 _HELD_OUT_EVERY = 10
 _HELD_OUT_TOKENS = 65_536
-_SCORE_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,16 +130,11 @@ class _Setup:
     loop: LoopSettings
     held_out: Mapping[str, Sequence[Framed]]
 
-    def losses(self) -> dict[str, float]:
+    def losses(self, reporter: Reporter) -> dict[str, float]:
         """Return the model's loss on every held-out part, nats a token."""
-        from flexctl.evaluation.scoring import score_documents
+        from flexctl.evaluation.scoring import held_out_losses
 
-        return {
-            name: score_documents(
-                self.model, documents, seq_len=self.data.seq_len, batch_tokens=_SCORE_BATCH_TOKENS
-            ).nll
-            for name, documents in self.held_out.items()
-        }
+        return held_out_losses(self.model, self.held_out, seq_len=self.data.seq_len, reporter=reporter)
 
 
 def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRouterResult:
@@ -257,9 +251,10 @@ def _run(
     from flexctl.model.tensors import to_bytes
 
     setup = _set_up(config, merged, anchor, texts)
-    before = setup.losses()
+    before = setup.losses(reporter)
     outcome = _train(config, merged, proxies, setup, work, reporter)
-    held_out = {name: {"before": before[name], "after": after} for name, after in setup.losses().items()}
+    after = setup.losses(reporter)
+    held_out = {name: {"before": before[name], "after": after[name]} for name in before}
     _refuse_worse(held_out, reporter)
     tuned = tuple(RawTensor(*to_bytes(rows)) for rows in setup.tuning.rows)
     digest, written = assemble(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
+from flexctl.runtime import Reporter, counted
 
-__all__ = ["Score", "score_documents"]
+__all__ = ["Score", "held_out_losses", "score_documents"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 _FIGURES = ("nll_total", "tokens", "bytes")
 _SORTED_TOGETHER = 256
+_BATCH_TOKENS = 8192
 
 
 class FramedDocument(Protocol):
@@ -130,6 +132,25 @@ def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, se
         for batch in _batches(together, batch_tokens):
             _add_batch(model, batch, totals)
     return totals.score()
+
+
+def held_out_losses(
+    model: nn.Module, parts: Mapping[str, Sequence[FramedDocument]], *, seq_len: int, reporter: Reporter
+) -> dict[str, float]:
+    """Return the model's loss on each part of held-out text, nats a token.
+
+    Args:
+        model: As for ``score_documents``.
+        parts: Framed documents by name.
+        seq_len: Window length.
+        reporter: Hears of progress.
+    """
+    losses = {}
+    for name, documents in parts.items():
+        with reporter.progress(f"scoring held-out text, {name}", len(documents), "documents") as bar:
+            score = score_documents(model, counted(documents, bar), seq_len=seq_len, batch_tokens=_BATCH_TOKENS)
+        losses[name] = score.nll
+    return losses
 
 
 class _Window(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from flexctl.evaluation.scoring import Score, score_documents
+from flexctl.evaluation.scoring import Score, held_out_losses, score_documents
 from flexctl.model.routed import exclude, observing, routed_layers
+from flexctl.runtime import SilentReporter
 from flexctl.training.tokens import Framed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,3 +214,24 @@ def test_batches_stay_below_their_size(model: Any) -> None:
     handle.remove()
     assert max(sizes) <= 40
     assert len(sizes) > 3
+
+
+def test_held_out_parts_are_scored_one_by_one_and_progress_is_shown(model: Any) -> None:
+    done: dict[str, list[float]] = {}
+
+    class Listener(SilentReporter):
+        @contextmanager
+        def progress(self, title: str, total: float, unit: str) -> Iterator[Any]:
+            assert unit == "documents"
+            done[title] = [total, 0]
+            yield self
+            assert done[title][0] == done[title][1]
+
+        def advance(self, amount: float) -> None:
+            list(done.values())[-1][1] += amount
+
+    parts = {"own": make_documents(5), "public": make_documents()[5:]}
+    found = held_out_losses(model, parts, seq_len=16, reporter=Listener())
+    assert list(done) == ["scoring held-out text, own", "scoring held-out text, public"]
+    for name, documents in parts.items():
+        assert found[name] == score_documents(model, documents, seq_len=16, batch_tokens=8192).nll
