@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,29 +101,35 @@ def hold_settings(root: Path, settings: dict[str, Any]) -> None:
 
 
 def prepare_data(source: Path, work: Work) -> None:
-    """Cut the sets to the budget, whole documents from the beginning of each file."""
+    """Cut the sets to the budget, documents from the beginning of each file."""
     if not (source / "public" / "train.jsonl").is_file():
         sys.exit(f"{source}/public/train.jsonl is missing: --data holds a folder a set, each with train and test.jsonl")
     there = sorted(path.parent.name for path in source.glob("*/train.jsonl"))
-    wanted = work.budget.domains or there
     budget = work.budget
 
     def make() -> None:
         with whole(work.root / "data") as folder:
-            for name in wanted:
+            for name in budget.domains or there:
                 (folder / name).mkdir()
                 training = budget.public_bytes if name == "public" else budget.train_bytes
-                for part, limit in (("train", training), ("test", budget.test_bytes)):
-                    cut_file(source / name / f"{part}.jsonl", folder / name / f"{part}.jsonl", limit)
+                cut_file(source / name / "train.jsonl", folder / name / "train.jsonl", training)
+                cut_file(
+                    source / name / "test.jsonl", folder / name / "test.jsonl", budget.test_bytes, budget.document_bytes
+                )
 
     work.stage(work.root / "data", make)
 
 
-def cut_file(source: Path, target: Path, limit: int | None) -> None:
-    """Copy lines until ``limit`` bytes are reached, two at least."""
+def cut_file(source: Path, target: Path, limit: int | None, document_limit: int | None = None) -> None:
+    """Copy lines until ``limit`` bytes are reached, two at least, each document cut to ``document_limit`` bytes."""
     with source.open("rb") as lines, target.open("wb") as out:
-        out.writelines(islice(lines, 2))
-        for line in lines:
-            if limit is not None and out.tell() + len(line) > limit:
+        for count, whole_line in enumerate(lines):
+            line = whole_line if document_limit is None else shortened(whole_line, document_limit)
+            if limit is not None and out.tell() + len(line) > limit and count >= 2:
                 break
             out.write(line)
+
+
+def shortened(line: bytes, limit: int) -> bytes:
+    text = json.loads(line)["text"].encode()[:limit].decode(errors="ignore")
+    return json.dumps({"text": text}).encode() + b"\n"

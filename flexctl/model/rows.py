@@ -29,6 +29,10 @@ __all__ = [
 
 ROUTER_KINDS = ("discriminant", "hidden", "encoder")
 MAX_NOISE = 1.0
+"""What a row may always get from u not being constant, in nats."""
+
+MAX_NOISE_SHARE = 0.25
+"""What it may get beyond that, as a share of |b|: own and public text then lie four deviations from even."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +95,7 @@ def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
 
     ``s = (m_i - m).d / (d'S d)`` with the sample's noise subtracted, ``v = s d``, ``b = -(m_i - m).v / 2`` and
     ``r = v - (v . m) u + b u``, so that r . m = b on public text exactly. A layer where the constant direction u is
-    so noisy that the row would get more than one nat of noise from it is scaled down.
+    so noisy that the row would get more noise from it than MAX_NOISE and MAX_NOISE_SHARE allow is scaled down.
 
     Args:
         space: The anchor's router space.
@@ -110,7 +114,8 @@ def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
     constant = space.constant()
     coefficient = bias - (free * space.mean.double()).sum(dim=1)
     noise = coefficient.abs() * space.spread_bound()
-    keep = (MAX_NOISE / noise.clamp(min=MAX_NOISE))[:, None]
+    allowed = (MAX_NOISE_SHARE * bias.abs()).clamp(min=MAX_NOISE)
+    keep = (allowed / torch.maximum(noise, allowed))[:, None]
     rows = keep * (free + coefficient[:, None] * constant)
     return Rows(
         rows=rows.float(),

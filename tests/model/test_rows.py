@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexctl.model.rows import (
     MAX_NOISE,
+    MAX_NOISE_SHARE,
     Domain,
     bias_of,
     clamp_bias,
@@ -73,7 +74,8 @@ def test_mean_logit_on_public_text_is_the_bias(
     scale = (found.rows.double().abs() * space.mean.double().abs()).sum(dim=1)
     assert ((logits - found.bias).abs() <= 1e-5 * (1 + scale)).all()
     assert (found.bias <= 1e-9).all()
-    assert (found.noise <= MAX_NOISE + 1e-9).all()
+    most = MAX_NOISE_SHARE * (found.distance + uncertainty) / 2
+    assert (found.noise <= most.clamp(min=MAX_NOISE) + 1e-9).all()
     assert (found.scale >= 0).all()
     torch.testing.assert_close(bias_of(found.rows, space), found.bias, rtol=1e-4, atol=1e-4)
 
@@ -144,7 +146,7 @@ def test_noisy_layer_is_scaled_down_to_one_nat_and_no_other() -> None:
     space = make_space()
     noisy = RouterSpace(mean=space.mean, factor=space.factor, diagonal=space.diagonal.clone())
     noisy.diagonal[1, -1] = 25.0
-    domain = make_domain(space, 1, distance=3.0)
+    domain = make_domain(space, 1, distance=1.0)
     quiet_rows = finish_rows(space, domain, direction("discriminant", space, domain.mean))
     found = finish_rows(noisy, domain, direction("discriminant", noisy, domain.mean))
     assert quiet_rows.noise[[0, 2]].max() < MAX_NOISE
@@ -152,6 +154,17 @@ def test_noisy_layer_is_scaled_down_to_one_nat_and_no_other() -> None:
     assert torch.equal(found.rows[[0, 2]], quiet_rows.rows[[0, 2]])
     assert float(found.scale[1]) < 1
     torch.testing.assert_close(bias_of(found.rows, noisy), found.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_that_is_small_beside_the_bias_costs_a_far_row_nothing() -> None:
+    """All owners' rows keep one scale, or the one that was scaled down would lose its text to the others."""
+    space = make_space()
+    noisy = RouterSpace(mean=space.mean, factor=space.factor, diagonal=space.diagonal.clone())
+    noisy.diagonal[1, -1] = 0.04
+    domain = make_domain(space, 1, distance=12.0)
+    found = finish_rows(noisy, domain, direction("discriminant", noisy, domain.mean))
+    assert MAX_NOISE < float(found.noise[1]) < MAX_NOISE_SHARE * -float(found.bias[1])
+    torch.testing.assert_close(found.scale, torch.ones(LAYERS).double(), rtol=1e-6, atol=0)
 
 
 def test_small_samples_shrink_rows_and_tiny_ones_empty_them() -> None:
