@@ -21,7 +21,7 @@ class Budget:
         public_bytes: Public text kept for training; None is all.
         train_bytes: Text kept of each other training set; None is all.
         test_bytes: Text scored of each test set; None is all.
-        document_bytes: Text scored of each document, so that an interval is over more than a few; None is all.
+        document_bytes: Text scored of each document, some windows of it, so that there are many; None is all.
         whole_lr: Learning rate where every weight trains, from an anchor from scratch.
         dtype: Of matrix products in training and of models in scoring.
         classifier_passages: Passages a set that the prompt classifier learns from.
@@ -66,8 +66,8 @@ BUDGETS = {
         domains=("public", "code", "math"),
         public_bytes=40_000,
         train_bytes=40_000,
-        test_bytes=6_000,
-        document_bytes=1_000,
+        test_bytes=8_000,
+        document_bytes=2_000,
     ),
     "cpu": Budget(
         preset="nano",
@@ -79,7 +79,7 @@ BUDGETS = {
         sample_tokens=200_000,
         train_bytes=300_000,
         test_bytes=20_000,
-        document_bytes=1_000,
+        document_bytes=2_000,
         whole_lr=2e-3,
     ),
     "checkpoint": Budget(
@@ -92,7 +92,7 @@ BUDGETS = {
         sample_tokens=40_000,
         train_bytes=100_000,
         test_bytes=16_000,
-        document_bytes=1_000,
+        document_bytes=2_000,
         dtype="bfloat16",
         classifier_passages=16,
         unrestricted={"unrestricted": 0.5},
