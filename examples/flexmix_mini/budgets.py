@@ -50,8 +50,10 @@ class Budget:
     variants: tuple[str, ...] | None = None
 
 
-CHECKPOINT_LR = 1e-4
-"""Where every weight of a checkpoint trains: dense experts, BTX, unrestricted mixtures, annealing."""
+ANNEAL_LR = 1e-4
+
+CHECKPOINT_LR = 2.2e-4
+"""Where every weight of a checkpoint trains: dense experts, BTX, mixtures. What experts get by default at width 576."""
 
 PUBLIC_MIX = 0.3
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from budgets import CHECKPOINT_LR, PUBLIC_MIX
+from budgets import ANNEAL_LR, CHECKPOINT_LR, PUBLIC_MIX
 from recipes import Recipe
 from work import Work, say, whole
 
@@ -45,7 +45,7 @@ def make_anchor(work: Work) -> None:
         how: dict[str, Any] = {"preset": budget.preset, "max_tokens": budget.anchor_tokens}
         how |= {"batch_tokens": budget.anchor_batch_tokens}
     else:
-        how = {"source": str(work.source), "anneal_tokens": budget.anchor_tokens, "lr": CHECKPOINT_LR}
+        how = {"source": str(work.source), "anneal_tokens": budget.anchor_tokens, "lr": ANNEAL_LR}
         how |= {"seq_len": budget.seq_len, "batch_tokens": budget.anchor_batch_tokens}
     config = flexctl.InitAnchorConfig(
         data=(work.train(PUBLIC),),
