@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -190,6 +191,23 @@ def test_sets_are_cut_to_the_budget(tmp_path: Path, example: Any) -> None:
     assert len(cut) <= budgets.BUDGETS["smoke"].test_bytes
     with pytest.raises(SystemExit, match="is missing"):
         work.prepare_data(tmp_path, run)
+
+
+def test_sets_are_cut_and_test_documents_shortened_at_whole_characters(tmp_path: Path, example: Any) -> None:
+    texts = ["é" * 40, "b" * 50, "c" * 20, "d" * 500]
+    lines = [json.dumps({"text": text, "source": "made"}) + "\n" for text in texts]
+    for part in ("train", "test"):
+        (tmp_path / "source" / "public").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / "public" / f"{part}.jsonl").write_text("".join(lines))
+    budgets, work = example("budgets"), example("work")
+    small = dataclasses.replace(
+        budgets.BUDGETS["smoke"], domains=("public",), public_bytes=650, test_bytes=140, document_bytes=31
+    )
+    run = work.Work(root=tmp_path / "run", budget=small)
+    work.prepare_data(tmp_path / "source", run)
+    assert run.train("public").read_text() == "".join(lines[:3])
+    kept = [json.loads(line)["text"] for line in run.test("public").read_text().splitlines()]
+    assert kept == ["é" * 15, "b" * 31]
 
 
 def test_every_variant_has_a_recipe_and_a_name_of_its_own(example: Any) -> None:
