@@ -110,12 +110,11 @@ def prepare_data(source: Path, work: Work) -> None:
     def make() -> None:
         with whole(work.root / "data") as folder:
             for name in budget.domains or there:
-                (folder / name).mkdir()
+                old, new = source / name, folder / name
+                new.mkdir()
                 training = budget.public_bytes if name == "public" else budget.train_bytes
-                cut_file(source / name / "train.jsonl", folder / name / "train.jsonl", training)
-                cut_file(
-                    source / name / "test.jsonl", folder / name / "test.jsonl", budget.test_bytes, budget.document_bytes
-                )
+                cut_file(old / "train.jsonl", new / "train.jsonl", training)
+                cut_file(old / "test.jsonl", new / "test.jsonl", budget.test_bytes, budget.document_bytes)
 
     work.stage(work.root / "data", make)
 

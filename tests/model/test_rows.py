@@ -142,10 +142,16 @@ def test_direction_that_points_away_from_the_owner_gives_an_empty_row() -> None:
     assert not found.bias.any()
 
 
+def with_noise(space: RouterSpace, variance: float) -> RouterSpace:
+    """Return a space whose second layer has another variance in its last dimension."""
+    noisy = RouterSpace(mean=space.mean, factor=space.factor, diagonal=space.diagonal.clone())
+    noisy.diagonal[1, -1] = variance
+    return noisy
+
+
 def test_noisy_layer_is_scaled_down_to_one_nat_and_no_other() -> None:
     space = make_space()
-    noisy = RouterSpace(mean=space.mean, factor=space.factor, diagonal=space.diagonal.clone())
-    noisy.diagonal[1, -1] = 25.0
+    noisy = with_noise(space, 25.0)
     domain = make_domain(space, 1, distance=1.0)
     quiet_rows = finish_rows(space, domain, direction("discriminant", space, domain.mean))
     found = finish_rows(noisy, domain, direction("discriminant", noisy, domain.mean))
@@ -159,8 +165,7 @@ def test_noisy_layer_is_scaled_down_to_one_nat_and_no_other() -> None:
 def test_noise_that_is_small_beside_the_bias_costs_a_far_row_nothing() -> None:
     """All owners' rows keep one scale, or the one that was scaled down would lose its text to the others."""
     space = make_space()
-    noisy = RouterSpace(mean=space.mean, factor=space.factor, diagonal=space.diagonal.clone())
-    noisy.diagonal[1, -1] = 0.04
+    noisy = with_noise(space, 0.04)
     domain = make_domain(space, 1, distance=12.0)
     found = finish_rows(noisy, domain, direction("discriminant", noisy, domain.mean))
     assert MAX_NOISE < float(found.noise[1]) < MAX_NOISE_SHARE * -float(found.bias[1])
