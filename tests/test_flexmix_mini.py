@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import tiny
 
+import flexctl
+
 FOLDER = Path(__file__).parent.parent / "examples" / "flexmix_mini"
-MODULES = ("budgets", "recipes", "work", "table")
+MODULES = ("budgets", "recipes", "work", "table", "stages")
 
 
 @pytest.fixture
@@ -221,6 +223,26 @@ def test_every_variant_has_a_recipe_and_a_name_of_its_own(example: Any) -> None:
     for budget in example("budgets").BUDGETS.values():
         assert set(budget.recipes or ()) <= known
         assert set(budget.variants or ()) <= set(names)
+
+
+def test_tuning_that_gains_nothing_is_told_and_anything_else_stops(
+    tmp_path: Path, example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages, work, budgets = example("stages"), example("work"), example("budgets")
+    (tmp_path / "data" / "public").mkdir(parents=True)
+    run = work.Work(root=tmp_path, budget=budgets.BUDGETS["smoke"])
+
+    def failing(error: Exception) -> None:
+        def tune_router(_: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(stages.flexctl, "tune_router", tune_router)
+        stages.tune(run, tmp_path / "merged")
+
+    failing(flexctl.FlexctlError("no better"))
+    assert "merged: stays as it is: no better" in capsys.readouterr().out
+    with pytest.raises(flexctl.BundleError, match="of another anchor"):
+        failing(flexctl.BundleError("made of another anchor"))
 
 
 @pytest.mark.slow

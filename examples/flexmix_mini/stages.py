@@ -168,6 +168,8 @@ def tune(work: Work, bundle: Path) -> None:
     )
     try:
         flexctl.tune_router(config)
+    except (flexctl.UsageError, flexctl.BundleError):
+        raise
     except flexctl.FlexctlError as refused:
         say(f"{bundle.name}: stays as it is: {refused}")
 
