@@ -25,6 +25,7 @@ class Budget:
         whole_lr: Learning rate where every weight trains, from an anchor from scratch.
         dtype: Of matrix products in training and of models in scoring.
         classifier_passages: Passages a set that the prompt classifier learns from.
+        proxy_documents: Public documents in each set's list for tuning the router.
         unrestricted: Mixtures trained on everything -> share of all experts' tokens that each sees.
         recipes: Ways of training that are tried; None is all.
         variants: Ways of merging that are tried; None is all that the recipes allow.
@@ -45,6 +46,7 @@ class Budget:
     whole_lr: float = 1e-3
     dtype: str = "auto"
     classifier_passages: int = 128
+    proxy_documents: int = 200
     unrestricted: dict[str, float] = field(default_factory=lambda: {"unrestricted": 0.5, "unrestricted-2x": 1.0})
     recipes: tuple[str, ...] | None = None
     variants: tuple[str, ...] | None = None
@@ -70,6 +72,7 @@ BUDGETS = {
         train_bytes=40_000,
         test_bytes=8_000,
         document_bytes=2_000,
+        proxy_documents=20,
     ),
     "cpu": Budget(
         preset="nano",

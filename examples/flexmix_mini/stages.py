@@ -35,7 +35,6 @@ from flexctl.training.whole import WholeSettings, train_whole
 TOP_K = 4
 RANDOM_STD = 0.02
 EPOCHS = 1000.0
-PROXY_DOCUMENTS = 200
 EVERY_HELD_OUT = 20
 
 
@@ -144,7 +143,7 @@ def make_proxy(work: Work, name: str) -> Path:
         name=name,
         output=path,
         public=work.train(PUBLIC),
-        count=PROXY_DOCUMENTS,
+        count=work.budget.proxy_documents,
         seed=work.seed,
         dtype=work.budget.dtype,
     )
