@@ -5,6 +5,7 @@ Shapes: D passages, L num_hidden_layers, H hidden_size, E width of the sentence 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,17 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flexctl import cache
 from flexctl.errors import UsageError
 from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
-from flexctl.runtime import Reporter, counted
+from flexctl.model.tensors import to_bytes
+from flexctl.runtime import Reporter, counted, software_versions
 
 __all__ = [
     "PASSAGES",
+    "Encoder",
     "check_kind",
     "embed_rows",
-    "embedder",
     "encoder_direction",
     "encoder_name",
     "names_a_file",
@@ -30,6 +33,11 @@ __all__ = [
 
 PASSAGES = 512
 """Passages of an owner that rows are made from, at most."""
+
+_PUBLIC_PASSAGES = "public-passages"
+"""The cache's kind of entry for what is measured of public passages."""
+
+_EMBEDDED_AT_ONCE = 64
 
 RIDGE = 1.0
 """Ridge penalty of the map from embeddings to router inputs, in units of documents; embeddings have length 1."""
@@ -66,13 +74,40 @@ def embed_rows(
     check_kind(kind, encoder)
     if len(own) < 2:
         raise UsageError(f"--data: {len(own)} passages are too few for router rows", hint="give more text")
+    loaded = Encoder(encoder) if kind == "encoder" and encoder is not None else None
     domain = Domain.from_documents(_measure(model, frame(own), reporter), space)
-    if kind != "encoder" or encoder is None:
+    if loaded is None:
         return finish_rows(space, domain, direction(kind, space, domain.mean))
-    theirs = _measure(model, frame(public), reporter)
-    embedded = _embed([*own, *public], encoder)
-    directions = encoder_direction(embedded[: len(own)], embedded[len(own) :], theirs)
+    embedded, inputs = _measured_public(model, space, public, frame, loaded, reporter)
+    directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
     return finish_rows(space, domain, directions)
+
+
+def _measured_public(
+    model: nn.Module,
+    space: RouterSpace,
+    public: Sequence[str],
+    frame: Callable[[Sequence[str]], Sequence[Tensor]],
+    encoder: Encoder,
+    reporter: Reporter,
+) -> tuple[Tensor, Tensor]:
+    """Return public passages' embeddings, (P, E), and mean router inputs, (P, L, H), float32 both.
+
+    They are the same for every owner and take most of the time, so they are cached; an owner's own never are.
+    """
+    identity = {
+        "anchor": _digest(bytes(to_bytes(space.mean)[2])),
+        "dtype": str(next(model.parameters()).dtype),
+        "encoder": encoder.digest,
+        "passages": _digest(*map(str.encode, public)),
+        "software": software_versions(),
+    }
+    known = cache.recall(_PUBLIC_PASSAGES, identity)
+    if known is None:
+        inputs, embedded = _measure(model, frame(public), reporter), _embed(encoder, public, reporter)
+        known = {"embedded": embedded.numpy(), "inputs": inputs.numpy()}
+        cache.remember(_PUBLIC_PASSAGES, identity, known)
+    return torch.from_numpy(known["embedded"]), torch.from_numpy(known["inputs"])
 
 
 def _measure(model: nn.Module, passages: Sequence[Tensor], reporter: Reporter) -> Tensor:
@@ -122,30 +157,49 @@ def encoder_direction(own: Tensor, public: Tensor, public_inputs: Tensor) -> Ten
     return torch.einsum("p,plh->lh", weights, inputs - inputs.mean(dim=0))
 
 
-def embedder(encoder: str) -> Callable[[Sequence[str]], Tensor]:
-    """Return a sentence encoder, as a function from texts to unit-length embeddings, (D, E), float32.
+class Encoder:
+    """A sentence encoder.
 
     Args:
-        encoder: sentence-transformers model, a directory or Hub id.
+        name: sentence-transformers model, a directory or Hub id.
+
+    Attributes:
+        digest: Of its weights and modules, so that another one of the same name is told apart: bare hex.
 
     Raises:
         UsageError: It cannot be loaded.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from sentence_transformers import SentenceTransformer
 
-    try:
-        with silenced():
-            loaded = SentenceTransformer(encoder, device="cpu", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--encoder: {encoder} cannot be loaded: {error}", hint="give a model's directory") from error
+    def __init__(self, name: str) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from sentence_transformers import SentenceTransformer
 
-    def embed(texts: Sequence[str]) -> Tensor:
-        return torch.from_numpy(loaded.encode(list(texts), normalize_embeddings=True, show_progress_bar=False))
+        try:
+            with silenced():
+                self._model = SentenceTransformer(name, device="cpu", trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--encoder: {name} cannot be loaded: {error}", hint="give a model's directory") from error
+        weights = (bytes(to_bytes(tensor)[2]) for tensor in self._model.state_dict().values())
+        self.digest = _digest(repr(self._model).encode(), *weights)
 
-    return embed
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Return the texts' embeddings, of length 1, (D, E), float32."""
+        return torch.from_numpy(self._model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False))
 
 
-def _embed(texts: Sequence[str], encoder: str) -> Tensor:
-    """Return unit-length embeddings, (D, E), float64."""
-    return embedder(encoder)(texts).double()
+def _embed(encoder: Encoder, passages: Sequence[str], reporter: Reporter) -> Tensor:
+    """Return the passages' embeddings, (D, E), float32, and show how far they are."""
+    found = []
+    with reporter.progress("embedding", len(passages), "passages") as bar:
+        for first in range(0, len(passages), _EMBEDDED_AT_ONCE):
+            found.append(encoder.embed(passages[first : first + _EMBEDDED_AT_ONCE]))
+            bar.advance(len(found[-1]))
+    return torch.cat(found)
+
+
+def _digest(*parts: bytes) -> str:
+    """Return a hash of parts and where each ends."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

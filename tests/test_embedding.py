@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,24 +70,78 @@ def test_kinds_without_encoder_read_the_owner_s_text_alone(
     assert torch.equal(found.rows, finish_rows(space, domain, direction(kind, space, domain.mean)).rows)
 
 
-def stand_in_encoder(texts: list[str], _encoder: str) -> torch.Tensor:
-    """Counts of four letters, of length 1."""
-    counts = torch.tensor([[text.count(letter) + 0.1 for letter in "ai=("] for text in texts]).double()
-    return counts / counts.norm(dim=1, keepdim=True)
+class StandIn:
+    """Counts of four letters, of length 1, in place of a sentence encoder; remembers what it was asked."""
+
+    def __init__(self, name: str) -> None:
+        self.digest = name
+        self.asked: list[str] = []
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        self.asked += texts
+        counts = torch.tensor([[text.count(letter) + 0.1 for letter in "ai=("] for text in texts])
+        return counts / counts.norm(dim=1, keepdim=True)
+
+
+@pytest.fixture
+def encoders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[StandIn]:
+    """Every stand-in that was loaded; the cache is empty."""
+    loaded: list[StandIn] = []
+
+    def load(name: str) -> StandIn:
+        loaded.append(StandIn(name))
+        return loaded[-1]
+
+    monkeypatch.setattr(embedding, "Encoder", load)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return loaded
 
 
 def test_encoder_kind_is_the_image_of_the_shift_in_embeddings(
-    model: Any, space: RouterSpace, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, space: RouterSpace, tokenizer: Any, encoders: list[StandIn]
 ) -> None:
-    monkeypatch.setattr(embedding, "_embed", stand_in_encoder)
     frame = partial(frame_passages, tokenizer)
     found = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "some/encoder", SILENT)
-    image = encoder_direction(
-        stand_in_encoder(OWN, ""), stand_in_encoder(PUBLIC, ""), measure_documents(model, frame(PUBLIC))
-    )
+    assert [encoder.digest for encoder in encoders] == ["some/encoder"]
+    own, public = (StandIn("").embed(texts).double() for texts in (OWN, PUBLIC))
+    image = encoder_direction(own, public, measure_documents(model, frame(PUBLIC)))
     domain = Domain.from_documents(measure_documents(model, frame(OWN)), space)
     assert torch.equal(found.rows, finish_rows(space, domain, image).rows)
     assert found.rows.abs().sum() > 0
+
+
+def test_public_passages_are_measured_once_and_an_owner_s_every_time(
+    model: Any, space: RouterSpace, tokenizer: Any, encoders: list[StandIn], tmp_path: Path
+) -> None:
+    measured: list[str] = []
+
+    def frame(texts: Any) -> Any:
+        measured.extend(texts)
+        return frame_passages(tokenizer, texts)
+
+    first = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "one", SILENT)
+    again = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "one", SILENT)
+    assert torch.equal(first.rows, again.rows)
+    assert measured == [*OWN, *PUBLIC, *OWN]
+    assert [encoder.asked for encoder in encoders] == [[*PUBLIC, *OWN], OWN]
+
+    (kept,) = (tmp_path / "flexctl/public-passages").iterdir()
+    with np.load(kept, allow_pickle=False) as arrays:
+        assert {name: array.shape[0] for name, array in arrays.items()} == dict.fromkeys(
+            ("embedded", "inputs"), len(PUBLIC)
+        )
+
+
+@pytest.mark.parametrize("other", ["encoder", "passages", "anchor"])
+def test_what_is_known_of_public_passages_is_not_taken_for_another_s(
+    model: Any, space: RouterSpace, tokenizer: Any, encoders: list[StandIn], other: str
+) -> None:
+    frame = partial(frame_passages, tokenizer)
+    embed_rows("encoder", model, space, OWN, PUBLIC, frame, "one", SILENT)
+    public = PUBLIC[1:] if other == "passages" else PUBLIC
+    theirs = replace(space, mean=space.mean + 1e-6) if other == "anchor" else space
+    embed_rows("encoder", model, theirs, OWN, public, frame, "two" if other == "encoder" else "one", SILENT)
+    assert encoders[-1].asked == [*public, *OWN]
 
 
 def test_unknown_kind_and_missing_encoder_are_refused(model: Any, space: RouterSpace, tokenizer: Any) -> None:
@@ -117,9 +172,11 @@ def test_real_encoder_tells_code_from_prose(
 ) -> None:
     encoder = minilm()
     frame = partial(frame_passages, tokenizer)
-    own, public = embedding._embed(OWN, encoder), embedding._embed(PUBLIC, encoder)
+    loaded = embedding.Encoder(encoder)
+    own, public = loaded.embed(OWN), loaded.embed(PUBLIC)
+    assert loaded.digest == embedding.Encoder(encoder).digest
     assert own.shape == (20, 384)
-    assert torch.allclose(own.norm(dim=1), torch.ones(20).double(), atol=1e-5)
+    assert torch.allclose(own.norm(dim=1), torch.ones(20), atol=1e-5)
     assert (own @ own.mean(dim=0)).min() > (public[:20] @ own.mean(dim=0)).max()
 
     rows = embed_rows("encoder", model, space, OWN, PUBLIC, frame, encoder, SILENT).rows
@@ -131,5 +188,5 @@ def test_real_encoder_tells_code_from_prose(
 def test_encoder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
-        embedding._embed(["text"], str(tmp_path / "nowhere"))
+        embedding.Encoder(str(tmp_path / "nowhere"))
     assert "\n" not in caught.value.message

@@ -166,13 +166,15 @@ def _rank(config: SelectProxyConfig, anchor: Anchor, reporter: Reporter) -> Rank
 
 def _features(config: SelectProxyConfig, anchor: Anchor, tokenizer: Any) -> Callable[[Sequence[Tensor]], Tensor]:
     """Return what the classifier sees of passages: mean router inputs of all layers, or sentence embeddings."""
-    from flexctl.embedding import embedder
+    from flexctl.embedding import Encoder
     from flexctl.model.building import build_model, pick_device, pick_dtype
     from flexctl.model.space import measure_documents
 
     if config.encoder is not None:
-        embed = embedder(config.encoder)
-        return lambda windows: embed([tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows])
+        encoder = Encoder(config.encoder)
+        return lambda windows: encoder.embed(
+            [tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows]
+        )
     device = pick_device(config.device)
     model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
     # One document alone is refused there, as rows need more.

@@ -123,11 +123,14 @@ def test_a_sentence_encoder_can_tell_texts_apart(
 
     from flexctl import embedding
 
-    def embed(found: Any) -> Any:
-        counts = [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz_(+"] for text in found]
-        return torch.nn.functional.normalize(torch.tensor(counts).float() + 0.1)
+    class Letters:
+        def __init__(self, _name: str) -> None: ...
 
-    monkeypatch.setattr(embedding, "embedder", lambda _: embed)
+        def embed(self, found: Any) -> Any:
+            counts = [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz_(+"] for text in found]
+            return torch.nn.functional.normalize(torch.tensor(counts).float() + 0.1)
+
+    monkeypatch.setattr(embedding, "Encoder", Letters)
     (tmp_path / "letters").mkdir()
     result = select(anchor, texts.code, public=crawl, count=10, encoder=str(tmp_path / "letters"))
     assert result.encoder == open_proxy(result.path).encoder == "letters"

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexctl.evaluation import cache
-from flexctl.evaluation.cache import recall, remember
+from flexctl import cache
+from flexctl.evaluation.cache import _FIELDS, recall, remember
 from flexctl.evaluation.scoring import Score
 
 
@@ -32,9 +32,8 @@ def make_score(documents: int = 3) -> Score:
 
 
 def same(one: Score | None, other: Score) -> bool:
-    fields = cache._FIELDS
     return one is not None and all(
-        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True) for name in fields
+        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True) for name in _FIELDS
     )
 
 
