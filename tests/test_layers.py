@@ -18,7 +18,7 @@ LAYERS = (
     {"engine"},
     {"evaluation"},
     {"training", "embedding"},
-    {"hub"},
+    {"hub", "cache"},
     {"model", "bundle"},
     {"families", "workspace", "config", "runtime", "errors"},
 )
