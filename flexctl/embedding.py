@@ -5,9 +5,9 @@ Shapes: D passages, L num_hidden_layers, H hidden_size, E width of the sentence 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from flexctl.errors import UsageError
 from flexctl.model.building import silenced
 from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
 from flexctl.model.space import RouterSpace, measure_documents
-from flexctl.model.tensors import to_bytes
+from flexctl.model.tensors import tensors_digest
 from flexctl.runtime import Reporter, counted, software_versions
 
 __all__ = [
@@ -96,10 +96,10 @@ def _measured_public(
     They are the same for every owner and take most of the time, so they are cached; an owner's own never are.
     """
     identity = {
-        "anchor": _digest(bytes(to_bytes(space.mean)[2])),
+        "anchor": tensors_digest({"mean": space.mean}),
         "dtype": str(next(model.parameters()).dtype),
-        "encoder": encoder.digest,
-        "passages": _digest(*map(str.encode, public)),
+        "encoder": encoder.identity,
+        "passages": list(public),
         "software": software_versions(),
     }
     known = cache.recall(_PUBLIC_PASSAGES, identity)
@@ -163,9 +163,6 @@ class Encoder:
     Args:
         name: sentence-transformers model, a directory or Hub id.
 
-    Attributes:
-        digest: Of its weights and modules, so that another one of the same name is told apart: bare hex.
-
     Raises:
         UsageError: It cannot be loaded.
     """
@@ -179,8 +176,11 @@ class Encoder:
                 self._model = SentenceTransformer(name, device="cpu", trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UsageError(f"--encoder: {name} cannot be loaded: {error}", hint="give a model's directory") from error
-        weights = (bytes(to_bytes(tensor)[2]) for tensor in self._model.state_dict().values())
-        self.digest = _digest(repr(self._model).encode(), *weights)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells it from another encoder of the same name: its modules, and a hash of its weights."""
+        return {"modules": repr(self._model), "weights": tensors_digest(self._model.state_dict())}
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Return the texts' embeddings, of length 1, (D, E), float32."""
@@ -195,11 +195,3 @@ def _embed(encoder: Encoder, passages: Sequence[str], reporter: Reporter) -> Ten
             found.append(encoder.embed(passages[first : first + _EMBEDDED_AT_ONCE]))
             bar.advance(len(found[-1]))
     return torch.cat(found)
-
-
-def _digest(*parts: bytes) -> str:
-    """Return a hash of parts and where each ends."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()

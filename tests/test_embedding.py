@@ -74,7 +74,7 @@ class StandIn:
     """Counts of four letters, of length 1, in place of a sentence encoder; remembers what it was asked."""
 
     def __init__(self, name: str) -> None:
-        self.digest = name
+        self.identity = {"weights": name}
         self.asked: list[str] = []
 
     def embed(self, texts: list[str]) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_encoder_kind_is_the_image_of_the_shift_in_embeddings(
 ) -> None:
     frame = partial(frame_passages, tokenizer)
     found = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "some/encoder", SILENT)
-    assert [encoder.digest for encoder in encoders] == ["some/encoder"]
+    assert [encoder.identity for encoder in encoders] == [{"weights": "some/encoder"}]
     own, public = (StandIn("").embed(texts).double() for texts in (OWN, PUBLIC))
     image = encoder_direction(own, public, measure_documents(model, frame(PUBLIC)))
     domain = Domain.from_documents(measure_documents(model, frame(OWN)), space)
@@ -174,7 +174,9 @@ def test_real_encoder_tells_code_from_prose(
     frame = partial(frame_passages, tokenizer)
     loaded = embedding.Encoder(encoder)
     own, public = loaded.embed(OWN), loaded.embed(PUBLIC)
-    assert loaded.digest == embedding.Encoder(encoder).digest
+    other, changed = embedding.Encoder(encoder), embedding.Encoder(encoder)
+    next(changed._model.parameters()).data[0, 0] += 1
+    assert loaded.identity == other.identity != changed.identity
     assert own.shape == (20, 384)
     assert torch.allclose(own.norm(dim=1), torch.ones(20), atol=1e-5)
     assert (own @ own.mean(dim=0)).min() > (public[:20] @ own.mean(dim=0)).max()

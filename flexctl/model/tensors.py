@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "RawBytes", "to_bytes", "to_torch"]
+__all__ = ["DTYPES", "RawBytes", "tensors_digest", "to_bytes", "to_torch"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,5 +50,17 @@ def to_torch(raw: RawBytes) -> Tensor:
 
 def to_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], np.ndarray[Any, Any]]:
     """Return (safetensors dtype name, shape, little-endian bytes (n,) uint8) of ``tensor``."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return _NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy()
+    return _NAMES[tensor.dtype], tuple(tensor.shape), _flat(tensor)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names and bytes, of any dtypes, whatever their order: bare hex."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_flat(tensors[name]).data)
+    return digest.hexdigest()
+
+
+def _flat(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -6,7 +6,6 @@ exists under its name is either whole or recognised as broken and passed over.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.errors import FlexctlError, UsageError
-from flexctl.model.tensors import to_bytes
+from flexctl.model.tensors import tensors_digest
 from flexctl.runtime import Reporter
 
 __all__ = ["Checkpoints", "TrainingState", "working_folder"]
@@ -136,18 +135,10 @@ class Checkpoints:
             path.unlink()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(to_bytes(tensors[name])[2].data)
-    return digest.hexdigest()
-
-
 def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], losses: Sequence[float]) -> None:
     from safetensors.torch import save_file
 
-    about = {"settings": settings, "losses": list(losses), "sha256": _digest(tensors)}
+    about = {"settings": settings, "losses": list(losses), "sha256": tensors_digest(tensors)}
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"run": json.dumps(about)})
     with partial.open("rb") as stream:
@@ -164,4 +155,4 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
-    return (about, tensors) if _digest(tensors) == about["sha256"] else None
+    return (about, tensors) if tensors_digest(tensors) == about["sha256"] else None

@@ -7,7 +7,7 @@ import torch
 
 from flexctl.bundle import RawTensor
 from flexctl.bundle.tensors import size_of
-from flexctl.model.tensors import DTYPES, to_bytes, to_torch
+from flexctl.model.tensors import DTYPES, tensors_digest, to_bytes, to_torch
 
 
 @pytest.mark.parametrize("name", list(DTYPES))
@@ -37,3 +37,10 @@ def test_nothing_is_shared_with_the_buffer() -> None:
 
 def test_gradients_stay_behind() -> None:
     assert not to_torch(RawTensor(*to_bytes(torch.ones(2, requires_grad=True)))).requires_grad
+
+
+def test_digest_is_of_names_and_bytes_of_any_dtype_and_not_of_their_order() -> None:
+    tensors = {"a": torch.ones(2), "b": torch.tensor([True, False])}
+    assert tensors_digest(dict(reversed(tensors.items()))) == tensors_digest(tensors)
+    others = [{**tensors, "b": torch.tensor([True, True])}, {"a": tensors["a"], "c": tensors["b"]}, {"a": tensors["a"]}]
+    assert tensors_digest(tensors) not in [tensors_digest(other) for other in others]
