@@ -5,7 +5,9 @@ FlexctlError            1  the command failed
   BundleError           3  a bundle is invalid, incompatible or fails verification
   Interrupted         130  the user stopped it
 
-A message says what happened, with the value and the file; the hint says what to do about it.
+A message says what happened, with the value and the file; the hint says what to do about it. What a Config was
+told is named by its field, never by a flag: ``field`` is what the error is about, and others stand in backquotes
+(``give a smaller `seq_len` ``). The command line shows all of them as its flags.
 """
 
 from __future__ import annotations
@@ -14,19 +16,21 @@ __all__ = ["BundleError", "FlexctlError", "Interrupted", "UsageError"]
 
 
 class FlexctlError(Exception):
-    """A failure that a person can act on.
+    """A failure that a person can act on. As text it is the message, with the field in front.
 
     Args:
-        message: What happened and what was expected, naming file, field and value.
+        message: What happened and what was expected, naming file and value.
         hint: What to do about it, a command where there is one.
+        field: The field of the Config that it is about.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, hint: str | None = None, *, field: str | None = None) -> None:
+        super().__init__(message if field is None else f"{field}: {message}")
         self.message = message
         self.hint = hint
+        self.field = field
 
 
 class UsageError(FlexctlError):

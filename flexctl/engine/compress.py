@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle import (
     PUBLIC,
     Anchor,
@@ -21,10 +21,10 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.hashing import check_tensors
 from flexctl.bundle.lowrank import most_rank, refuse_useless_rank
-from flexctl.config import refuse_out_of_range
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import feed_forward_names
 from flexctl.hub import localise
+from flexctl.options import TRAINING, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -42,39 +42,40 @@ _BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompressConfig:
+class CompressConfig(Config):
     """What ``compress`` is asked to do.
 
-    Attributes:
-        expert: File of a full expert.
-        data: The owner's text, best some that the expert was not trained on. At most 65,536 tokens of it are used.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
-        rank: Of every matrix; auto chooses one for each on ``data``, within ``size``.
-        size: With auto: share of the full matrices' bytes that the low-rank ones may take, between 0 and 1; None is
-            0.15, chosen by measurement: docs/results.md.
-        anchor: The anchor that the expert was made for, a directory or ``hf://owner/name``; None is the workspace's.
-        output: The ``.st`` file to write; None is NAME-rR.st or NAME-auto.st beside the expert's.
-        seed: Of the sample of text.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the model: auto, float32 or bfloat16.
-        overwrite: Replace an existing file.
-        dry_run: Check everything, write nothing.
+    Cuts its difference to the public expert to a rank that is given, or to ranks that are chosen matrix
+    by matrix on `data` within a size. `data` is best some that the expert was not trained on; at most 65,536
+    tokens of it are used. The copy keeps name and rights and merges as the expert does.
+
+    Examples:
+        flexctl compress experts/law.st --data heldout/law
+        flexctl compress experts/law.st --data heldout/law --rank 16 -o law-small.st
     """
 
-    expert: Path
-    data: tuple[Path, ...]
-    text_field: str = "text"
-    rank: int | str = "auto"
-    size: float | None = None
-    anchor: Path | None = None
-    output: Path | None = None
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    dry_run: bool = False
+    expert: Annotated[Path, argument("EXPERT", "The expert's file (.st).")]
+    data: flags.Data
+    rank: Annotated[
+        int | str, flag("R|auto", "Rank of every matrix; auto chooses one for each on `data`.", TRAINING, above=0)
+    ] = "auto"
+    size: Annotated[
+        float | None,
+        flag(
+            "SHARE", "With auto: share of the full matrices' bytes to take (default: 0.15).", TRAINING, above=0, below=1
+        ),
+    ] = None
+    output: Annotated[
+        Path | None, flags.output("FILE.st", "File to write (default: NAME-rR.st or NAME-auto.st beside EXPERT).")
+    ] = None
+    anchor: flags.Anchor = None
+    text_field: flags.TextField = "text"
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,10 +9,12 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import flexctl
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.options import Config
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["DemoConfig", "DemoResult", "demo"]
@@ -24,18 +26,19 @@ _REMOVED = "licenses"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DemoConfig:
+class DemoConfig(Config):
     """What ``demo`` is asked to do.
 
-    Attributes:
-        output: Directory to work in; it is left for the user to look around.
-        threads: CPU threads; None is torch's choice.
-        overwrite: Start again where an earlier demo was.
+    Makes an anchor and experts from text that is on this machine, merges them, scores them, removes one
+    and proves that it is gone. Everything is left in the directory to look around.
+
+    Examples:
+        flexctl demo
     """
 
-    output: Path = Path("demo")
-    threads: int | None = None
-    overwrite: bool = False
+    output: Annotated[Path, flags.output("DIR", "Directory to work in.")] = Path("demo")
+    threads: flags.Threads = None
+    overwrite: flags.Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

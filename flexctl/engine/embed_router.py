@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle import (
     Anchor,
     Expert,
@@ -21,9 +21,9 @@ from flexctl.bundle import (
     write_router_file,
 )
 from flexctl.bundle.expert import check_fits
-from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.hub import localise
+from flexctl.options import ROUTER, Config, flag
 from flexctl.runtime import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -38,40 +38,39 @@ _WEAK = 0.6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EmbedRouterConfig:
+class EmbedRouterConfig(Config):
     """What ``embed_router`` is asked to do.
 
-    Attributes:
-        data: Sample texts of the owner, as in ``train_expert``.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
-        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
-        router: Kind of row: discriminant, hidden or encoder.
-        encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
-        expert: Make a copy of this expert with the new rows, in place of a router file; may be on the Hub.
-        output: File to write.
-        compare: Experts to compare the new rows with; may be on the Hub.
-        seed: Of the samples.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the model: auto, float32 or bfloat16.
-        overwrite: Replace an existing file.
-        dry_run: Check everything, write nothing.
+    They go to a file for train-expert --router; with `expert`, into a copy of that expert.
+    Warns where the text cannot be told from public text, or where the noise of the rows is large.
+
+    Examples:
+        flexctl embed-router --data law/ -o law-rows.st
+        flexctl embed-router --data law/ --expert experts/law.st -o law-2.st
     """
 
-    data: tuple[Path, ...]
-    text_field: str = "text"
-    anchor: Path | None = None
-    router: str = "discriminant"
-    encoder: str | None = None
-    expert: Path | None = None
-    output: Path | None = None
-    compare: tuple[Path, ...] = ()
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    dry_run: bool = False
+    data: flags.Data
+    output: Annotated[
+        Path | None, flags.output("FILE.st", "File to write; router.st unless `expert` asks for one.")
+    ] = None
+    expert: Annotated[
+        Path | None,
+        flag("FILE.st", "Write a copy of this expert, here or hf://OWNER/NAME, with the new rows.", ROUTER),
+    ] = None
+    against: Annotated[
+        tuple[Path, ...],
+        flag("FILE.st", "Report the overlap with this expert's rows; may be hf://OWNER/NAME; repeatable.", ROUTER),
+    ] = ()
+    anchor: flags.Anchor = None
+    text_field: flags.TextField = "text"
+    router: Annotated[str, flag("KIND", "How rows are made: discriminant, hidden or encoder.", ROUTER)] = "discriminant"
+    encoder: flags.Encoder = None
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

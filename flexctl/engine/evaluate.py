@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import hub, workspace
+from flexctl import flags, hub, workspace
 from flexctl.bundle.checks import prove
 from flexctl.bundle.runnable import Runnable
-from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.families import family_of
+from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes, software_versions
 
 if TYPE_CHECKING:
@@ -31,55 +31,74 @@ _BTM_TOP_K = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
+class EvaluateConfig(Config):
     """What ``evaluate`` is asked to do.
 
-    Attributes:
-        data: Test texts, NAME=PATH each; a path is a folder, a file or ``hf://datasets/owner/name``,
-            as in ``train_expert``.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
-        tasks: Files of questions (docs/tasks.md), lm-evaluation-harness's .yaml files, or folders of either.
-        shots: Solved examples in each prompt of a task; None is a .yaml's own number, and none elsewhere.
-        limit: Only so many items of each task, the first; None takes all.
-        bundle: Anchor, expert or merged model, or ``hf://owner/name``; None is the workspace's merged model.
-        without: Experts to leave out, as a mask at run time.
-        ablate: Also score with each other expert left out.
-        sweep_top_k: Also score with every number of experts active.
-        compare: Another bundle to hold this one against, as it is; here or ``hf://owner/name``.
-        samples: File for a line of JSON a document and a task item.
-        report: File for a page with all figures; ablates and sweeps too, and holds passages of the texts.
-        anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
-        top_k: Experts kept for each token; None is the bundle's.
-        baselines: Folder of dense experts and mixtures to compare with: docs/baselines.md.
-        seq_len: Window length; None is 1024, or what the models can hold.
-        batch_tokens: Positions that go through the model at once.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the model: auto, float32 or bfloat16.
-        overwrite: Replace the files of ``samples`` and ``report`` if they exist.
+    Perplexity and bits per byte with a 95 % interval, and the share of each expert in the answers. The figures
+    also go to results.json beside the bundle, which push sends along, unless `without` or `top_k` makes it
+    another model. What was scored before comes from a cache: a run that is repeated, extended or was
+    interrupted scores only what is new.
+
+    The page of `report` holds every figure, those of `ablate` and `sweep_top_k` included: with n closed
+    experts some 2n + 1 more passes over the texts. It also holds the first 120 tokens or so of each text.
+
+    Examples:
+        flexctl evaluate --data law=heldout/law --data news=heldout/news
+        flexctl evaluate --data law=heldout/law --without law --json
+        flexctl evaluate --data law=heldout/law --data public=heldout/public --report report.html
+        flexctl evaluate --data law=heldout/law --ablate --sweep-top-k --samples law.jsonl
+        flexctl evaluate merged-2 --compare merged --data law=heldout/law
+        flexctl evaluate --data law=heldout/law --baselines dense
+        flexctl evaluate --tasks arc_easy.jsonl --tasks my-tasks/ --limit 100 --without law
     """
 
-    data: tuple[str, ...] = ()
-    text_field: str = "text"
-    tasks: tuple[Path, ...] = ()
-    shots: int | None = None
-    limit: int | None = None
-    bundle: Path | None = None
-    without: tuple[str, ...] = ()
-    ablate: bool = False
-    sweep_top_k: bool = False
-    compare: Path | None = None
-    samples: Path | None = None
-    report: Path | None = None
-    anchor: Path | None = None
-    top_k: int | None = None
-    baselines: Path | None = None
-    seq_len: int | None = None
-    batch_tokens: int = 8192
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
+    bundle: flags.Bundle = None
+    data: flags.Domains = ()
+    tasks: Annotated[
+        tuple[Path, ...],
+        flag("PATH", "Questions (.jsonl), an lm-eval task (.yaml), or a folder of them; repeatable.", DATA),
+    ] = ()
+    without: flags.Without = ()
+    compare: Annotated[
+        Path | None,
+        flag(
+            "BUNDLE", "Hold it against another bundle, here or hf://OWNER/NAME, and say which documents moved.", MODEL
+        ),
+    ] = None
+    report: Annotated[
+        Path | None,
+        flag(
+            "FILE.html",
+            "Write a page with all figures; it ablates and sweeps too, and holds passages of the texts.",
+            OUTPUT,
+        ),
+    ] = None
+    text_field: flags.TextField = "text"
+    shots: Annotated[
+        int | None,
+        flag(
+            "N", "Solved examples in each prompt of a task (default: a .yaml's own number, else 0).", DATA, at_least=0
+        ),
+    ] = None
+    limit: Annotated[int | None, flag("N", "Only the first N items of each task.", DATA, above=0)] = None
+    ablate: Annotated[bool, switch("Also score with each expert left out in turn.", MODEL)] = False
+    sweep_top_k: Annotated[bool, switch("Also score with every number of experts active for a token.", MODEL)] = False
+    samples: Annotated[
+        Path | None,
+        flag("FILE.jsonl", "Write figures of each document and task item, without their text.", OUTPUT),
+    ] = None
+    anchor: flags.Anchor = None
+    top_k: flags.TopK = None
+    baselines: Annotated[
+        Path | None,
+        flag("DIR", "Compare with soups, BTM, routing and more, from dense experts here: docs/baselines.md.", MODEL),
+    ] = None
+    seq_len: flags.SeqLen = None
+    forward_tokens: flags.ForwardTokens = 8192
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import hub, workspace
-from flexctl.config import refuse_out_of_range
+from flexctl import flags, hub, workspace
 from flexctl.errors import UsageError
 from flexctl.evaluation.explaining import Piece, ShareCollector, texts_of
+from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -20,38 +20,29 @@ __all__ = ["GenerateConfig", "GenerateResult", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateConfig:
+class GenerateConfig(Config):
     """What ``generate`` is asked to do.
 
-    Attributes:
-        prompt: Text to continue.
-        bundle: Anchor, expert or merged model, or ``hf://owner/name``; None is the workspace's merged model.
-        without: Experts to leave out, as a mask at run time.
-        explain: Also say which expert had what share in each new token.
-        chat: Put the prompt to the model as a user's message, in the chat template of its tokenizer.
-        anchor: Anchor for an expert, a directory or ``hf://owner/name``; None is the workspace's.
-        max_new_tokens: Most tokens to generate.
-        temperature: 0 takes the likeliest token each time; above 0 samples.
-        top_k: Experts kept for each token; None is the bundle's.
-        seed: Of sampling.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the model: auto, float32 or bfloat16.
+    Examples:
+        flexctl generate --prompt "The court held that" --explain
+        flexctl generate --prompt "The court held that" --without law
     """
 
-    prompt: str
-    bundle: Path | None = None
-    without: tuple[str, ...] = ()
-    explain: bool = False
-    chat: bool = False
-    anchor: Path | None = None
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    bundle: flags.Bundle = None
+    prompt: Annotated[str, flag("TEXT", "The text to continue.", DATA)]
+    without: flags.Without = ()
+    explain: Annotated[bool, switch("Show which expert answered, piece by piece.", OUTPUT)] = False
+    chat: Annotated[bool, switch("Put the prompt as a user's message, in the model's chat template.", DATA)] = False
+    max_new_tokens: Annotated[int, flag("N", "Length of the answer.", DATA, above=0)] = 64
+    temperature: Annotated[
+        float, flag("T", "0 takes the likeliest token; above, tokens are drawn.", MODEL, at_least=0)
+    ] = 0.0
+    anchor: flags.Anchor = None
+    top_k: flags.TopK = None
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle import (
     Anchor,
     DataInfo,
@@ -25,9 +25,9 @@ from flexctl.bundle import (
     write_expert,
 )
 from flexctl.bundle.names import check_expert_name
-from flexctl.config import refuse_no_date, refuse_out_of_range
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint, localise
+from flexctl.options import MODEL, Config, argument, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -42,53 +42,46 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImportExpertConfig:
+class ImportExpertConfig(Config):
     """What ``import_expert`` is asked to do.
 
-    Attributes:
-        dense: Directory or Hub id of the fine-tuned checkpoint.
-        data: The text that it was fine-tuned on, or like it, as in ``train_expert``.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
-        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
-        name: The expert's name; None makes it from the folder or file of ``data``.
-        output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
-        ffn_only: Take the feed-forward weights although others moved too; what those learned is lost.
-        router: Kind of router row (discriminant, hidden, encoder), or a file with router rows. With a file no model
-            is built, so nothing is scored and memory stays flat.
-        encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
-        seed: Of the sample of ``data``.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the models: auto, float32 or bfloat16.
-        license: SPDX id or text, for the manifest.
-        purpose: What the expert may be used for, for the manifest.
-        expires: Date (YYYY-MM-DD) on which rights end; merge refuses it afterwards.
-        label: What the data is, for the manifest.
-        contact: Whom to ask, for the manifest.
-        overwrite: Replace an existing file.
-        dry_run: Check everything, every weight against the anchor too; write nothing.
+    DENSE_DIR must have been fine-tuned from the anchor, and in its feed-forward weights alone. Where others
+    moved too it is refused; `ffn_only` leaves those behind, and the losses shown say what that costs.
+    Router rows come from `data`, the text that it was fine-tuned on or like it. Weights are copied as bytes;
+    with `router` FILE.st no model is built at all, so nothing is scored and memory stays flat however large
+    the checkpoint is.
+
+    Examples:
+        flexctl import-expert OLMo-2-1B-law --data law/
+        flexctl import-expert acme/OLMo-2-1B-law --name law --data law.jsonl --ffn-only
     """
 
-    dense: str
-    data: tuple[Path, ...]
-    text_field: str = "text"
-    anchor: Path | None = None
-    name: str | None = None
-    output: Path | None = None
-    ffn_only: bool = False
-    router: str = "discriminant"
-    encoder: str | None = None
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    license: str | None = None
-    purpose: tuple[str, ...] = ()
-    expires: str | None = None
-    label: str | None = None
-    contact: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
+    dense: Annotated[
+        str, argument("DENSE_DIR", "Directory or Hub id of a dense checkpoint fine-tuned from the anchor.")
+    ]
+    data: flags.Data
+    name: flags.Name = None
+    anchor: flags.Anchor = None
+    ffn_only: Annotated[
+        bool, switch("Take feed-forward weights although others moved; what those learned is lost.", MODEL)
+    ] = False
+    output: Annotated[
+        Path | None, flags.output("FILE.st", "File to write (default: NAME.st among the workspace's experts).")
+    ] = None
+    text_field: flags.TextField = "text"
+    router: flags.Router = "discriminant"
+    encoder: flags.Encoder = None
+    license: flags.License = None
+    purpose: flags.Purpose = ()
+    expires: flags.Expires = None
+    label: flags.Label = None
+    contact: flags.Contact = None
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

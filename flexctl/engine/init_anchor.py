@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle import (
     RawTensor,
     TensorType,
@@ -17,9 +17,9 @@ from flexctl.bundle import (
     read_dense_config,
     write_anchor,
 )
-from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.families import family_of
+from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, software_versions
 
 if TYPE_CHECKING:
@@ -38,52 +38,56 @@ _ANNEAL = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InitAnchorConfig:
+class InitAnchorConfig(Config):
     """What ``init_anchor`` is asked to do.
 
-    Attributes:
-        data: Public text, as in ``train_expert``.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
-        source: Directory (or Hub id) of a dense checkpoint; None trains a small OLMo-2-shaped model on ``data``.
-        output: The anchor directory; None is the workspace's.
-        name: The anchor's name; None is the source's folder name, or the preset.
-        preset: Size of the model that is trained when there is no source.
-        max_tokens: Training tokens from scratch; None is the preset's.
-        anneal_tokens: Train ``source`` on this many public tokens first; 0 for none.
-        sample_tokens: Size of the public sample that goes with the anchor.
-        seq_len: Tokens a training sequence; None is the preset's, or 1024 for annealing.
-        batch_tokens: Tokens an optimiser step; None is the preset's, or 8192 for annealing.
-        lr: Peak learning rate; None is the preset's, or 1e-4 for annealing.
-        seed: Of initialisation, order and samples.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the matrix products: auto, float32 or bfloat16.
-        license: SPDX id or text of the anchor, for the manifest; None is unknown.
-        resume: Go on with an interrupted training.
-        overwrite: Replace an existing anchor.
-        dry_run: Check everything, write nothing.
+    SOURCE is a stock checkpoint. Without it, a tokenizer and a small model of OLMo-2's shape are
+    trained on `data`. `data` is public text; it also calibrates the routers, and a sample of it goes
+    along with the anchor, for owners to mix into their training. Writes flexctl.toml where there is none.
+
+    Examples:
+        flexctl init-anchor --data public.jsonl --preset micro
+        flexctl init-anchor allenai/OLMo-2-0425-1B --data public.jsonl
     """
 
-    data: tuple[Path, ...]
-    text_field: str = "text"
-    source: str | None = None
-    output: Path | None = None
-    name: str | None = None
-    preset: Literal["nano", "micro", "small"] = "micro"
-    max_tokens: int | None = None
-    anneal_tokens: int = 0
-    sample_tokens: int = 1_000_000
-    seq_len: int | None = None
-    batch_tokens: int | None = None
-    lr: float | None = None
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    license: str | None = None
-    resume: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
+    source: Annotated[
+        str | None, argument("SOURCE", "Checkpoint directory or Hub id; without it a small model is trained.")
+    ] = None
+    data: flags.Data
+    preset: Annotated[
+        Literal["nano", "micro", "small"],
+        flag("SIZE", "Size of a model trained from scratch: nano, micro or small.", TRAINING),
+    ] = "micro"
+    output: Annotated[Path | None, flags.output("DIR", "Where to write (default: the workspace's anchor).")] = None
+    license: flags.License = None
+    max_tokens: Annotated[
+        int | None, flag("N", "Stop after this many tokens of `data` (default: the preset's).", TRAINING, above=0)
+    ] = None
+    text_field: flags.TextField = "text"
+    name: Annotated[
+        str | None, flag("NAME", "The anchor's name (default: the folder's of SOURCE, or the preset).", OUTPUT)
+    ] = None
+    anneal_tokens: Annotated[
+        int, flag("N", "First train SOURCE on this many tokens of `data`.", TRAINING, at_least=0)
+    ] = 0
+    sample_tokens: Annotated[int, flag("N", "Tokens of public text kept with the anchor.", DATA, above=0)] = 1_000_000
+    seq_len: Annotated[
+        int | None, flag("N", "Tokens a sequence (default: the preset's, or 1024 for annealing).", TRAINING, above=0)
+    ] = None
+    batch_tokens: Annotated[
+        int | None,
+        flag("N", "Tokens an optimiser step (default: the preset's, or 8192 for annealing).", TRAINING, above=0),
+    ] = None
+    lr: Annotated[
+        float | None, flag("X", "Peak learning rate (default: the preset's, or 1e-4 for annealing).", TRAINING, above=0)
+    ] = None
+    resume: flags.Resume = False
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,24 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexctl import hub
+from flexctl import flags, hub
 from flexctl.bundle.codec import encode
 from flexctl.bundle.manifest import Manifest, MergedManifest
 from flexctl.bundle.opening import read_manifest_of
+from flexctl.options import Config
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["InspectConfig", "InspectResult", "inspect"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InspectConfig:
+class InspectConfig(Config):
     """What to look at.
 
-    Attributes:
-        path: An anchor's or merged model's directory, an expert's or router's file; or ``hf://owner/name`` on the Hub.
+    Sizes, experts, licenses and how it was trained. Nothing is hashed: see verify.
+
+    Examples:
+        flexctl inspect experts/law.st
+        flexctl inspect hf://acme/law-expert
     """
 
-    path: Path
+    path: flags.BundlePath
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,26 +6,27 @@ import datetime
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from flexctl import workspace
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, MergedManifest, has_expired
 from flexctl.bundle.opening import read_manifest_of
 from flexctl.errors import BundleError
+from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["ListConfig", "ListResult", "list"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ListConfig:
+class ListConfig(Config):
     """Where to look.
 
-    Attributes:
-        path: A directory in a workspace; the current one if None.
+    Examples:
+        flexctl list
     """
 
-    path: Path | None = None
+    path: Annotated[Path | None, argument("PATH", "A workspace; the current one by default.")] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

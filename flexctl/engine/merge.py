@@ -6,9 +6,9 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.assembly import assemble
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
@@ -18,36 +18,42 @@ from flexctl.bundle.merged import open_merged
 from flexctl.bundle.store import place_of_change
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import is_remote, localise
+from flexctl.options import MODEL, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 __all__ = ["MergeConfig", "MergeResult", "merge"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MergeConfig:
+class MergeConfig(Config):
     """What to merge.
 
-    Attributes:
-        experts: Files of experts; a merged model's directory may stand first, and is added to. None at all gives
-            the anchor alone. Each may be on the Hub: ``hf://owner/name``.
-        anchor: Directory of the anchor, or where it is on the Hub; the workspace's if None. Not needed when adding
-            to a merged model.
-        output: Directory to write; if None the merged model that is added to, else the workspace's.
-        top_k: num_experts_per_tok; if None what the merged model that is added to had, else 4.
-        allow_expired: Take experts whose rights are over.
-        overwrite: Replace a merged model that exists.
-        dry_run: Check everything that headers and manifests tell, write nothing.
-        trust_cache: Do not hash files that were hashed before and did not change since.
+    No training: bytes are copied and checked against each owner's manifest. The same set gives the same
+    bytes in whatever order. A merged model as first argument is added to; no expert at all gives the
+    anchor alone.
+
+    Examples:
+        flexctl merge experts/*.st
+        flexctl merge merged experts/news.st -o merged-2
     """
 
-    experts: tuple[Path, ...] = ()
-    anchor: Path | None = None
-    output: Path | None = None
-    top_k: int | None = None
-    allow_expired: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    trust_cache: bool = False
+    experts: Annotated[
+        tuple[Path, ...],
+        argument("EXPERT", "Expert files (.st), or hf://OWNER/NAME; the first may be a merged model."),
+    ] = ()
+    output: Annotated[
+        Path | None,
+        flags.output("DIR", "Where to write (default: the merged model that is added to, or the workspace's)."),
+    ] = None
+    anchor: flags.Anchor = None
+    top_k: Annotated[
+        int | None,
+        flag("K", "Experts active for a token (default: those of the model added to, or 4).", MODEL, above=0),
+    ] = None
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
+    allow_expired: flags.AllowExpired = False
+    trust_cache: flags.TrustCache = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,39 +6,39 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from flexctl import hub, workspace
+from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.checks import check_bundle
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, Manifest, MergedManifest
 from flexctl.bundle.merged import CARD_FILE
 from flexctl.bundle.store import check_directory_target, copy_range, new_directory, new_file, require_space
 from flexctl.errors import BundleError, UsageError
+from flexctl.options import HUB, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["PullConfig", "PullResult", "pull"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PullConfig:
+class PullConfig(Config):
     """What to bring, and where to.
 
-    Attributes:
-        repository: ``owner/name`` on the Hub, or ``hf://owner/name@revision/FILE.st``.
-        revision: Branch, tag or commit; None is the main branch.
-        output: Directory of an anchor or merged model, file of an expert; its place in the workspace if None.
-        allow_expired: Take experts whose rights are over.
-        overwrite: Replace what is there.
-        dry_run: Check manifest and file names, say what would be fetched, fetch nothing else.
+    Verifies all of it before it is moved into place. Files that are no part of a bundle are refused. An
+    interrupted pull goes on where it broke off.
+
+    Examples:
+        flexctl pull acme/anchor
+        flexctl pull acme/merged --revision v2 -o merged-v2
     """
 
-    repository: str
-    revision: str | None = None
-    output: Path | None = None
-    allow_expired: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
+    repository: Annotated[str, argument("REPO", "OWNER/NAME on the Hub, or hf://OWNER/NAME@REVISION/FILE.st.")]
+    output: Annotated[Path | None, flags.output("PATH", "Where to write (default: its place in the workspace).")] = None
+    revision: Annotated[str | None, flag("REV", "Branch, tag or commit (default: the main branch).", HUB)] = None
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
+    allow_expired: flags.AllowExpired = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

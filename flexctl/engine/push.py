@@ -6,9 +6,9 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from flexctl import hub
+from flexctl import flags, hub
 from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.card import anchor_card, expert_card, is_hub_license
 from flexctl.bundle.checks import check_bundle
@@ -18,34 +18,37 @@ from flexctl.bundle.manifest import MANIFEST_FILE, ExpertManifest, Manifest, Mer
 from flexctl.bundle.merged import CARD_FILE, Merged
 from flexctl.bundle.opening import open_bundle
 from flexctl.errors import BundleError, UsageError
+from flexctl.options import HUB, Config, argument, flag, switch
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["PushConfig", "PushResult", "push"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PushConfig:
+class PushConfig(Config):
     """What to publish, and where.
 
-    Attributes:
-        path: An anchor's or merged model's directory, an expert's file.
-        repository: ``owner/name`` on the Hub; made if it is not there.
-        private: Make a new repository private; a public one is refused.
-        revision: Branch; made if it is not there. None is the main branch.
-        message: Of the commit; says what it is if None.
-        base_model: ``owner/name`` of an expert's anchor, or of the model that an anchor was made from, for the card.
-        allow_expired: Publish experts whose rights are over.
-        dry_run: Verify, say what would be sent, send nothing.
+    Verifies all of it first, then sends it in one commit, with a model card. The repository is made if it
+    is not there; it then holds this bundle and nothing else. The token is HF_TOKEN's, or hf auth login's.
+
+    Examples:
+        flexctl push experts/law.st acme/law-expert --base-model acme/anchor
+        flexctl push merged acme/merged --private --dry-run
     """
 
-    path: Path
-    repository: str
-    private: bool = False
-    revision: str | None = None
-    message: str | None = None
-    base_model: str | None = None
-    allow_expired: bool = False
-    dry_run: bool = False
+    path: Annotated[Path, argument("PATH", "Anchor, expert (.st) or merged model.")]
+    repository: Annotated[str, argument("REPO", "Repository on the Hub: OWNER/NAME.")]
+    private: Annotated[bool, switch("Make a new repository private; refuse a public one.", HUB)] = False
+    base_model: Annotated[
+        str | None,
+        flag("OWNER/NAME", "For the card: the expert's anchor, or the anchor's origin.", HUB),
+    ] = None
+    message: Annotated[str | None, flag("TEXT", "Message of the commit (default: says what it is).", HUB)] = None
+    revision: Annotated[
+        str | None, flag("BRANCH", "Branch to publish on; made if it is not there (default: the main branch).", HUB)
+    ] = None
+    dry_run: flags.DryRun = False
+    allow_expired: flags.AllowExpired = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,39 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle.assembly import assemble
 from flexctl.bundle.composition import Composition, compose_merged
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.store import place_of_change
 from flexctl.errors import UsageError
+from flexctl.options import OUTPUT, Config, argument, switch
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["RemoveConfig", "RemoveResult", "remove"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RemoveConfig:
+class RemoveConfig(Config):
     """What to remove.
 
-    Attributes:
-        names: Closed experts to remove.
-        source: Directory of the merged model; the workspace's if None.
-        output: Directory to write; if None the source is replaced.
-        tombstone: Keep their names and digests in the manifest and the card.
-        overwrite: Replace a merged model that exists; a workspace's own needs none.
-        dry_run: Check everything that headers and manifests tell, write nothing.
-        trust_cache: Do not hash files that were hashed before and did not change since.
+    Works on the workspace's merged model, which is replaced in one step. With `output` the result goes elsewhere.
+
+    Examples:
+        flexctl remove law
+        flexctl remove law news --from merged -o without-law-and-news
     """
 
-    names: tuple[str, ...]
-    source: Path | None = None
-    output: Path | None = None
-    tombstone: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    trust_cache: bool = False
+    names: Annotated[tuple[str, ...], argument("NAME", "Names of the experts to remove.")]
+    source: flags.Source = None
+    output: flags.OutputElsewhere = None
+    tombstone: Annotated[
+        bool, switch("Record in the manifest and the card what was removed, by name and digest.", OUTPUT)
+    ] = False
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
+    trust_cache: flags.TrustCache = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,9 @@ import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle.assembly import assemble
 from flexctl.bundle.codec import encode
 from flexctl.bundle.composition import compose_merged
@@ -16,9 +16,9 @@ from flexctl.bundle.expert import Expert, open_expert
 from flexctl.bundle.manifest import ExpertManifest
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.store import check_directory_target, place_of_change
-from flexctl.config import refuse_out_of_range
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import localise
+from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -28,42 +28,31 @@ __all__ = ["ReplaceConfig", "ReplaceResult", "replace"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReplaceConfig:
+class ReplaceConfig(Config):
     """What to replace.
 
-    Attributes:
-        name: The expert that goes.
-        expert: File of the one that comes, or ``hf://owner/name``; it must bear the same name.
-        source: Directory of the merged model; the workspace's if None.
-        output: Directory to write; if None the source is replaced.
-        data: Test texts, NAME=PATH each, to score on before and after as ``evaluate`` does; none, no scores.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
-        seq_len: Window length; None is 1024, or what the model can hold.
-        batch_tokens: Positions that go through the model at once.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the model that is scored: auto, float32 or bfloat16.
-        allow_expired: Take experts whose rights are over.
-        overwrite: Replace a merged model that exists; a workspace's own needs none.
-        dry_run: Check everything that headers and manifests tell, write nothing.
-        trust_cache: Do not hash files that were hashed before and did not change since.
+    With `data` also how each domain's bits per byte changed, scored as evaluate does.
+
+    Examples:
+        flexctl replace law law-2.st
+        flexctl replace law law-2.st --data law=heldout/law --data news=heldout/news
     """
 
-    name: str
-    expert: Path
-    source: Path | None = None
-    output: Path | None = None
-    data: tuple[str, ...] = ()
-    text_field: str = "text"
-    seq_len: int | None = None
-    batch_tokens: int = 8192
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    allow_expired: bool = False
-    overwrite: bool = False
-    dry_run: bool = False
-    trust_cache: bool = False
+    name: Annotated[str, argument("NAME", "Name of the expert to replace.")]
+    expert: Annotated[Path, argument("EXPERT", "The expert's new file (.st) or hf://OWNER/NAME, of the same name.")]
+    data: flags.Domains = ()
+    source: flags.Source = None
+    output: flags.OutputElsewhere = None
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
+    text_field: flags.TextField = "text"
+    seq_len: flags.SeqLen = None
+    forward_tokens: flags.ForwardTokens = 8192
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    allow_expired: flags.AllowExpired = False
+    trust_cache: flags.TrustCache = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle import Anchor, open_anchor, slug
 from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.proxy import write_proxy
-from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.hub import localise
+from flexctl.options import DATA, ROUTER, Config, flag
 from flexctl.runtime import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -28,41 +28,38 @@ _WEAK = 0.7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SelectProxyConfig:
+class SelectProxyConfig(Config):
     """What ``select_proxy`` is asked to do.
 
-    Attributes:
-        data: The owner's text, as in ``train_expert``. It is only read.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text; of ``public`` too.
-        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
-        name: The expert's name; None makes it from the folder or file of ``data``.
-        output: File to write; None is NAME.proxy.json among the workspace's experts.
-        public: Public text to choose from, as ``data``; None is the anchor's sample.
-        count: Documents to choose; None is a tenth of the public text.
-        encoder: sentence-transformers model whose embeddings tell texts apart, a directory or Hub id; None takes the
-            anchor's own router inputs.
-        seed: Of the passages and folds.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the model: auto, float32 or bfloat16.
-        overwrite: Replace an existing file.
-        dry_run: Check everything, write nothing.
+    Writes a list of their numbers and hashes: what you give to a coordinator for tune-router in place of
+    any text. It says which public documents your text resembles, and nothing else.
+
+    Examples:
+        flexctl select-proxy --data law/
+        flexctl select-proxy --data law.jsonl --public crawl/ --count 5000 -o law.proxy.json
     """
 
-    data: tuple[Path, ...]
-    text_field: str = "text"
-    anchor: Path | None = None
-    name: str | None = None
-    output: Path | None = None
-    public: Path | None = None
-    count: int | None = None
-    encoder: str | None = None
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    overwrite: bool = False
-    dry_run: bool = False
+    data: flags.Data
+    public: flags.Public = None
+    count: Annotated[
+        int | None, flag("N", "Documents to choose (default: a tenth of the public text).", DATA, above=0)
+    ] = None
+    name: flags.Name = None
+    output: Annotated[
+        Path | None, flags.output("FILE", "File to write (default: NAME.proxy.json among the workspace's experts).")
+    ] = None
+    anchor: flags.Anchor = None
+    text_field: flags.TextField = "text"
+    encoder: Annotated[
+        str | None,
+        flag("MODEL", "Tell texts apart by this sentence-transformers model, not by router inputs.", ROUTER),
+    ] = None
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle import (
     PUBLIC,
     Anchor,
@@ -22,9 +22,9 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.lowrank import refuse_useless_rank
 from flexctl.bundle.names import check_expert_name
-from flexctl.config import refuse_no_date, refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub import localise
+from flexctl.options import DATA, HARDWARE, ROUTER, TRAINING, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -41,82 +41,70 @@ __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainExpertConfig:
+class TrainExpertConfig(Config):
     """What ``train_expert`` is asked to do. Defaults were chosen by measurement: docs/results.md.
 
-    Attributes:
-        data: The owner's text: folders, text files, .jsonl, .csv, .tsv (each also .gz, .zst), .parquet, or
-            ``hf://datasets/owner/name`` on the Hub (docs/hub.md).
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text.
-        anchor: Anchor directory, or ``hf://owner/name`` on the Hub; None is the workspace's.
-        name: The expert's name; None makes it from the folder or file of ``data``.
-        output: The ``.st`` file to write; None is NAME.st among the workspace's experts.
-        router: Kind of router row (discriminant, hidden, encoder), or a file with router rows.
-        encoder: sentence-transformers model for ``router="encoder"``, a directory or Hub id.
-        rank: Train differences of this rank to the public expert's matrices; None trains full matrices.
-        max_tokens: Stop after this many of the owner's tokens, to the nearest step.
-        max_steps: At most this many optimiser steps.
-        epochs: Passes over the owner's text.
-        lr: Peak learning rate; None scales with the model's width.
-        warmup_steps: None is a twentieth of the steps.
-        seq_len: Tokens a sequence; None is 1024, or what the anchor can hold.
-        batch_tokens: Tokens an optimiser step, public ones counted; None is about a six-hundredth of all, from 1024 to
-            65,536.
-        micro_batch: Sequences at once; None fills about 8192 tokens.
-        public_mix: Share of public text in each step, from 0 to below 1.
-        public_match: How strongly the expert is held to the public expert's output on public text.
-        public: Public text to use in place of the anchor's sample, as ``data``.
-        freeze_router: Leave the router rows as they start.
-        tether: How strongly router rows are held to where they start.
-        seed: Of the held-out split and of the order.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the matrix products: auto, float32 or bfloat16.
-        resume: Go on with an interrupted run.
-        checkpoint_steps: Steps between checkpoints.
-        license: SPDX id or text, for the manifest.
-        purpose: What the expert may be used for, for the manifest.
-        expires: Date (YYYY-MM-DD) on which rights end; merge refuses it afterwards.
-        label: What the data is, for the manifest.
-        contact: Whom to ask, for the manifest.
-        overwrite: Replace an existing file.
-        dry_run: Check everything, write nothing.
+    Trains against the frozen anchor and writes one file, experts/NAME.st: what you share. Only
+    feed-forward weights and router rows are trained; everything else is checked afterwards to be the
+    anchor's, bit for bit.
+
+    Examples:
+        flexctl train-expert --data law/
+        flexctl train-expert --data law.jsonl --name law --max-tokens 2000000 --license CC-BY-4.0
     """
 
-    data: tuple[Path, ...]
-    text_field: str = "text"
-    anchor: Path | None = None
-    name: str | None = None
-    output: Path | None = None
-    router: str = "discriminant"
-    encoder: str | None = None
-    rank: int | None = None
-    max_tokens: int | None = None
-    max_steps: int | None = None
-    epochs: float = 1.0
-    lr: float | None = None
-    warmup_steps: int | None = None
-    seq_len: int | None = None
-    batch_tokens: int | None = None
-    micro_batch: int | None = None
-    public_mix: float = 0.3
-    public_match: float = 1.0
-    public: Path | None = None
-    freeze_router: bool = False
-    tether: float = 1.0
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    resume: bool = False
-    checkpoint_steps: int = 200
-    license: str | None = None
-    purpose: tuple[str, ...] = ()
-    expires: str | None = None
-    label: str | None = None
-    contact: str | None = None
-    overwrite: bool = False
-    dry_run: bool = False
+    data: flags.Data
+    name: flags.Name = None
+    anchor: flags.Anchor = None
+    max_tokens: Annotated[
+        int | None, flag("N", "Stop after this many tokens of `data`, to the nearest step.", TRAINING, above=0)
+    ] = None
+    output: Annotated[
+        Path | None, flags.output("FILE.st", "File to write (default: NAME.st among the workspace's experts).")
+    ] = None
+    text_field: flags.TextField = "text"
+    public_mix: Annotated[
+        float, flag("SHARE", "Share of public text in each step, from 0 to below 1.", DATA, at_least=0, below=1)
+    ] = 0.3
+    public: flags.Public = None
+    rank: Annotated[
+        int | None,
+        flag("R", "Train low-rank differences to the public expert: a smaller file, less memory.", TRAINING, above=0),
+    ] = None
+    max_steps: flags.MaxSteps = None
+    epochs: Annotated[float, flag("N", "Passes over `data`.", TRAINING, above=0)] = 1.0
+    lr: flags.Lr = None
+    warmup_steps: Annotated[
+        int | None,
+        flag("N", "Steps until the peak learning rate (default: a twentieth of them).", TRAINING, at_least=0),
+    ] = None
+    seq_len: flags.SeqLen = None
+    batch_tokens: flags.BatchTokens = None
+    micro_batch: Annotated[
+        int | None,
+        flag("N", "Sequences in memory at once (default: what fills about 8192 tokens).", HARDWARE, above=0),
+    ] = None
+    public_match: Annotated[
+        float,
+        flag("X", "How strongly the expert is held to the public one on public text.", TRAINING, at_least=0),
+    ] = 1.0
+    router: flags.Router = "discriminant"
+    encoder: flags.Encoder = None
+    freeze_router: Annotated[bool, switch("Leave the router rows as they start.", ROUTER)] = False
+    tether: flags.Tether = 1.0
+    resume: flags.Resume = False
+    checkpoint_steps: flags.CheckpointSteps = 200
+    license: flags.License = None
+    purpose: flags.Purpose = ()
+    expires: flags.Expires = None
+    label: flags.Label = None
+    contact: flags.Contact = None
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

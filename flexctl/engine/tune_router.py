@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import workspace
+from flexctl import flags, workspace
 from flexctl.bundle import PUBLIC, Anchor, Merged, RawTensor, open_anchor, open_merged
 from flexctl.bundle.assembly import assemble
 from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.proxy import Proxy, open_proxy
 from flexctl.bundle.store import check_directory_target, place_of_change
-from flexctl.config import refuse_out_of_range
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.hub import is_remote, localise
+from flexctl.options import DATA, TRAINING, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -32,53 +32,48 @@ _HELD_OUT_TOKENS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TuneRouterConfig:
+class TuneRouterConfig(Config):
     """What ``tune_router`` is asked to do. Rate and tether are those of experts: docs/results.md, section 6.
 
-    Attributes:
-        merged: Directory of the merged model, or ``hf://owner/name`` on the Hub; the workspace's if None.
-        proxy: A proxy list of every closed expert, as select-proxy makes them.
-        text_field: The column of a table, or the field of a .jsonl line, that holds the text of ``public``.
-        anchor: The anchor, a directory or ``hf://owner/name``; the workspace's if None.
-        public: The public text that the lists were made from; None is the anchor's sample.
-        output: Directory to write; if None the merged model is replaced.
-        max_tokens: Stop after this many tokens, those of public text counted; None is one pass over the lists and as
-            much public text as a list has.
-        max_steps: At most this many optimiser steps.
-        lr: Peak learning rate; None scales with the model's width.
-        seq_len: Tokens a sequence; None is 1024, or what the anchor can hold.
-        batch_tokens: Tokens an optimiser step; None is about a six-hundredth of all, from 1024 to 65,536.
-        tether: How strongly router rows are held to where they start.
-        seed: Of the order.
-        threads: CPU threads; None is torch's choice.
-        device: auto, cpu or cuda.
-        dtype: Of the matrix products: auto, float32 or bfloat16.
-        resume: Go on with an interrupted run.
-        checkpoint_steps: Steps between checkpoints.
-        overwrite: Replace a merged model that exists; a workspace's own needs none.
-        dry_run: Check everything, the lists' documents too, train and write nothing.
+    Trains the router rows, and nothing else, on the public documents that each owner chose. The owners'
+    rows stay in the model; merge, remove and replace go back to them. Rows that are no better on held-out
+    text are not written.
+
+    Examples:
+        flexctl tune-router --proxy law.proxy.json --proxy news.proxy.json
+        flexctl tune-router merged --proxy law.proxy.json --public crawl/ -o merged-tuned
     """
 
-    merged: Path | None = None
-    proxy: tuple[Path, ...]
-    text_field: str = "text"
-    anchor: Path | None = None
-    public: Path | None = None
-    output: Path | None = None
-    max_tokens: int | None = None
-    max_steps: int | None = None
-    lr: float | None = None
-    seq_len: int | None = None
-    batch_tokens: int | None = None
-    tether: float = 1.0
-    seed: int = 0
-    threads: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    resume: bool = False
-    checkpoint_steps: int = 200
-    overwrite: bool = False
-    dry_run: bool = False
+    merged: Annotated[
+        Path | None,
+        argument("MERGED", "Merged model, here or hf://OWNER/NAME; the workspace's merged model by default."),
+    ] = None
+    proxy: Annotated[
+        tuple[Path, ...], flag("FILE", "List that select-proxy made, one for every closed expert; repeatable.", DATA)
+    ]
+    public: flags.Public = None
+    anchor: flags.Anchor = None
+    max_tokens: Annotated[
+        int | None,
+        flag(
+            "N", "Stop after this many tokens, public ones counted (default: a pass over the lists).", TRAINING, above=0
+        ),
+    ] = None
+    output: flags.OutputElsewhere = None
+    text_field: flags.TextField = "text"
+    max_steps: flags.MaxSteps = None
+    lr: flags.Lr = None
+    seq_len: flags.SeqLen = None
+    batch_tokens: flags.BatchTokens = None
+    tether: flags.Tether = 1.0
+    resume: flags.Resume = False
+    checkpoint_steps: flags.CheckpointSteps = 200
+    seed: flags.Seed = 0
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
+    overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

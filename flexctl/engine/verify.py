@@ -6,33 +6,38 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from flexctl import hub, workspace
+from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import Anchor, open_anchor
 from flexctl.bundle.checks import Check, check_bundle
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.errors import UsageError
+from flexctl.options import MODEL, Config, flag
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["VerifyConfig", "VerifyResult", "verify"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyConfig:
+class VerifyConfig(Config):
     """What to verify.
 
-    Attributes:
-        path: An anchor's or merged model's directory, an expert's or router's file; or ``hf://owner/name`` on the Hub.
-        absent: Experts that a merged model must not hold: names, or files of experts, here or on the Hub.
-        anchor: The anchor that it must be made of, here or on the Hub; if None the workspace's, if there is one.
-        allow_expired: Take experts whose rights are over.
+    Exit code 3 when something does not hold.
+
+    Examples:
+        flexctl verify merged
+        flexctl verify merged --absent law
+        flexctl verify hf://acme/merged
     """
 
-    path: Path
-    absent: tuple[str, ...] = ()
-    anchor: Path | None = None
-    allow_expired: bool = False
+    path: flags.BundlePath
+    absent: Annotated[
+        tuple[str, ...],
+        flag("NAME", "Prove that this expert, by name or file, is not inside; repeatable.", MODEL),
+    ] = ()
+    anchor: flags.Anchor = None
+    allow_expired: flags.AllowExpired = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

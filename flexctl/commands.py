@@ -1,0 +1,80 @@
+"""Every command and every public name, in one table.
+
+A command is its module in engine/ and one row here; the command line, its help pages, docs/cli.md, the tables of
+flexctl.toml and the names of the package follow from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+__all__ = ["COMMANDS", "PUBLIC", "Command"]
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        name: Its name with underscores, which is its module's and its function's.
+        summary: What it does, one line.
+        types: Types of its Result's fields that its module defines.
+    """
+
+    name: str
+    summary: str
+    types: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """Its name on the command line."""
+        return self.name.replace("_", "-")
+
+    @property
+    def config(self) -> str:
+        """The name of its Config: ``train_expert`` has ``TrainExpertConfig``."""
+        return "".join(word.capitalize() for word in self.name.split("_")) + "Config"
+
+    @property
+    def result(self) -> str:
+        """The name of its Result."""
+        return self.config.removesuffix("Config") + "Result"
+
+
+COMMANDS = (
+    Command("init_anchor", "Make the public, frozen model that experts train against."),
+    Command("train_expert", "Train one expert on text that stays where it is."),
+    Command("import_expert", "Make an expert of a checkpoint fine-tuned elsewhere."),
+    Command("embed_router", "Make router rows from sample texts, without training.", ("LayerReport",)),
+    Command("compress", "Make a small, low-rank copy of an expert."),
+    Command("merge", "Merge the anchor and experts into one stock checkpoint.", ("MergedExpert",)),
+    Command("remove", "Remove experts exactly, as if they had never been merged."),
+    Command("replace", "Replace one expert by its new version; say what changed.", ("Change",)),
+    Command("select_proxy", "Choose, at home, the public documents most like your text."),
+    Command("tune_router", "Tune the router of a merged model on public text."),
+    Command("evaluate", "Score a bundle on held-out text and on tasks.", ("DomainScore", "TaskScore")),
+    Command("generate", "Continue a text, and show on request which expert answered."),
+    Command("inspect", "Show what a bundle says about itself."),
+    Command("verify", "Re-hash and check everything in a bundle."),
+    Command(
+        "list",
+        "List the workspace's anchor, experts and merged model.",
+        ("ListedAnchor", "ListedExpert", "ListedMerged"),
+    ),
+    Command("push", "Publish a bundle on the Hugging Face Hub."),
+    Command("pull", "Bring a bundle from the Hugging Face Hub."),
+    Command("demo", "Show an expert's whole life, offline, in a few minutes."),
+)
+"""In the order of an expert's life."""
+
+PUBLIC: Mapping[str, tuple[str, ...]] = {
+    "errors": ("BundleError", "FlexctlError", "Interrupted", "UsageError"),
+    "runtime": ("SILENT", "Progress", "Reporter"),
+    "workspace": ("Workspace",),
+    "bundle.checks": ("Check",),
+    "evaluation.comparison": ("Comparison", "DomainComparison", "Moved"),
+    "evaluation.explaining": ("Piece",),
+    "hub.transfer": ("BundleFile",),
+    **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
+}
+"""Module of the package -> the names that it gives to ``flexctl`` itself, imported on first use."""

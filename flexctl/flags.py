@@ -1,0 +1,162 @@
+"""Options that several commands have, each written once: a Config says ``threads: flags.Threads = None``.
+
+Those of one command stand in its Config. Paths may be on the Hub, ``hf://owner/name``, where the help says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+from flexctl.errors import UsageError
+from flexctl.options import (
+    DATA,
+    HARDWARE,
+    MODEL,
+    OUTPUT,
+    RIGHTS,
+    ROUTER,
+    TRAINING,
+    Option,
+    argument,
+    flag,
+    switch,
+)
+
+__all__ = [
+    "AllowExpired",
+    "Anchor",
+    "BatchTokens",
+    "Bundle",
+    "BundlePath",
+    "CheckpointSteps",
+    "Contact",
+    "Data",
+    "Device",
+    "Domains",
+    "DryRun",
+    "Dtype",
+    "Encoder",
+    "Expires",
+    "ForwardTokens",
+    "Label",
+    "License",
+    "Lr",
+    "MaxSteps",
+    "Name",
+    "OutputElsewhere",
+    "Overwrite",
+    "Public",
+    "Purpose",
+    "Resume",
+    "Router",
+    "Seed",
+    "SeqLen",
+    "Source",
+    "Tether",
+    "TextField",
+    "Threads",
+    "TopK",
+    "TrustCache",
+    "Without",
+    "output",
+]
+
+
+def output(metavar: str, help: str) -> Option:
+    """Return the option that says where a command writes."""
+    return flag(metavar, help, OUTPUT, short="-o")
+
+
+def _refuse_no_date(value: str, field: str) -> None:
+    try:
+        is_date = datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        is_date = False
+    if not is_date:
+        raise UsageError(f"{value!r} is no date", hint="write YYYY-MM-DD", field=field)
+
+
+# Text.
+_DATA_HELP = "Text, .jsonl, .csv or .parquet, a folder of them, or hf://datasets/OWNER/NAME; repeatable."
+Data = Annotated[tuple[Path, ...], flag("PATH", _DATA_HELP, DATA)]
+Domains = Annotated[
+    tuple[str, ...],
+    flag(
+        "[NAME=]PATH",
+        "Test text, and the domain's name if not that of its file or folder; repeatable.",
+        DATA,
+        paths=True,
+    ),
+]
+TextField = Annotated[str, flag("NAME", "Column or .jsonl field that holds the text.", DATA)]
+Public = Annotated[Path | None, flag("PATH", "Public text, as `data`, to use instead of the anchor's sample.", DATA)]
+
+# What it is about.
+Anchor = Annotated[Path | None, flag("DIR", "The anchor, here or hf://OWNER/NAME (default: the workspace's).", MODEL)]
+Source = Annotated[
+    Path | None, flag("DIR", "The merged model to change (default: the workspace's).", MODEL, name="from")
+]
+Bundle = Annotated[
+    Path | None,
+    argument(
+        "BUNDLE", "Merged model, anchor or expert, here or hf://OWNER/NAME; the workspace's merged model by default."
+    ),
+]
+BundlePath = Annotated[
+    Path, argument("PATH", "Anchor, expert (.st) or merged model; hf://OWNER/NAME for one on the Hub.")
+]
+TopK = Annotated[int | None, flag("K", "Experts active for a token (default: what the bundle says).", MODEL, above=0)]
+Without = Annotated[tuple[str, ...], flag("NAME", "Leave this expert out, by a mask at run time; repeatable.", MODEL)]
+
+# Training.
+SeqLen = Annotated[
+    int | None, flag("N", "Tokens a sequence (default: 1024, or what the model can hold).", TRAINING, above=0)
+]
+BatchTokens = Annotated[
+    int | None,
+    flag("N", "Tokens an optimiser step (default: about a six-hundredth of all, 1024 to 65,536).", TRAINING, above=0),
+]
+MaxSteps = Annotated[int | None, flag("N", "Stop after this many optimiser steps.", TRAINING, above=0)]
+Lr = Annotated[
+    float | None, flag("X", "Peak learning rate (default: scales with the model's width).", TRAINING, above=0)
+]
+Resume = Annotated[bool, switch("Go on from the last checkpoint.", TRAINING)]
+CheckpointSteps = Annotated[int, flag("N", "Write a checkpoint every so many steps.", TRAINING, above=0)]
+
+# Router.
+Router = Annotated[
+    str, flag("KIND|FILE", "Router rows: discriminant, hidden, encoder, or a file of embed-router.", ROUTER)
+]
+Encoder = Annotated[
+    str | None, flag("MODEL", "sentence-transformers model, a directory or Hub id, for `router` encoder.", ROUTER)
+]
+Tether = Annotated[float, flag("X", "How strongly router rows are held to where they start.", ROUTER, at_least=0)]
+
+# What a bundle says about itself, and what may be done with it.
+Name = Annotated[
+    str | None, flag("NAME", "The expert's name (default: made from the folder or file of `data`).", OUTPUT)
+]
+License = Annotated[str | None, flag("SPDX", "Its license, an SPDX id or text.", RIGHTS)]
+Purpose = Annotated[tuple[str, ...], flag("TEXT", "What the expert may be used for; repeatable.", RIGHTS)]
+Expires = Annotated[
+    str | None,
+    flag("DATE", "Last day of its use, as 2030-12-31; merge refuses it afterwards.", RIGHTS, check=_refuse_no_date),
+]
+Label = Annotated[str | None, flag("TEXT", "One line about the data.", RIGHTS)]
+Contact = Annotated[str | None, flag("TEXT", "Whom to ask about the expert.", RIGHTS)]
+AllowExpired = Annotated[bool, switch("Take experts whose rights have expired.", RIGHTS)]
+
+# The machine.
+Seed = Annotated[int, flag("N", "Seed of everything random.", HARDWARE)]
+Threads = Annotated[int | None, flag("N", "CPU threads (default: torch's choice).", HARDWARE, above=0)]
+Device = Annotated[str, flag("NAME", "cpu, cuda or auto.", HARDWARE)]
+Dtype = Annotated[str, flag("NAME", "float32, bfloat16 or auto.", HARDWARE)]
+ForwardTokens = Annotated[int, flag("N", "Tokens that go through the model together.", HARDWARE, above=0)]
+
+# What is written.
+OutputElsewhere = Annotated[Path | None, output("DIR", "Write the result here and leave the model as it is.")]
+Overwrite = Annotated[bool, switch("Replace the target if it exists.", OUTPUT)]
+DryRun = Annotated[bool, switch("Check everything, say what would be done, write nothing.", OUTPUT)]
+TrustCache = Annotated[bool, switch("Skip re-hashing files that did not change since the last check.", OUTPUT)]
