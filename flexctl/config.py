@@ -13,139 +13,82 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flexctl import workspace
 from flexctl.errors import UsageError
+from flexctl.options import Config, Option, options
 
-__all__ = ["config_name", "flag_name", "refuse_no_date", "refuse_out_of_range", "resolve"]
+__all__ = ["resolve"]
 
-Config = TypeVar("Config")
+Chosen = TypeVar("Chosen", bound=Config)
 
-# Fields that are not the flag of the same name: arguments (None), or a flag with another name.
-_EXCEPTIONS: Mapping[str, Mapping[str, str | None]] = {
-    "init_anchor": {"source": None},
-    "import_expert": {"dense": None},
-    "compress": {"expert": None},
-    "merge": {"experts": None},
-    "remove": {"names": None, "source": "from"},
-    "replace": {"name": None, "expert": None, "source": "from"},
-    "tune_router": {"merged": None},
-    "evaluate": {"bundle": None},
-    "generate": {"bundle": None},
-    "inspect": {"path": None},
-    "verify": {"path": None},
-    "list": {"path": None},
-    "push": {"path": None, "repository": None},
-    "pull": {"repository": None},
-}
-
-# What separates paths in the environment; the colon of hf:// is no separator.
+# What separates paths in the environment, as they may hold commas; the colon of hf:// is no separator.
 _PATH_SEPARATOR = re.escape(os.pathsep) + "(?!//)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a value was given: its name in messages, and what relative paths count from."""
+    """Where a value was given: its name in messages, and what relative paths count from.
+
+    ``separator`` is a pattern between several values in one text; None where values have types of their own.
+    """
 
     name: str
     base: Path | None = None
-    is_text: bool = True
+    separator: str | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether values are text that is to be read."""
+        return self.separator is not None
 
 
-def resolve(config_class: type[Config], command: str, given: Mapping[str, Any]) -> Config:
+def resolve(config_class: type[Chosen], command: str, given: Mapping[str, Any]) -> Chosen:
     """Return the Config of one run: flag > FLEXCTL_* environment > flexctl.toml > the field's default.
 
     Args:
-        config_class: The command's dataclass.
+        config_class: The command's Config.
         command: The command's name with underscores, which is its table in flexctl.toml.
         given: Field name -> value from the command line; None and empty lists mean "not given".
 
     Raises:
-        UsageError: A value does not fit its field, a key of the command's table is unknown, or a field
-            without a default was given nowhere.
+        UsageError: A value does not fit its field, is out of range, a key of the command's table is unknown, or a
+            field without a default was given nowhere.
     """
     space = workspace.find()
     table = space.defaults.get(command, {})
-    annotations = typing.get_type_hints(config_class)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    flags = {name: flag_name(command, name) for name in fields}
-    _refuse_unknown(table, [flag for flag in flags.values() if flag], f"{space.file}: [{command}]")
+    known = options(config_class)
+    _refuse_unknown(table, [option.key for option in known if not option.is_argument], f"{space.file}: [{command}]")
     values = {}
-    for name, field in fields.items():
-        found = _look_up(name, flags[name], command, given, table, space)
+    for option in known:
+        found = _look_up(option, command, given, table, space)
         if found is not None:
             value, source = found
-            values[name] = _coerce(value, annotations[name], source)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise _missing(command, name, flags[name])
+            values[option.field] = _coerce(value, option.type, source)
+        elif option.is_required:
+            raise _missing(command, option)
     return config_class(**values)
 
 
-def refuse_out_of_range(config: object, *, above_zero: Sequence[str], from_zero: Sequence[str] = ()) -> None:
-    """Refuse numbers that no run can use. None means "not given" and passes.
-
-    Args:
-        config: A command's Config.
-        above_zero: Fields that must be above 0.
-        from_zero: Fields that must not be below 0.
-
-    Raises:
-        UsageError: One is out of range, or not a number.
-    """
-    for name in (*above_zero, *from_zero):
-        value = getattr(config, name)
-        allowed = value is None or value > 0 or (name in from_zero and value == 0)
-        if not allowed:
-            limit = "is below 0" if name in from_zero else "is not above 0"
-            raise UsageError(f"--{name.replace('_', '-')}: {value} {limit}")
-
-
-def refuse_no_date(expires: str | None) -> None:
-    """Refuse an --expires that is no date written YYYY-MM-DD. None means "never" and passes.
-
-    Raises:
-        UsageError: It is none.
-    """
-    try:
-        is_date = expires is None or datetime.date.fromisoformat(expires).isoformat() == expires
-    except ValueError:
-        is_date = False
-    if not is_date:
-        raise UsageError(f"--expires: {expires!r} is no date", hint="write YYYY-MM-DD")
-
-
-def config_name(command: str) -> str:
-    """Return the name of a command's Config: ``train_expert`` has ``TrainExpertConfig``."""
-    return "".join(word.capitalize() for word in command.split("_")) + "Config"
-
-
-def flag_name(command: str, field: str) -> str | None:
-    """Return the long flag of a command's field, written with underscores; None for an argument."""
-    return _EXCEPTIONS.get(command, {}).get(field, field)
-
-
 def _look_up(
-    name: str,
-    flag: str | None,
-    command: str,
-    given: Mapping[str, Any],
-    table: Mapping[str, Any],
-    space: workspace.Workspace,
+    option: Option, command: str, given: Mapping[str, Any], table: Mapping[str, Any], space: workspace.Workspace
 ) -> tuple[Any, _Source] | None:
     """Return the value that counts and its source, or None where the field was given nowhere."""
-    value = given.get(name)
+    value = given.get(option.field)
+    separator = _PATH_SEPARATOR if option.paths else ","
     if value is not None and value != []:
-        return value, _Source(f"--{flag.replace('_', '-')}" if flag else name.upper())
-    if flag is None:
+        return value, _Source(option.shown, separator=separator)
+    if option.is_argument:
         return None
-    variable = f"FLEXCTL_{flag.upper()}"
+    variable = f"FLEXCTL_{option.key.upper()}"
     if os.environ.get(variable):
-        return os.environ[variable], _Source(variable)
-    if flag in table:
-        return table[flag], _Source(f"{space.file}: [{command}] {flag}", base=space.root, is_text=False)
+        return os.environ[variable], _Source(variable, separator=separator)
+    if option.key in table:
+        place = f"{space.file}: [{command}] {option.key}"
+        return table[option.key], _Source(place, base=space.root, separator=None)
     return None
 
 
@@ -155,12 +98,12 @@ def _refuse_unknown(table: Mapping[str, Any], known: list[str], where: str) -> N
             raise UsageError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
 
 
-def _missing(command: str, name: str, flag: str | None) -> UsageError:
+def _missing(command: str, option: Option) -> UsageError:
     shown = command.replace("_", "-")
-    if flag is None:
-        return UsageError(f"{shown} needs {name.upper()}", hint=f"flexctl {shown} --help")
-    option = f"--{flag.replace('_', '-')}"
-    return UsageError(f"{shown} needs {option}", hint=f"give {option}, or {flag} in flexctl.toml under [{command}]")
+    if option.is_argument:
+        return UsageError(f"{shown} needs {option.shown}", hint=f"flexctl {shown} --help")
+    hint = f"give {option.shown}, or {option.key} in flexctl.toml under [{command}]"
+    return UsageError(f"{shown} needs {option.shown}", hint=hint)
 
 
 def _coerce(value: Any, annotation: Any, source: _Source) -> Any:
@@ -173,7 +116,7 @@ def _coerce(value: Any, annotation: Any, source: _Source) -> Any:
             raise _refuse(value, "one of " + ", ".join(map(str, arguments)), source)
         return value
     if origin is tuple:
-        return tuple(_coerce(part, arguments[0], source) for part in _parts(value, arguments[0], source))
+        return tuple(_coerce(part, arguments[0], source) for part in _parts(value, source))
     return _SCALARS[annotation](value, source)
 
 
@@ -186,12 +129,11 @@ def _coerce_union(value: Any, parts: list[Any], source: _Source) -> Any:
     return _coerce(value, parts[-1], source)
 
 
-def _parts(value: Any, item: Any, source: _Source) -> list[Any]:
+def _parts(value: Any, source: _Source) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
-    if source.is_text and isinstance(value, str):
-        # Paths may hold commas; everything else is a name or a pair NAME=PATH.
-        return [part for part in re.split(_PATH_SEPARATOR if item is Path else ",", value) if part]
+    if source.separator is not None and isinstance(value, str):
+        return [part for part in re.split(source.separator, value) if part]
     return [value]
 
 

@@ -73,7 +73,7 @@ def embed_rows(
     """
     check_kind(kind, encoder)
     if len(own) < 2:
-        raise UsageError(f"--data: {len(own)} passages are too few for router rows", hint="give more text")
+        raise UsageError(f"{len(own)} passages are too few for router rows", hint="give more text", field="data")
     loaded = Encoder(encoder) if kind == "encoder" and encoder is not None else None
     domain = Domain.from_documents(_measure(model, frame(own), reporter), space)
     if loaded is None:
@@ -123,13 +123,15 @@ def check_kind(kind: str, encoder: str | None) -> None:
         UsageError: The kind is unknown, or is ``encoder`` and no encoder is given.
     """
     if kind not in ROUTER_KINDS:
-        raise UsageError(f"--router: {kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file")
+        raise UsageError(f"{kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file", field="router")
     if kind == "encoder" and encoder is None:
-        raise UsageError("--router encoder: no sentence encoder given", hint="add --encoder DIRECTORY_OR_HUB_ID")
+        raise UsageError(
+            "encoder: no sentence encoder given", hint="add `encoder`, a directory or Hub id", field="router"
+        )
 
 
 def names_a_file(router: str) -> bool:
-    """Return whether what ``--router`` names is a file with rows rather than a kind."""
+    """Return whether what ``router`` names is a file with rows rather than a kind."""
     return router.endswith(".st") or Path(router).exists()
 
 
@@ -175,7 +177,9 @@ class Encoder:
             with silenced():
                 self._model = SentenceTransformer(name, device="cpu", trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise UsageError(f"--encoder: {name} cannot be loaded: {error}", hint="give a model's directory") from error
+            raise UsageError(
+                f"{name} cannot be loaded: {error}", hint="give a model's directory", field="encoder"
+            ) from error
 
     @cached_property
     def identity(self) -> dict[str, str]:

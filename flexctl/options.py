@@ -142,9 +142,9 @@ def flag(metavar: str, help: str, section: str, **more: Any) -> Option:
     return Option(metavar=metavar, help=help, section=section, **more)
 
 
-def switch(help: str, section: str) -> Option:
-    """Return an option that is on or off."""
-    return Option(help=help, section=section)
+def switch(help: str, section: str, **more: Any) -> Option:
+    """Return an option that is on or off: see ``Option``."""
+    return Option(help=help, section=section, **more)
 
 
 def argument(metavar: str, help: str) -> Option:

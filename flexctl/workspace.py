@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexctl import commands
 from flexctl.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -34,26 +35,7 @@ __all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "find"]
 
 FILE_NAME = "flexctl.toml"
 
-COMMANDS = (
-    "init_anchor",
-    "train_expert",
-    "import_expert",
-    "embed_router",
-    "compress",
-    "merge",
-    "remove",
-    "replace",
-    "select_proxy",
-    "tune_router",
-    "evaluate",
-    "generate",
-    "inspect",
-    "verify",
-    "list",
-    "push",
-    "pull",
-    "demo",
-)
+COMMANDS = tuple(row.name for row in commands.COMMANDS)
 """Every command, in the order of an expert's life; each may have a table of defaults in flexctl.toml."""
 
 _PLACES = {"anchor": "anchor", "experts": "experts", "merged": "merged"}

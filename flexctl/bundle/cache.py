@@ -1,4 +1,4 @@
-"""Which files have been hashed before, so that --trust-cache need not hash them again.
+"""Which files have been hashed before, so that ``trust_cache`` need not hash them again.
 
 A line stands for a file by size, mtime, ctime, inode and device, together with the hash that its tensors were found
 to have. The cache lies with the user, never in a bundle; losing it costs time and nothing else.

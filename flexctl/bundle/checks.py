@@ -70,7 +70,7 @@ def check_bundle(
     except BundleError as error:
         return None, [Check(name="structure", ok=False, detail=error.message)]
     if absent and not isinstance(bundle, Merged):
-        raise UsageError(f"--absent: {path} is no merged model but an {bundle.manifest.kind}")
+        raise UsageError(f"{path} is no merged model but an {bundle.manifest.kind}", field="absent")
     checks = [
         Check(name="structure", ok=True, detail=f"{bundle.manifest.kind}: manifest, digest and headers agree"),
         _check(

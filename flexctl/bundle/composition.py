@@ -185,7 +185,7 @@ class Composition:
             if has_expired(part.entry.expires, today):
                 raise BundleError(
                     f"{part.source}: data.expires of {part.entry.name} is {part.entry.expires}, which is past",
-                    hint="ask its owner for a newer one, or give --allow-expired",
+                    hint="ask its owner for a newer one, or give `allow_expired`",
                 )
 
     def _part(self, expert: Expert) -> Part:

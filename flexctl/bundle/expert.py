@@ -225,7 +225,7 @@ def _info(tensor: RawTensor | Piece, where: str) -> TensorInfo:
     if isinstance(tensor, Piece):
         return tensor.info
     if not is_finite(tensor.dtype, tensor.data):
-        raise BundleError(f"{where}: holds NaN or infinity", hint="train with a lower --lr")
+        raise BundleError(f"{where}: holds NaN or infinity", hint="train with a lower `lr`")
     return hash_raw(tensor)
 
 

@@ -60,6 +60,7 @@ def refuse_useless_rank(rank: int | None, architecture: Architecture) -> None:
     if rank is not None and rank > most:
         shape = f"{architecture.intermediate_size} x {architecture.hidden_size}"
         raise UsageError(
-            f"--rank: {rank} is no smaller than full matrices of {shape}; the highest that is smaller is {most}",
-            hint=f"use --rank {most} or less, or leave --rank out for a full expert",
+            f"{rank} is no smaller than full matrices of {shape}; the highest that is smaller is {most}",
+            hint=f"use {most} or less, or no rank for a full expert",
+            field="rank",
         )

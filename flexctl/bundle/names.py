@@ -75,5 +75,5 @@ def slug(text: str) -> str:
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     name = re.sub(r"[^a-z0-9_-]+", "-", plain).strip("-_")[:63].rstrip("-_")
     if not name or name == PUBLIC:
-        raise UsageError(f"{shown(text)} gives no name for an expert", hint="give one with --name")
+        raise UsageError(f"{shown(text)} gives no name for an expert", hint="give one with `name`")
     return name

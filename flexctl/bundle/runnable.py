@@ -49,9 +49,11 @@ class Runnable:
         """
         for name in without:
             if name == PUBLIC:
-                raise UsageError("--without: the public expert cannot be left out")
+                raise UsageError("the public expert cannot be left out", field="without")
             if name not in self.experts:
-                raise UsageError(f"--without: {name!r} is not in {self.path}, which holds {', '.join(self.experts)}")
+                raise UsageError(
+                    f"{name!r} is not in {self.path}, which holds {', '.join(self.experts)}", field="without"
+                )
         return sorted({self.experts.index(name) for name in without})
 
     def active(self, top_k: int | None, left_out: int, reporter: Reporter) -> int:
@@ -64,7 +66,7 @@ class Runnable:
         """
         most = len(self.experts) - left_out
         if top_k is not None and top_k > most:
-            reporter.warn(f"--top-k: {top_k} is more than the {most} experts there are; using {most}")
+            reporter.warn(f"`top_k`: {top_k} is more than the {most} experts there are; using {most}")
         return min(top_k or self.weights.num_experts_per_tok, most)
 
 

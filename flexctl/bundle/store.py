@@ -120,7 +120,8 @@ def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
         manifest = None
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         raise UsageError(
-            f"{target}: holds no {kind} bundle; flexctl replaces nothing else", hint="choose another place with -o"
+            f"{target}: holds no {kind} bundle; flexctl replaces nothing else",
+            hint="choose another place with `output`",
         )
     known = (*map(str, manifest.get("files") or ()), MANIFEST_FILE, *TOLERATED, *_WEIGHTS)
     for item in sorted(target.iterdir()):
@@ -138,7 +139,7 @@ def place_of_change(source: Path, output: Path | None) -> tuple[Path, bool]:
 
     Returns:
         The target, and whether it is both the source and the merged model of the workspace that one stands in or
-        that the source lies in. Those change in place; anything else that exists needs --overwrite.
+        that the source lies in. Those change in place; anything else that exists needs ``overwrite``.
     """
     target = output or source
     place = os.path.realpath(source)
@@ -157,7 +158,10 @@ def require_space(path: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise FlexctlError(f"{path}: needs {needed} bytes, the disk has {free} free", hint="free some space, or use -o")
+        raise FlexctlError(
+            f"{path}: needs {needed} bytes, the disk has {free} free",
+            hint="free some space, or write elsewhere with `output`",
+        )
 
 
 def append_range(source: Path, start: int, output: BinaryIO, count: int) -> None:
@@ -211,7 +215,7 @@ def _copy_in_kernel(source: int, source_start: int, target: int, target_start: i
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if os.path.lexists(target) and not overwrite:
-        raise UsageError(f"{target}: exists already", hint="choose another with -o, or give --overwrite")
+        raise UsageError(f"{target}: exists already", hint="choose another `output`, or give `overwrite`")
 
 
 @contextmanager
@@ -296,9 +300,12 @@ def _exchange(first: Path, second: Path) -> None:
         swap = 2
         failed = library.renamex_np(names[0], names[1], swap)
     else:
-        raise FlexctlError(f"{second}: this platform cannot replace a directory in one step", hint="write with -o")
+        raise FlexctlError(
+            f"{second}: this platform cannot replace a directory in one step", hint="write elsewhere with `output`"
+        )
     if failed:
         reason = os.strerror(ctypes.get_errno())
         raise FlexctlError(
-            f"{second}: this file system cannot replace a directory in one step ({reason})", hint="use -o"
+            f"{second}: this file system cannot replace a directory in one step ({reason})",
+            hint="write elsewhere with `output`",
         )

@@ -1,7 +1,6 @@
 """The command line: flags in, one engine call, one result out.
 
-To add a command: write ``engine/NAME.py`` (Config, Result, one function), add its name to
-``workspace.COMMANDS`` and its three public names to ``flexctl/__init__.py``, then here a function in
-commands.py with an example in its table, and a view in views.py where the plain list of fields does not do.
-``make docs`` brings docs/cli.md up to date.
+To add a command: write ``engine/NAME.py`` (Config, Result, one function) and a row in ``flexctl/commands.py``.
+To add an option: write a field of a Config. ``make docs`` then brings docs/cli.md and the types of the package's
+names up to date. A view in views.py is needed only where the plain list of fields does not do.
 """

@@ -7,20 +7,23 @@ import sys
 import traceback
 import warnings
 from io import TextIOWrapper
-from typing import cast
+from typing import Any, cast
 
 import typer
-from typer.main import get_command
 
 import flexctl
-from flexctl.cli.commands import Call, app
+from flexctl.cli.commands import Call, make_app
 from flexctl.cli.output import Output
-from flexctl.config import config_name, resolve
+from flexctl.commands import COMMANDS
+from flexctl.config import resolve
 from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError
+from flexctl.options import shown_names
 
 __all__ = ["main", "run"]
 
 _BROKEN_PIPE = 141
+_COMPLETING = "_FLEXCTL_COMPLETE"
+"""Variable with which a shell asks what may come next."""
 
 # The libraries beneath talk to the terminal by themselves, and phone home, unless told before import.
 _QUIET_LIBRARIES = {
@@ -59,8 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         call = _read(arguments)
         if call is None:
             return 0
-        output = Output(json=call.json, quiet=call.quiet, verbose=call.verbose)
-        return _execute(call, output)
+        config_class = getattr(flexctl, call.row.config)
+        manner = call.manner
+        names = shown_names(config_class)
+        output = Output(json=manner.json, quiet=manner.quiet, verbose=manner.verbose, names=names)
+        return _execute(call, config_class, output)
     except BrokenPipeError:
         _discard_output()
         return _BROKEN_PIPE
@@ -75,13 +81,13 @@ def _read(arguments: list[str]) -> Call | None:
 
     Without arguments the answer is the help page.
     """
-    command = get_command(app)
-    call = command.main(args=arguments or ["--help"], prog_name="flexctl", standalone_mode=False)
+    asked = {row.shown for row in COMMANDS} if _COMPLETING in os.environ else arguments
+    app = make_app(COMMANDS, asked)
+    call = app(args=arguments or ["--help"], prog_name="flexctl", standalone_mode=False)
     return call if isinstance(call, Call) else None
 
 
-def _execute(call: Call, output: Output) -> int:
-    config_class = getattr(flexctl, config_name(call.command))
+def _execute(call: Call, config_class: type[Any], output: Output) -> int:
     config = resolve(config_class, call.command, call.given)
     result = getattr(flexctl, call.command)(config, output.reporter)
     output.result(call.command, result)

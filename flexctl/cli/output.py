@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import flexctl
-from flexctl.cli.text import local, paint, printable, progress_figures, progress_line
+from flexctl.cli.text import local, named, paint, printable, progress_figures, progress_line
 from flexctl.cli.views import render
 from flexctl.errors import FlexctlError
 from flexctl.runtime import Progress, Reporter
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-__all__ = ["SCHEMA_VERSION", "Output", "print_version"]
+__all__ = ["SCHEMA_VERSION", "Output", "print_text", "print_version"]
 
 SCHEMA_VERSION = 1
 """Of the objects that --json prints."""
@@ -39,21 +40,30 @@ class Output:
         json: One object on stdout, errors as one object on stderr, no progress.
         quiet: Nothing on stderr but errors.
         verbose: Every field of the result.
+        names: Field of the command's Config -> how the command line calls it, in what the engine says.
     """
 
-    def __init__(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        names: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._json = json
         self._quiet = quiet
         self._verbose = verbose
+        self._names = names
 
     @cached_property
     def reporter(self) -> Reporter:
         """Where the engine says what it is doing."""
         if self._quiet or self._json:
-            return _PlainReporter(warnings=not self._quiet)
+            return _PlainReporter(self._names, warnings=not self._quiet)
         if sys.stderr.isatty():
-            return _BarReporter()
-        return _PlainReporter(notes=True, progress=True)
+            return _BarReporter(self._names)
+        return _PlainReporter(self._names, notes=True, progress=True)
 
     def result(self, command: str, result: Any) -> None:
         """Print a command's Result."""
@@ -66,41 +76,52 @@ class Output:
 
     def error(self, kind: str, error: FlexctlError) -> int:
         """Print an error of type ``kind`` and return its exit code."""
+        about = f"{self._names.get(error.field, error.field)}: " if error.field else ""
+        message = named(f"{about}{error.message}", self._names)
+        hint = error.hint and named(error.hint, self._names)
         if self._json:
             fields = {
                 "type": kind,
-                "message": error.message,
-                "hint": error.hint,
+                "message": message,
+                "hint": hint,
                 "exit_code": error.exit_code,
             }
             _write(json.dumps({"error": fields}), sys.stderr)
         else:
-            _write_labelled("error", error.message)
-            if error.hint:
-                _write_labelled("hint", error.hint)
+            _write_labelled("error", message)
+            if hint:
+                _write_labelled("hint", hint)
         return error.exit_code
 
 
 def print_version() -> None:
     """Print the program's name and version."""
-    _write(f"flexctl {flexctl.__version__}", sys.stdout)
+    print_text(f"flexctl {flexctl.__version__}")
+
+
+def print_text(text: str) -> None:
+    """Print text that was asked for in place of a result, such as a help page."""
+    _write(text, sys.stdout)
 
 
 class _PlainReporter(Reporter):
     """Plain lines; a running task says one every few seconds, and one at its end if it had said any."""
 
-    def __init__(self, *, notes: bool = False, warnings: bool = True, progress: bool = False) -> None:
+    def __init__(
+        self, names: Mapping[str, str], *, notes: bool = False, warnings: bool = True, progress: bool = False
+    ) -> None:
+        self._names = names
         self._notes = notes
         self._warnings = warnings
         self._progress = progress
 
     def note(self, text: str) -> None:
         if self._notes:
-            _write(printable(local(text)), sys.stderr)
+            _write(printable(local(named(text, self._names))), sys.stderr)
 
     def warn(self, text: str) -> None:
         if self._warnings:
-            _write_labelled("warning", text)
+            _write_labelled("warning", named(text, self._names))
 
     @contextmanager
     def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
@@ -150,7 +171,7 @@ class _Lines:
 class _BarReporter(Reporter):
     """Bars on a terminal, all in one display however tasks are nested; lines go above it."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[str, str]) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -164,13 +185,14 @@ class _BarReporter(Reporter):
             TimeRemainingColumn(compact=True),
         )
         self._bars = Bars(*columns, console=console, transient=True)
+        self._names = names
         self._running = 0
 
     def note(self, text: str) -> None:
-        self._bars.console.print(printable(local(text)))
+        self._bars.console.print(printable(local(named(text, self._names))))
 
     def warn(self, text: str) -> None:
-        self._bars.console.print(f"warning: {printable(local(text))}", style="yellow")
+        self._bars.console.print(f"warning: {printable(local(named(text, self._names)))}", style="yellow")
 
     @contextmanager
     def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:

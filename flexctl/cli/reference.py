@@ -1,19 +1,14 @@
-"""Writes docs/cli.md from the commands themselves: ``make docs``."""
+"""Writes what follows from the commands themselves: docs/cli.md, and the types of the package's names: ``make docs``."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import cast
 
-from typer import Context
-from typer.core import TyperGroup
-from typer.main import get_command
+import flexctl
+from flexctl.cli.help import examples, paragraphs, sections, usage
+from flexctl.commands import COMMANDS, PUBLIC, Command
 
-from flexctl.cli.commands import app
-from flexctl.cli.help import HelpPage, rows, usage
-
-__all__ = ["reference"]
+__all__ = ["reference", "stub"]
 
 _HEAD = """# Command line
 
@@ -45,30 +40,32 @@ line, with `schema_version` and `command`, and an error is the last line of stde
 
 def reference() -> str:
     """Return docs/cli.md."""
-    group = cast(TyperGroup, get_command(app))
-    commands = [cast(HelpPage, command) for command in group.commands.values()]
-    index = [f"- [{c.name}](#{c.name}): {_paragraphs(c)[0]}" for c in commands]
-    return "\n".join([_HEAD, "## Commands", "", *index, "", *(_page(command) for command in commands)])
+    index = [f"- [{row.shown}](#{row.shown}): {row.summary}" for row in COMMANDS]
+    return "\n".join([_HEAD, "## Commands", "", *index, "", *(_page(row) for row in COMMANDS)])
 
 
-def _page(command: HelpPage) -> str:
-    name = str(command.name)
-    lines = [f"## {name}", ""]
-    for paragraph in _paragraphs(command):
+def _page(row: Command) -> str:
+    config_class = getattr(flexctl, row.config)
+    lines = [f"## {row.shown}", ""]
+    for paragraph in paragraphs(row, config_class):
         lines += [paragraph, ""]
-    lines += ["```", f"flexctl {name} {usage(command)}", "```", "", "Examples:", "", "```"]
-    lines += [*str(command.epilog).splitlines(), "```", ""]
-    for title, entries in rows(command, Context(command, info_name=name)).items():
+    lines += ["```", f"flexctl {row.shown} {usage(config_class)}", "```", "", "Examples:", "", "```"]
+    lines += [*examples(config_class), "```", ""]
+    for title, entries in sections(config_class).items():
         lines += [f"| {title.lower()} | |", "|---|---|"]
         lines += [f"| `{flag.replace('|', chr(92) + '|')}` | {text} |" for flag, text in entries]
         lines.append("")
     return "\n".join(lines)
 
 
-def _paragraphs(command: HelpPage) -> list[str]:
-    return [" ".join(paragraph.split()) for paragraph in str(command.help).split("\n\n")]
+def stub() -> str:
+    """Return flexctl/__init__.pyi: the names that ``flexctl/__init__.py`` imports on first use, for type checkers."""
+    lines = ["# Written by `make docs` from flexctl/commands.py; a test checks that it is current.", ""]
+    for module, names in sorted(PUBLIC.items()):
+        lines += [f"from flexctl.{module} import {name} as {name}" for name in sorted(names)]
+    return "\n".join([*lines, "", "__version__: str", ""])
 
 
 if __name__ == "__main__":
-    (target,) = sys.argv[1:] or ["docs/cli.md"]
-    Path(target).write_text(reference(), encoding="utf-8")
+    Path("docs/cli.md").write_text(reference(), encoding="utf-8")
+    Path("flexctl/__init__.pyi").write_text(stub(), encoding="utf-8")

@@ -13,6 +13,7 @@ __all__ = [
     "amount",
     "cell",
     "local",
+    "named",
     "number",
     "paint",
     "pairs",
@@ -28,6 +29,11 @@ _DIGEST_SHOWN = len("sha256:") + 12
 def printable(text: str) -> str:
     """Return text without the control characters that could drive a terminal; lines and tabs stay."""
     return "".join(f"\\x{ord(c):02x}" if _is_control(c) and c not in "\n\t" else c for c in text)
+
+
+def named(text: str, names: Mapping[str, str]) -> str:
+    """Return text whose names in backquotes are as the reader knows them, by ``names``; others stay."""
+    return re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
 
 
 def paint(text: str, code: str) -> str:

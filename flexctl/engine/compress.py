@@ -186,24 +186,20 @@ def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Pat
     from flexctl.training.documents import text_files
 
     if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
-    refuse_out_of_range(config, above_zero=("size", "threads"))
-    if config.size is not None and config.size >= 1:
-        raise UsageError(f"--size: {config.size} is not a share below 1")
+        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
     if config.size is not None and config.rank != "auto":
-        raise UsageError(f"--size: rank {config.rank} decides the size", hint="give one of --rank and --size")
+        raise UsageError(f"rank {config.rank} decides the size", hint="give one of `rank` and `size`", field="size")
     if isinstance(config.rank, int):
-        refuse_out_of_range(config, above_zero=("rank",))
         refuse_useless_rank(config.rank, anchor.manifest.architecture)
     elif config.rank != "auto":
-        raise UsageError(f"--rank: {config.rank!r} is neither a number nor auto")
+        raise UsageError(f"{config.rank!r} is neither a number nor auto", field="rank")
     else:
         _components(config, anchor)
     weights = pair_weights(anchor, expert)
     if expert.manifest.rank is not None:
         raise UsageError(
             f"{expert.path}: is low-rank already, of rank {expert.manifest.rank}",
-            hint="compress the full expert that it was made from, or train one with a lower --rank",
+            hint="compress the full expert that it was made from, or train one with a lower `rank`",
         )
     for problem in check_tensors(expert.path, expert.spans, expert.manifest.tensors):
         raise BundleError(problem, hint="fetch the file again")
@@ -220,8 +216,9 @@ def _components(config: CompressConfig, anchor: Anchor) -> int:
     components = int(size * full * matrices)
     if components < matrices:
         raise UsageError(
-            f"--size: {size} is too small for rank 1 in every matrix, which takes {1 / full:.4f}",
-            hint="give a larger --size",
+            f"{size} is too small for rank 1 in every matrix, which takes {1 / full:.4f}",
+            hint="give a larger share",
+            field="size",
         )
     return components
 
@@ -238,7 +235,7 @@ def _set_up(config: CompressConfig, anchor: Anchor, weights: Weights) -> _Setup:
     framed = frame_documents(load_tokenizer(anchor.path), read_documents(config.data, config.text_field))
     own = draw_sample(framed, _TOKENS, config.seed).documents
     if not own:
-        raise UsageError(f"--data: no document with text in {', '.join(map(str, config.data))}")
+        raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
     apart = config.rank == "auto" and len(own) > 1
     public = PublicSample.from_tensors(anchor.public_sample()).held_out
     return _Setup(

@@ -121,9 +121,9 @@ def _clear(root: Path, overwrite: bool) -> None:
     if not root.exists():
         return
     if not overwrite:
-        raise UsageError(f"{root} exists", hint="give another -o, or --overwrite to start again")
+        raise UsageError(f"{root} exists", hint="give another `output`, or `overwrite` to start again")
     if not (root / "data").is_dir():
-        raise UsageError(f"{root} is no earlier demo", hint="give another -o")
+        raise UsageError(f"{root} is no earlier demo", hint="give another `output`")
     shutil.rmtree(root)
 
 

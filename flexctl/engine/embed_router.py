@@ -41,7 +41,7 @@ _WEAK = 0.6
 class EmbedRouterConfig(Config):
     """What ``embed_router`` is asked to do.
 
-    They go to a file for train-expert --router; with `expert`, into a copy of that expert.
+    They go to a file, for train-expert's `router`; with `expert`, into a copy of that expert.
     Warns where the text cannot be told from public text, or where the noise of the rows is large.
 
     Examples:
@@ -134,10 +134,9 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     from flexctl.embedding import encoder_name
     from flexctl.model.tensors import to_bytes
 
-    refuse_out_of_range(config, above_zero=("threads",))
     anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
     expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
-    others = [_expert_of(localise(path, reporter), anchor) for path in config.compare]
+    others = [_expert_of(localise(path, reporter), anchor) for path in config.against]
     target = _target(config)
     rows, samples, layers = _measure(config, anchor, others, reporter)
     warnings = _warnings(layers)
@@ -188,10 +187,10 @@ def _write(
 
 def _target(config: EmbedRouterConfig) -> Path:
     if config.expert is not None and config.output is None:
-        raise UsageError("--expert: no -o given for the copy", hint="add -o NEW.st")
+        raise UsageError("no `output` given for the copy", hint="add `output`", field="expert")
     target = config.output or Path("router.st")
     if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
     return target
 
 

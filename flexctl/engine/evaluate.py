@@ -272,15 +272,13 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
     from flexctl.evaluation.report.charts import require_matplotlib
     from flexctl.model.building import pick_device, pick_dtype
 
-    numbers = ("top_k", "seq_len", "batch_tokens", "threads", "limit")
-    refuse_out_of_range(config, above_zero=numbers, from_zero=("shots",))
     pick_dtype(config.dtype, pick_device(config.device))
     for name in () if config.data else ("ablate", "sweep_top_k", "compare", "baselines", "report"):
         if getattr(config, name):
-            raise UsageError(f"--{name.replace('_', '-')}: there is no text to score", hint="add --data NAME=PATH")
-    for flag, path in (("--samples", config.samples), ("--report", config.report)):
+            raise UsageError("there is no text to score", hint="add `data`", field=name)
+    for name, path in (("samples", config.samples), ("report", config.report)):
         if path and path.exists() and not config.overwrite:
-            raise UsageError(f"{flag}: {path} exists", hint="give another file, or --overwrite to replace it")
+            raise UsageError(f"{path} exists", hint="give another file, or `overwrite` to replace it", field=name)
     if config.report:
         require_matplotlib()
 
@@ -305,7 +303,7 @@ def _run_tasks(
     from flexctl.evaluation.tasks.model import HarnessModel
 
     model = HarnessModel(
-        passes.model_as(variant), passes.tokenizer, batch_tokens=config.batch_tokens, reporter=reporter
+        passes.model_as(variant), passes.tokenizer, batch_tokens=config.forward_tokens, reporter=reporter
     )
     return {task.name: run_task(task, model, config.limit) for task in tasks}
 
@@ -329,7 +327,7 @@ def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Re
         Passes(
             runnable,
             seq_len=seq_len,
-            batch_tokens=config.batch_tokens,
+            batch_tokens=config.forward_tokens,
             device=device,
             dtype=pick_dtype(config.dtype, device),
             reporter=reporter,
@@ -411,7 +409,7 @@ def _baselines(
         ingredients,
         passes.tokenizer,
         seq_len=passes.seq_len,
-        batch_tokens=config.batch_tokens,
+        batch_tokens=config.forward_tokens,
         top_k=config.top_k or _BTM_TOP_K,
         device=passes.device,
         dtype=passes.dtype,

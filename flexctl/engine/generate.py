@@ -120,8 +120,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
 
 def _refuse_bad_settings(config: GenerateConfig) -> None:
     if not config.prompt:
-        raise UsageError("--prompt: it is empty", hint='for example --prompt "def main("')
-    refuse_out_of_range(config, above_zero=("max_new_tokens", "top_k", "threads"), from_zero=("temperature",))
+        raise UsageError("it is empty", hint='for example "def main("', field="prompt")
 
 
 def _prompt_ids(config: GenerateConfig, tokenizer: Any, folder: Path) -> Tensor:
@@ -130,7 +129,7 @@ def _prompt_ids(config: GenerateConfig, tokenizer: Any, folder: Path) -> Tensor:
         ids: Tensor = tokenizer(config.prompt, return_tensors="pt", verbose=False)["input_ids"]
         return ids
     if tokenizer.chat_template is None:
-        raise UsageError(f"--chat: the tokenizer in {folder} has no chat template", hint="leave out --chat")
+        raise UsageError(f"the tokenizer in {folder} has no chat template", hint="leave it out", field="chat")
     messages = [{"role": "user", "content": config.prompt}]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     framed: Tensor = chat["input_ids"]

@@ -141,7 +141,7 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
 
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(source_name(config.data[0])), "--name")
+    name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
     config = replace(config, data=pinned(config.data))
@@ -168,9 +168,7 @@ def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Pat
     from flexctl.model.building import pick_device, pick_dtype, set_threads
 
     if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
-    refuse_no_date(config.expires)
-    refuse_out_of_range(config, above_zero=("threads",))
+        raise UsageError(f"{target} exists", hint="give another `name` or `output`, or `overwrite` to replace it")
     pick_dtype(config.dtype, pick_device(config.device))
     set_threads(config.threads)
     if names_a_file(config.router):
@@ -195,7 +193,7 @@ def _refuse_misfit(config: ImportExpertConfig, checkpoint: DenseCheckpoint, foun
     if found.moved and not config.ffn_only:
         raise BundleError(
             f"{checkpoint.path}: not only feed-forward weights moved from the anchor's: {_moved(found.moved)} too",
-            hint="fine-tune the feed-forward weights alone, or give --ffn-only, which loses what the others learned",
+            hint="fine-tune the feed-forward weights alone, or give `ffn_only`, which loses what the others learned",
         )
     if not found.changed:
         raise BundleError(
@@ -270,7 +268,7 @@ def _data_info(config: ImportExpertConfig, tokenizer: Any, reporter: Reporter) -
             num_bytes += document.num_bytes
             bar.advance(document.num_bytes)
     if not documents:
-        raise UsageError(f"--data: no document with text in {', '.join(map(str, config.data))}")
+        raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
     return DataInfo(
         documents=documents,
         tokens=tokens,
@@ -357,7 +355,7 @@ def _warnings(moved: Sequence[str], loss: dict[str, float] | None) -> list[str]:
     if moved:
         lost = f"{_moved(moved)} moved and stayed behind, and what they learned is lost"
         if loss is None:
-            found.append(f"{lost}; how much was not measured, as --router is a file: see flexctl evaluate")
+            found.append(f"{lost}; how much was not measured, as its rows came from a file: see flexctl evaluate")
         else:
             found.append(f"{lost}: loss {loss['dense']:.3f} as it was, {loss['pair']:.3f} beside the anchor's weights")
     if loss is not None and loss["pair"] >= loss["anchor"]:

@@ -155,9 +155,7 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path) -> None:
     from flexctl.model.building import autocast_dtype, pick_device
 
     if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
-    sizes = ("max_tokens", "sample_tokens", "seq_len", "batch_tokens", "lr", "threads")
-    refuse_out_of_range(config, above_zero=sizes, from_zero=("anneal_tokens",))
+        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
     autocast_dtype(config.dtype, pick_device(config.device))
 
 
@@ -166,10 +164,14 @@ def _source_directory(config: InitAnchorConfig) -> Path | None:
 
     if config.source is None:
         if config.anneal_tokens:
-            raise UsageError("--anneal-tokens: there is no SOURCE to anneal", hint="use --max-tokens from scratch")
+            raise UsageError(
+                "there is no SOURCE to anneal", hint="use `max_tokens` from scratch", field="anneal_tokens"
+            )
         return None
     if config.max_tokens is not None:
-        raise UsageError("--max-tokens: SOURCE is trained already", hint="use --anneal-tokens to train it further")
+        raise UsageError(
+            "SOURCE is trained already", hint="use `anneal_tokens` to train it further", field="max_tokens"
+        )
     path = Path(config.source)
     if not path.is_dir():
         from flexctl.hub import fetch_checkpoint

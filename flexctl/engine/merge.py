@@ -16,7 +16,7 @@ from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import OTHER_LICENSE
 from flexctl.bundle.merged import open_merged
 from flexctl.bundle.store import place_of_change
-from flexctl.errors import BundleError, UsageError
+from flexctl.errors import BundleError
 from flexctl.hub import is_remote, localise
 from flexctl.options import MODEL, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
@@ -95,8 +95,6 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         UsageError: The target exists and may not be replaced, or a setting is out of range.
         BundleError: A bundle is invalid, does not fit, has expired, or its bytes are not those of its manifest.
     """
-    if config.top_k is not None and config.top_k < 1:
-        raise UsageError(f"--top-k: is {config.top_k}; expected at least 1")
     composition, base = _compose(config, reporter)
     target, overwrite = config.output or workspace.find().merged, config.overwrite
     # A merged model on the Hub is added to here, not in the cache that it was fetched into.
@@ -157,7 +155,7 @@ def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Compos
 def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> None:
     count = len(composition.parts)
     if config.top_k is not None and config.top_k > count:
-        reporter.warn(f"--top-k {config.top_k} is more than there are experts: {count} are used")
+        reporter.warn(f"`top_k` {config.top_k} is more than there are experts: {count} are used")
     if composition.license == OTHER_LICENSE:
         listed = ", ".join(f"{part.entry.name}: {part.entry.license or 'unknown'}" for part in composition.parts)
         reporter.warn(f"the inputs have no license in common ({listed}); the merged model's is 'other'")

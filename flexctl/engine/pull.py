@@ -104,7 +104,7 @@ def _address(config: PullConfig) -> hub.Address:
     if config.revision is None:
         return address
     if address.revision not in (None, config.revision):
-        raise UsageError(f"--revision is {config.revision!r}, but {config.repository} names another")
+        raise UsageError(f"is {config.revision!r}, but {config.repository} names another", field="revision")
     return replace(address, revision=config.revision)
 
 
@@ -125,7 +125,7 @@ def _place(manifest: Manifest) -> Path:
         return space.merged
     if isinstance(manifest, ExpertManifest):
         return space.experts / f"{manifest.name}.st"
-    raise UsageError(f"a {manifest.kind} file has no place in a workspace", hint="give one with -o FILE.st")
+    raise UsageError(f"a {manifest.kind} file has no place in a workspace", hint="give one with `output`")
 
 
 def _write(
@@ -177,7 +177,7 @@ def _verify(
         )
     for check in checks:
         if not check.ok:
-            hint = "; --allow-expired takes it all the same" if check.name == "rights" else ""
+            hint = "; `allow_expired` takes it all the same" if check.name == "rights" else ""
             # The temporary sibling's name says nothing to anyone.
             detail = check.detail.replace(str(path), str(remote.address))
             raise BundleError(detail, hint=f"nothing was written{hint}")

@@ -93,7 +93,9 @@ def push(config: PushConfig, reporter: Reporter = SILENT, *, today: datetime.dat
     """
     address = hub.parse(config.repository)
     if address.file or address.revision:
-        raise UsageError(f"REPOSITORY is {config.repository!r}; expected OWNER/NAME", hint="a branch is --revision")
+        raise UsageError(
+            f"is {config.repository!r}; expected OWNER/NAME", hint="a branch is `revision`", field="repository"
+        )
     address = hub.Address(repository=address.repository, revision=config.revision)
     bundle = _verified(config, reporter, today)
     files = _files(bundle, config, address, reporter)
@@ -134,7 +136,7 @@ def _verified(config: PushConfig, reporter: Reporter, today: datetime.date | Non
     for check in checks:
         if not check.ok:
             hint = (
-                "--allow-expired sends it all the same" if check.name == "rights" else f"flexctl verify {config.path}"
+                "`allow_expired` sends it all the same" if check.name == "rights" else f"flexctl verify {config.path}"
             )
             raise BundleError(check.detail, hint=f"nothing was sent; {hint}")
     return bundle
@@ -156,7 +158,7 @@ def _files(
     if isinstance(bundle, Anchor) and CARD_FILE not in files:
         files[CARD_FILE] = anchor_card(bundle.manifest, address.repository, base_model).encode("utf-8")
     elif base_model is not None:
-        raise UsageError("--base-model: the card is written already, it lies beside the model")
+        raise UsageError("the card is written already, it lies beside the model", field="base_model")
     return files
 
 

@@ -144,7 +144,6 @@ def _domains(config: ReplaceConfig) -> list[Domain]:
     from flexctl.evaluation.domains import parse_domains
     from flexctl.model.building import pick_device, pick_dtype
 
-    refuse_out_of_range(config, above_zero=("seq_len", "batch_tokens", "threads"))
     pick_dtype(config.dtype, pick_device(config.device))
     return parse_domains(config.data, config.text_field)
 
@@ -161,7 +160,7 @@ def _score(
     set_threads(config.threads)
     device, weights, tokenizer = pick_device(config.device), open_merged(path).weights(), load_tokenizer(path)
     model = build_model(weights, device=device, dtype=pick_dtype(config.dtype, device))
-    sizes = {"seq_len": window_length(weights.dense_config, config.seq_len), "batch_tokens": config.batch_tokens}
+    sizes = {"seq_len": window_length(weights.dense_config, config.seq_len), "batch_tokens": config.forward_tokens}
     return {
         domain.name: score_domain(
             model, tokenizer, domain, **sizes, reporter=reporter, title=f"scoring {domain.name} {when}"

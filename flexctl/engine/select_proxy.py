@@ -100,13 +100,14 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
     from flexctl.training.documents import source_name, text_files
 
     place = workspace.find()
-    refuse_out_of_range(config, above_zero=("count", "threads"))
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(source_name(config.data[0])), "--name")
+    name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.proxy.json"
     if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
-    text_files([*config.data, *([config.public] if config.public else [])])
+        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
+    text_files(config.data)
+    if config.public is not None:
+        text_files([config.public], "public")
     if config.dry_run:
         return SelectProxyResult(path=target, digest=None, name=name, anchor_digest=anchor.digest, dry_run=True)
     ranking = _rank(config, anchor, reporter)
@@ -147,7 +148,9 @@ def _rank(config: SelectProxyConfig, anchor: Anchor, reporter: Reporter) -> Rank
     tokenizer = load_tokenizer(anchor.path)
     own = sample_passages(read_documents(config.data, config.text_field), 2 * PASSAGES_A_FOLD, config.seed)
     if len(own) < 4:
-        raise UsageError(f"--data: {len(own)} passages are too few to tell from public text", hint="give more text")
+        raise UsageError(
+            f"{len(own)} passages are too few to tell from public text", hint="give more text", field="data"
+        )
     sample = PublicSample.from_tensors(anchor.public_sample())
     reporter.note(f"telling {len(own)} passages from public text")
     return rank_public(

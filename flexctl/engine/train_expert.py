@@ -186,7 +186,7 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
 
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(source_name(config.data[0])), "--name")
+    name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
     config = replace(config, data=pinned(config.data))
@@ -369,13 +369,7 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     from flexctl.training.documents import text_files
 
     if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
-    if not 0 <= config.public_mix < 1:
-        raise UsageError(f"--public-mix: {config.public_mix} is not a share from 0 to below 1")
-    refuse_no_date(config.expires)
-    sizes = ("max_tokens", "max_steps", "epochs", "seq_len", "batch_tokens", "micro_batch", "checkpoint_steps")
-    weights = ("warmup_steps", "tether", "public_match")
-    refuse_out_of_range(config, above_zero=(*sizes, "lr", "rank", "threads"), from_zero=weights)
+        raise UsageError(f"{target} exists", hint="give another `name` or `output`, or `overwrite` to replace it")
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
     autocast_dtype(config.dtype, pick_device(config.device))
     if names_a_file(config.router):
@@ -383,7 +377,7 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     else:
         check_kind(config.router, config.encoder)
     if config.public is not None:
-        text_files([config.public])
+        text_files([config.public], "public")
 
 
 def _start_rows(

@@ -190,8 +190,9 @@ def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[t
     missing = [name for name in merged.names if name not in found]
     if missing:
         raise UsageError(
-            f"--proxy: none for {', '.join(missing)}; every closed expert needs one",
+            f"none for {', '.join(missing)}; every closed expert needs one",
             hint="ask the owner for one (flexctl select-proxy), or remove the expert first",
+            field="proxy",
         )
     return [found[name] for name in merged.names]
 
@@ -200,12 +201,10 @@ def _refuse_bad_settings(config: TuneRouterConfig, target: Path) -> None:
     from flexctl.model.building import autocast_dtype, pick_device
     from flexctl.training.documents import text_files
 
-    sizes = ("max_tokens", "max_steps", "lr", "seq_len", "batch_tokens", "threads", "checkpoint_steps")
-    refuse_out_of_range(config, above_zero=sizes, from_zero=("tether",))
     autocast_dtype(config.dtype, pick_device(config.device))
     check_directory_target(target, kind="merged", overwrite=config.overwrite)
     if config.public is not None:
-        text_files([config.public])
+        text_files([config.public], "public")
 
 
 def _texts(config: TuneRouterConfig, anchor: Anchor, proxies: Sequence[tuple[Path, Proxy]]) -> _Texts:
@@ -372,7 +371,7 @@ def _refuse_worse(held_out: Mapping[str, Mapping[str, float]], reporter: Reporte
     if not gain > 0:
         raise FlexctlError(
             f"the tuned router is no better on held-out text ({-gain:+.4f} nats a token); nothing was written",
-            hint="give more documents, a smaller --lr, or stay with the owners' rows",
+            hint="give more documents, a smaller `lr`, or stay with the owners' rows",
         )
     for name, lost in gains.items():
         if lost < 0:

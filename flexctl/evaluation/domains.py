@@ -13,7 +13,7 @@ from torch import nn
 from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
 from flexctl.runtime import Reporter
-from flexctl.training.documents import pinned, read_documents, size_bytes
+from flexctl.training.documents import pinned, read_documents, size_bytes, source_name
 from flexctl.training.tokens import Framed, frame_documents
 
 __all__ = ["Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"]
@@ -62,26 +62,28 @@ class Content:
 
 
 def parse_domains(data: Sequence[str], text_field: str = "text") -> list[Domain]:
-    """Return the domains of ``--data``, in the order given.
+    """Return the domains of ``data``, in the order given.
 
     Args:
-        data: NAME=PATH each.
+        data: NAME=PATH each, or a path alone, whose file or folder then names the domain.
         text_field: The column or field that holds the text.
 
     Raises:
-        UsageError: One is not NAME=PATH, a name is given twice, or there is no text at a path.
+        UsageError: One is neither, a name is given twice, or there is no text at a path.
     """
     domains: dict[str, Domain] = {}
     for item in data:
-        name, separator, path = item.partition("=")
-        if not (separator and name and path):
-            raise UsageError(f"--data: {item!r} is not NAME=PATH", hint="for example --data news=./news-test")
+        name, path = item.split("=", 1) if "=" in item else (source_name(Path(item)), item)
+        if not (name and path):
+            raise UsageError(
+                f"{item!r} is neither NAME=PATH nor PATH", hint="for example news=./news-test", field="data"
+            )
         if name in domains:
-            raise UsageError(f"--data: {name!r} is given twice")
+            raise UsageError(f"{name!r} is given twice", hint="name them apart: NAME=PATH", field="data")
         (source,) = pinned([Path(path)])
         domains[name] = Domain(name=name, path=source, text_field=text_field)
     if not domains:
-        raise UsageError("--data: nothing to evaluate on", hint="add --data NAME=PATH")
+        raise UsageError("nothing to evaluate on", hint="add `data`", field="data")
     return list(domains.values())
 
 
@@ -105,7 +107,7 @@ def read_domain(domain: Domain, reporter: Reporter) -> Content:
             num_bytes += len(raw)
             bar.advance(len(raw))
     if not documents:
-        raise UsageError(f"--data: no document with text in {domain.path}")
+        raise UsageError(f"no document with text in {domain.path}", field="data")
     return Content(domain=domain, digest=f"sha256:{hasher.hexdigest()}", documents=documents, num_bytes=num_bytes)
 
 
@@ -152,5 +154,5 @@ def score_domain(
 
         score = score_documents(model, counted(), seq_len=seq_len, batch_tokens=batch_tokens)
     if score.documents == 0:
-        raise UsageError(f"--data: no document with text in {domain.path}")
+        raise UsageError(f"no document with text in {domain.path}", field="data")
     return score

@@ -127,7 +127,7 @@ class Passes:
             title=f"scoring {content.domain.name}{left_out}, {variant.top_k} active",
         )
         if (score.documents, score.num_bytes) != (content.documents, content.num_bytes):
-            raise UsageError(f"--data: {content.domain.path} changed while it was read", hint="run it again")
+            raise UsageError(f"{content.domain.path} changed while it was read", hint="run it again", field="data")
         return score
 
     def _identity(self, content: Content, variant: Variant) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def prepare(address: Address, *, private: bool) -> Remote:
     with explained(address):
         is_public = private and not api.model_info(repository).private
     if is_public:
-        raise UsageError(f"{repository}: is public; --private asks for a private repository")
+        raise UsageError(f"{repository}: is public; `private` asks for a private repository")
     return head
 
 

@@ -74,9 +74,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"--device: {name!r} is no device", hint="use auto, cpu or cuda") from error
+        raise UsageError(f"{name!r} is no device", hint="use auto, cpu or cuda", field="device") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: cuda was asked for and torch sees none", hint="use --device cpu")
+        raise UsageError("cuda was asked for and torch sees none", hint="use cpu", field="device")
     return device
 
 
@@ -90,7 +90,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in known:
-        raise UsageError(f"--dtype: {name!r} is not known", hint="use auto, float32 or bfloat16")
+        raise UsageError(f"{name!r} is not known", hint="use auto, float32 or bfloat16", field="dtype")
     return known[name]
 
 

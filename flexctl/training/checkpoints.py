@@ -58,7 +58,7 @@ class TrainingState:
 def working_folder(path: Path) -> Iterator[Path]:
     """Make ``path`` for what a run needs on the way, its checkpoints in ``path``/checkpoints.
 
-    The folder goes when the run is done, and when it fails with nothing that --resume could go on from.
+    The folder goes when the run is done, and when it fails with nothing that ``resume`` could go on from.
     """
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,7 +123,7 @@ class Checkpoints:
             if theirs.get(name) != self._settings.get(name):
                 raise UsageError(
                     f"{path}: that run had {name} = {theirs.get(name)!r}, this one has {self._settings.get(name)!r}",
-                    hint="use the same settings and data, or start again without --resume",
+                    hint="use the same settings and data, or start again without `resume`",
                 )
 
     def save_when_due(self, step: int, steps: int, state: TrainingState, losses: Sequence[float]) -> None:

@@ -81,7 +81,7 @@ def prepare_corpus(
     again.
 
     Args:
-        paths: What --data names.
+        paths: The owner's text.
         tokenizer: The anchor's.
         work: Folder for the token file.
         text_field: The column or field that holds the text.
@@ -94,13 +94,13 @@ def prepare_corpus(
     read = partial(read_documents, paths, text_field)
     survey = _survey(read(), seed)
     if not survey.documents:
-        raise UsageError(f"--data: no document with text in {', '.join(map(str, paths))}")
+        raise UsageError(f"no document with text in {', '.join(map(str, paths))}", field="data")
     held_out = None
     if survey.held_out:
         framed = frame_documents(tokenizer, _part(read(), seed, survey.threshold, held_out=True))
         held_out = draw_sample(framed, HELD_OUT_TOKENS, seed).documents
     else:
-        reporter.warn("--data is a single document: nothing is held out, so no gain can be reported")
+        reporter.warn("`data` is a single document: nothing is held out, so no gain can be reported")
     file, mark = work / "own.tokens", work / "own.json"
     identity = json.dumps({**asdict(survey), "vocabulary": _vocabulary(tokenizer), "seed": seed}, sort_keys=True)
     if not (file.exists() and mark.exists() and mark.read_text() == identity):

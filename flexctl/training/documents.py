@@ -36,8 +36,12 @@ _BINARY = frozenset(
 )
 
 
-def text_files(paths: Iterable[Path]) -> list[Path | hub.DataFile]:
+def text_files(paths: Iterable[Path], field: str = "data") -> list[Path | hub.DataFile]:
     """Return the files behind ``paths``, sorted by name within each folder; hidden and binary ones are left out.
+
+    Args:
+        paths: Files, folders and ``hf://datasets/...``.
+        field: Of the Config that names them, for errors.
 
     Raises:
         UsageError: A path does not exist, or there is no text file behind it.
@@ -52,9 +56,9 @@ def text_files(paths: Iterable[Path]) -> list[Path | hub.DataFile]:
         elif path.is_dir():
             found += _files_below(path)
         else:
-            raise UsageError(f"--data: {path} does not exist", hint=_FORMATS)
+            raise UsageError(f"{path} does not exist", hint=_FORMATS, field=field)
     if not found:
-        raise UsageError(f"--data: no text file in {', '.join(map(str, paths))}")
+        raise UsageError(f"no text file in {', '.join(map(str, paths))}", field=field)
     return found
 
 
@@ -159,9 +163,7 @@ def _decoded(where: str, raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{where}: not UTF-8 at byte {error.start}", hint="convert it, or leave it out of --data"
-        ) from error
+        raise UsageError(f"{where}: not UTF-8 at byte {error.start}", hint="convert it, or leave it out") from error
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 def _refuse_nonfinite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise FlexctlError(f"the loss became {loss} at step {step + 1}", hint="try a smaller --lr")
+        raise FlexctlError(f"the loss became {loss} at step {step + 1}", hint="try a smaller `lr`")
 
 
 def _report(bar: Progress, losses: Sequence[float], tokens: int, tokens_per_s: float) -> None:

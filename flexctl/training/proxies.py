@@ -93,7 +93,7 @@ def rank_public(
     public, sampled = _survey(read, seed)
     wanted = max(2, round(share * public.documents)) if count is None else count
     if wanted > public.documents:
-        raise UsageError(f"--count: {wanted} is more than the {public.documents} public documents there are")
+        raise UsageError(f"{wanted} is more than the {public.documents} public documents there are", field="count")
     mine = [features(own[fold::2]) for fold in range(2)]
     theirs = [features([window for half, window in sampled if half == fold]) for fold in range(2)]
     judges = [fit_classifier(mine[fold], theirs[fold]) for fold in range(2)]
@@ -157,7 +157,7 @@ def fetch(read: Callable[[], Iterator[Framed]], proxies: Sequence[tuple[Path, Pr
         if proxy.public != PublicText(sha256=digest.hexdigest(), documents=number):
             raise BundleError(
                 f"{path}: was made from another public text of {proxy.public.documents} documents, not from this one",
-                hint="give the one that its owner used by --public",
+                hint="give the one that its owner used by `public`",
             )
         for wrong in (entry for entry in proxy.documents if found[entry.index][0] != entry.sha256):
             raise BundleError(f"{path}: documents: number {wrong.index} of the public text has another sha256")
@@ -178,7 +178,7 @@ def _survey(read: Callable[[], Iterator[Framed]], seed: int) -> tuple[PublicText
     best = heapq.nsmallest(2 * PASSAGES_A_FOLD, ranked())
     sampled = [(_fold(rank), window) for rank, _, window in best]
     if len({fold for fold, _ in sampled}) < 2:
-        raise UsageError(f"{count} public documents are too few to choose from", hint="give more by --public")
+        raise UsageError(f"{count} public documents are too few to choose from", hint="give more by `public`")
     return PublicText(sha256=digest.hexdigest(), documents=count), sampled
 
 

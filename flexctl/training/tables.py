@@ -77,7 +77,7 @@ def read_parquet(stream: io.BufferedIOBase, name: str, field: str) -> Iterator[s
                 raise missing_field(name, field, names, "column")
             kind = table.schema_arrow.field(names.index(field)).type
             if not _is_text(kind):
-                raise UsageError(f"{name}: column {field!r} holds {kind}, not text", hint="--text-field NAME")
+                raise UsageError(f"{name}: column {field!r} holds {kind}, not text", hint="name it by `text_field`")
             for batch in table.iter_batches(batch_size=_ROWS, columns=[field], use_threads=False):
                 yield from filter(None, batch.column(0).to_pylist())
     except (ArrowException, OSError, ValueError) as error:
@@ -96,7 +96,7 @@ def missing_field(where: str, field: str, there: Iterable[str], kind: str) -> Us
     """
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in there]
     shown = ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
-    return UsageError(f"{where}: no {kind} {field!r}; there are {shown or 'none'}", hint="--text-field NAME")
+    return UsageError(f"{where}: no {kind} {field!r}; there are {shown or 'none'}", hint="name it by `text_field`")
 
 
 def _is_text(kind: Any) -> bool:

@@ -186,7 +186,7 @@ class EqualShares:
             if text.num_sequences(seq_len) == 0:
                 raise UsageError(
                     f"{name}: {len(text)} tokens of public text do not fill one sequence of {seq_len}",
-                    hint="choose more documents with select-proxy --count, or give a smaller --seq-len",
+                    hint="choose more documents with select-proxy --count, or give a smaller `seq_len`",
                 )
 
     def batch(self, step: int) -> Tensor:
@@ -233,11 +233,13 @@ class Mixture:
         self.public_share = public_share if public is not None else 0.0
         self._own = _Shuffled(own, seq_len, [seed, 0])
         self._public = None if public is None else _Shuffled(public, seq_len, [seed, 1])
-        for name, source in (("--data", own), ("the public sample", public if self.public_share else None)):
+        parts = (("", "data", own), ("the public sample: ", None, public if self.public_share else None))
+        for name, field, source in parts:
             if source is not None and source.num_sequences(seq_len) == 0:
                 raise UsageError(
-                    f"{name}: {len(source)} tokens do not fill one sequence of {seq_len}",
-                    hint="give more text, or a smaller --seq-len",
+                    f"{name}{len(source)} tokens do not fill one sequence of {seq_len}",
+                    hint="give more text, or a smaller `seq_len`",
+                    field=field,
                 )
 
     def public_before(self, step: int) -> int:

@@ -106,7 +106,7 @@ class Baselines:
         with self._reporter.progress(f"reading {domain.name}", domain.size_bytes(), "bytes") as bar:
             windows = cut(domain.name, documents, seq_len=self._seq_len, advance=bar.advance)
         if not len(windows):
-            raise UsageError(f"--data: no document with text in {domain.path}")
+            raise UsageError(f"no document with text in {domain.path}", field="data")
         return windows
 
     def _ways(self) -> Iterator[_Way]:

@@ -60,7 +60,7 @@ def find_ingredients(folder: Path, bundle: Weights, experts: Sequence[str], toke
             same experts.
     """
     if not folder.is_dir():
-        raise UsageError(f"--baselines: {folder} is no directory", hint="see docs/baselines.md for what it holds")
+        raise UsageError(f"{folder} is no directory", hint="see docs/baselines.md for what it holds", field="baselines")
     anchor = alone(bundle)
     there = sorted(item.name for item in folder.iterdir() if (item / "config.json").is_file())
     closed = [name for name in experts if name != PUBLIC] or [name for name in there if name not in MIXTURES]

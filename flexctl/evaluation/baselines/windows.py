@@ -59,7 +59,9 @@ class Windows:
         pieces = (piece for document in self.documents() for piece in _pieces(document, self.seq_len))
         for targets, piece in zip_longest(self.targets, pieces):
             if piece is None or len(piece.tokens) - 1 != targets:
-                raise UsageError(f"--data: the text of {self.name} changed while it was read", hint="run it again")
+                raise UsageError(
+                    f"the text of {self.name} changed while it was read", hint="run it again", field="data"
+                )
             yield piece
 
     def losses(self, model: nn.Module, pieces: Iterable[Framed], batch_tokens: int) -> Floats:

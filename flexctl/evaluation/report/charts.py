@@ -53,7 +53,9 @@ def require_matplotlib() -> None:
         UsageError: It is not.
     """
     if find_spec("matplotlib") is None:
-        raise UsageError("--report needs matplotlib, which is not installed", hint="pip install 'flexctl[report]'")
+        raise UsageError(
+            "needs matplotlib, which is not installed", hint="pip install 'flexctl[report]'", field="report"
+        )
 
 
 def before_and_after(report: Report) -> str:

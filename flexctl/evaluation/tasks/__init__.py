@@ -16,4 +16,4 @@ def refuse_without_harness() -> None:
         UsageError: It is not.
     """
     if find_spec("lm_eval") is None:
-        raise UsageError("--tasks: lm-evaluation-harness is not installed", hint="pip install 'flexctl[eval]'")
+        raise UsageError("lm-evaluation-harness is not installed", hint="pip install 'flexctl[eval]'", field="tasks")

@@ -67,14 +67,16 @@ def task_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         if path.suffix not in (_ENDING, *_YAML):
-            raise UsageError(f"--tasks: {path} is no task file", hint="give a .jsonl or a .yaml, or a folder of them")
+            raise UsageError(
+                f"{path} is no task file", hint="give a .jsonl or a .yaml, or a folder of them", field="tasks"
+            )
         return [path]
     if not path.is_dir():
-        raise UsageError(f"--tasks: {path} does not exist", hint="give a task file or a folder of them")
+        raise UsageError(f"{path} does not exist", hint="give a task file or a folder of them", field="tasks")
     inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
     found = [file for file in inside if file.suffix in _YAML] or [file for file in inside if _is_task(file)]
     if not found:
-        raise UsageError(f"--tasks: no .jsonl and no .yaml in {path}")
+        raise UsageError(f"no .jsonl and no .yaml in {path}", field="tasks")
     return found
 
 

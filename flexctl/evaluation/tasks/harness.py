@@ -103,10 +103,12 @@ def read_tasks(paths: Iterable[Path], shots: int | None) -> list[Task]:
         if task is None:
             continue
         if task.name in tasks:
-            raise UsageError(f"--tasks: {task.name} is in {tasks[task.name].path} and in {file}", hint="rename one")
+            raise UsageError(
+                f"{task.name} is in {tasks[task.name].path} and in {file}", hint="rename one", field="tasks"
+            )
         tasks[task.name] = task
     if not tasks:
-        raise UsageError(f"--tasks: no task in {', '.join(map(str, paths))}")
+        raise UsageError(f"no task in {', '.join(map(str, paths))}", field="tasks")
     return list(tasks.values())
 
 
@@ -114,7 +116,7 @@ def _jsonl_task(path: Path, shots: int | None) -> Task:
     file = read_task_file(path)
     pool = file.examples or file.items
     if (shots or 0) >= len(pool) + bool(file.examples):
-        raise UsageError(f"--shots: {shots} is more than the {len(pool)} items for {path} have to show")
+        raise UsageError(f"{shots} is more than the {len(pool)} items for {path} have to show", field="shots")
     data = {"test": file.items, "examples": file.examples}
     task_class = ConfigurableTask if file.has_choices else _WithReference
     harness = task_class(config=task_config(file) | {"custom_dataset": lambda **_: data})
