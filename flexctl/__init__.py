@@ -19,7 +19,7 @@ from flexctl.commands import PUBLIC
 
 _MODULE_OF = {name: f"flexctl.{module}" for module, names in PUBLIC.items() for name in names}
 
-__all__ = sorted([*_MODULE_OF, "__version__"])  # noqa: PLE0605
+__all__ = sorted([*_MODULE_OF, "__version__"])
 
 
 def __getattr__(name: str) -> Any:

@@ -74,7 +74,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "bundle.checks": ("Check",),
     "evaluation.comparison": ("Comparison", "DomainComparison", "Moved"),
     "evaluation.explaining": ("Piece",),
-    "hub.transfer": ("BundleFile",),
+    "hub.remote": ("BundleFile",),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
 }
 """Module of the package -> the names that it gives to ``flexctl`` itself, imported on first use."""

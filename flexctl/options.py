@@ -71,7 +71,8 @@ class Option:
         paths: Values are paths, or have one inside: in the environment they are separated as in PATH.
         field: Name of the field.
         type: Its type.
-        default: Its default, or MISSING.
+        default: Its default; None where it has none.
+        is_required: It has none, and must be given.
     """
 
     help: str = ""
@@ -87,7 +88,8 @@ class Option:
     paths: bool = False
     field: str = ""
     type: Any = None
-    default: Any = MISSING
+    default: Any = None
+    is_required: bool = False
 
     @property
     def key(self) -> str:
@@ -100,11 +102,6 @@ class Option:
         if self.is_argument:
             return self.metavar or self.field.upper()
         return f"--{self.key.replace('_', '-')}"
-
-    @property
-    def is_required(self) -> bool:
-        """Whether it must be given."""
-        return self.default is MISSING
 
     @property
     def item(self) -> Any:
@@ -167,16 +164,20 @@ class Config:
             option.refuse(getattr(self, option.field))
 
 
-@functools.cache
-def options(config_class: type) -> tuple[Option, ...]:
+def options(config_class: type[Any]) -> tuple[Option, ...]:
     """Return the options of a Config, one a field, in the order of its fields; a bare field is a flag too."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(config_class))
+    return _read(config_class)
 
 
 def shown_names(config_class: type) -> Mapping[str, str]:
     """Return field -> how the command line calls it, for a Config."""
     return {option.field: option.shown for option in options(config_class)}
+
+
+@functools.cache
+def _read(config_class: type[Any]) -> tuple[Option, ...]:
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(config_class))
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
@@ -185,7 +186,10 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
         kind, *notes = typing.get_args(hint)
         said = next((note for note in notes if isinstance(note, Option)), said)
     default = field.default if field.default_factory is MISSING else field.default_factory()
-    found = dataclasses.replace(said, field=field.name, type=kind, default=default)
+    needed = default is MISSING
+    found = dataclasses.replace(
+        said, field=field.name, type=kind, default=None if needed else default, is_required=needed
+    )
     return dataclasses.replace(found, paths=found.paths or found.item is Path)
 
 

@@ -118,5 +118,5 @@ def _parameter(option: Option) -> inspect.Parameter:
     else:
         declared = typer.Option(option.shown, *([option.short] if option.short else []), metavar=option.metavar or None)
         default = None
-    annotation = Annotated[kind if default is not None else kind | None, declared]
+    annotation: Any = Annotated[kind if default is not None else kind | None, declared]
     return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -37,8 +37,10 @@ def page(row: Command, config_class: type) -> str:
     lines = [f"Usage: flexctl {row.shown} {usage(config_class)}"]
     for paragraph in paragraphs(row, config_class):
         lines += ["", textwrap.fill(paragraph, width, initial_indent="  ", subsequent_indent="  ")]
-    for title, entries in sections(config_class).items():
-        lines += ["", f"{title}:", *_listed(entries, width)]
+    listed = sections(config_class)
+    column = 4 + max(len(flag) for entries in listed.values() for flag, _ in entries if len(flag) <= _FLAG_WIDTH)
+    for title, entries in listed.items():
+        lines += ["", f"{title}:", *_listed(entries, column, width)]
     return "\n".join([*lines, "", "Examples:", *(f"  {example}" for example in examples(config_class))])
 
 
@@ -90,21 +92,20 @@ def _flag(option: Option) -> str:
     return " ".join([", ".join(flags), *([option.metavar] if option.metavar and not option.is_argument else [])])
 
 
-def _text(option: Option, names: dict[str, str]) -> str:
+def _text(option: Option, names: Mapping[str, str]) -> str:
     """Return an option's help with its default, where that says something that the help does not."""
     text = named(option.help, names)
     # Without a value, an empty one and a switch that is off need no words.
-    if option.is_required or option.default in (None, False, "", ()):
+    if option.is_required or option.default is False or option.default in (None, "", ()):
         return text
     return f"{text.removesuffix('.')} (default: {option.default})."
 
 
-def _listed(entries: Sequence[tuple[str, str]], width: int) -> list[str]:
+def _listed(entries: Sequence[tuple[str, str]], column: int, width: int) -> list[str]:
     """Return flags and texts as two columns; a flag that is too long for its column has a line of its own."""
-    column = 2 + max(len(flag) for flag, _ in entries if len(flag) <= _FLAG_WIDTH) + 2
+    indent = " " * column
     lines = []
     for flag, text in entries:
-        indent = " " * column
         wrapped = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
         if len(flag) <= _FLAG_WIDTH:
             lines += [f"  {flag}".ljust(column) + wrapped[0][column:], *wrapped[1:]]

@@ -1,4 +1,4 @@
-"""Writes what follows from the commands themselves: docs/cli.md, and the types of the package's names: ``make docs``."""
+"""Writes what follows from the commands: docs/cli.md, and the package's names for type checkers: ``make docs``."""
 
 from __future__ import annotations
 
@@ -62,8 +62,13 @@ def stub() -> str:
     """Return flexctl/__init__.pyi: the names that ``flexctl/__init__.py`` imports on first use, for type checkers."""
     lines = ["# Written by `make docs` from flexctl/commands.py; a test checks that it is current.", ""]
     for module, names in sorted(PUBLIC.items()):
-        lines += [f"from flexctl.{module} import {name} as {name}" for name in sorted(names)]
+        lines += [f"from flexctl.{module} import {name} as {name}" for name in sorted(names, key=_as_sorted)]
     return "\n".join([*lines, "", "__version__: str", ""])
+
+
+def _as_sorted(name: str) -> tuple[bool, bool, str]:
+    """Return what the linter sorts imports by: constants, classes, functions, each by name."""
+    return not name.isupper(), name[0].islower(), name.lower()
 
 
 if __name__ == "__main__":

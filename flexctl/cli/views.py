@@ -20,6 +20,9 @@ if TYPE_CHECKING:
         ImportExpertResult,
         InitAnchorResult,
         InspectResult,
+        ListedAnchor,
+        ListedExpert,
+        ListedMerged,
         ListResult,
         MergeResult,
         PullResult,
@@ -27,11 +30,11 @@ if TYPE_CHECKING:
         RemoveResult,
         ReplaceResult,
         SelectProxyResult,
+        TaskScore,
         TrainExpertResult,
         TuneRouterResult,
         VerifyResult,
     )
-    from flexctl.engine.evaluate import TaskScore
 
 __all__ = ["render"]
 
@@ -161,7 +164,7 @@ def _compress(result: CompressResult) -> list[str]:
 
 
 def _merge(result: MergeResult) -> list[str]:
-    names = ", ".join(expert["name"] for expert in result.experts)
+    names = ", ".join(expert.name for expert in result.experts)
     facts = (f"{result.num_experts_per_tok} active for a token", amount(result.bytes_written, "bytes"))
     return [_sentence(result, f"Merged {names} into {cell(result.path)}", *facts)]
 
@@ -176,7 +179,7 @@ def _replace(result: ReplaceResult) -> list[str]:
     digests = f"{cell(result.old_digest)} by {cell(result.new_digest)}"
     lines = [_sentence(result, f"Replaced {result.name} in {cell(result.path)}", digests)]
     if result.changes:
-        lines += ["", *_nested(result.changes, whole=False)]
+        lines += ["", *_nested(list(map(dataclasses.asdict, result.changes)), whole=False)]
     if result.bits_per_byte:
         headers = ("bits per byte", "before", "after", "change")
         rows = [[name, b["before"], b["after"], b["after"] - b["before"]] for name, b in result.bits_per_byte.items()]
@@ -278,7 +281,7 @@ def _inspect(result: InspectResult) -> list[str]:
 
 
 def _verify(result: VerifyResult) -> list[str]:
-    rows = [["ok" if check["ok"] else "FAILED", check["name"], local(check["detail"])] for check in result.checks]
+    rows = [["ok" if check.ok else "FAILED", check.name, local(check.detail)] for check in result.checks]
     digest = f", {result.digest}" if result.digest else ""
     return [*table(["", "", ""], rows)[1:], "", f"{cell(result.path)}: {'ok' if result.ok else 'FAILED'}{digest}"]
 
@@ -288,15 +291,15 @@ def _list(result: ListResult) -> list[str]:
     if result.anchor is None:
         lines.append("no anchor yet: flexctl init-anchor --data PATH")
     else:
-        lines.append(_bundle_line(result.path, "anchor", result.anchor, ("name", "model_type")))
+        lines.append(_bundle_line(result.path, "anchor", result.anchor, (result.anchor.name, result.anchor.model_type)))
     if result.merged is None:
         lines.append("no merged model yet: flexctl merge EXPERT.st")
     else:
         lines += _listed_merged(result, result.merged)
     if not result.experts:
         return [*lines, "no experts yet: flexctl train-expert --data PATH"]
-    whole = [expert for expert in result.experts if not expert["error"]]
-    broken = [f"broken: {local(printable(expert['error']))}" for expert in result.experts if expert["error"]]
+    whole = [expert for expert in result.experts if not expert.error]
+    broken = [f"broken: {local(printable(expert.error))}" for expert in result.experts if expert.error]
     return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *broken]
 
 
@@ -304,32 +307,26 @@ _LISTED = ("expert", "size_bytes", "rank", "license", "expires", "merged")
 _LICENSE_SHOWN = 16
 
 
-def _listed_merged(result: ListResult, merged: Mapping[str, Any]) -> list[str]:
+def _listed_merged(result: ListResult, merged: ListedMerged) -> list[str]:
     """Return the merged model's line, and one of the experts in it that have no file in the workspace."""
-    if merged["error"]:
-        return [_bundle_line(result.path, "merged", merged, ())]
-    count = len(merged["experts"]) - 1
-    facts = {
-        **merged,
-        "experts": f"public and {count} expert{'s' if count != 1 else ''}",
-        "active": f"{merged['num_experts_per_tok']} active",
-    }
-    files = {expert["name"] for expert in result.experts}
-    alone = [name for name in merged["experts"][1:] if name not in files]
+    count = len(merged.experts) - 1
+    facts = (f"public and {count} expert{'s' if count != 1 else ''}", f"{merged.num_experts_per_tok} active")
+    files = {expert.name for expert in result.experts}
+    alone = [name for name in merged.experts[1:] if name not in files]
     more = [f"        also holds, without a file here: {cell(alone)}"] if alone else []
-    return [_bundle_line(result.path, "merged", facts, ("experts", "active")), *more]
+    return [_bundle_line(result.path, "merged", merged, facts), *more]
 
 
-def _listed_expert(expert: Mapping[str, Any]) -> list[Any]:
+def _listed_expert(expert: ListedExpert) -> list[Any]:
     """Return an expert's row of the table; its file is named where that is not NAME.st."""
-    name, file = expert["name"], expert["path"].name
-    license = expert["license"] or "unknown"
-    expires = f"{expert['expires']} EXPIRED" if expert["expired"] else expert["expires"]
-    merged = "yes" if expert["in_merged"] else "another" if expert["other_in_merged"] else "no"
+    name, file = expert.name, expert.path.name
+    license = expert.license or "unknown"
+    expires = f"{expert.expires} EXPIRED" if expert.expired else expert.expires
+    merged = "yes" if expert.in_merged else "another" if expert.other_in_merged else "no"
     return [
         name if file == f"{name}.st" else f"{name} ({file})",
-        expert["size_bytes"],
-        "full" if expert["rank"] is None else str(expert["rank"]),
+        expert.size_bytes,
+        "full" if expert.rank is None else str(expert.rank),
         license if len(license) <= _LICENSE_SHOWN else f"{license[: _LICENSE_SHOWN - 3]}...",
         expires,
         merged,
@@ -355,15 +352,15 @@ def _pull(result: PullResult) -> list[str]:
 def _transfer(result: PushResult | PullResult, done: str) -> list[str]:
     count = f"{len(result.files)} file{'s' if len(result.files) != 1 else ''}"
     line = f"{done}: {count}, {amount(result.size_bytes, 'bytes')}, {cell(result.digest)}"
-    return [line, "", *_nested(result.files, whole=False)] if result.dry_run else [line]
+    return [line, "", *_nested(list(map(dataclasses.asdict, result.files)), whole=False)] if result.dry_run else [line]
 
 
-def _bundle_line(root: Path, kind: str, bundle: Mapping[str, Any], fields: tuple[str, ...]) -> str:
+def _bundle_line(root: Path, kind: str, bundle: ListedAnchor | ListedMerged, about: tuple[str | None, ...]) -> str:
     """Return what there is to say of the workspace's anchor or merged model; its path where that is not the usual."""
-    if bundle["error"]:
-        return f"{kind}  broken: {local(printable(bundle['error']))}"
-    path = cell(bundle["path"].relative_to(root) if bundle["path"].is_relative_to(root) else bundle["path"])
-    facts = [*(bundle[name] for name in fields), f"license {bundle['license'] or 'unknown'}", bundle["digest"]]
+    if bundle.error:
+        return f"{kind}  broken: {local(printable(bundle.error))}"
+    path = cell(bundle.path.relative_to(root) if bundle.path.is_relative_to(root) else bundle.path)
+    facts = [*about, f"license {bundle.license or 'unknown'}", bundle.digest]
     return f"{kind}  {'' if path == kind else f'{path}: '}{', '.join(map(cell, facts))}"
 
 

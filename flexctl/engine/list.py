@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from flexctl import workspace
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, MergedManifest, has_expired
@@ -15,7 +15,7 @@ from flexctl.errors import BundleError
 from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Reporter
 
-__all__ = ["ListConfig", "ListResult", "list"]
+__all__ = ["ListConfig", "ListResult", "ListedAnchor", "ListedExpert", "ListedMerged", "list"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,22 +30,78 @@ class ListConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ListResult:
-    """What is there. Each bundle has ``error``: None, or why it cannot be read.
+class ListedAnchor:
+    """The workspace's anchor. Where ``error`` says why it cannot be read, all else but place and size is None."""
+
+    path: Path
+    size_bytes: int
+    name: str | None = None
+    digest: str | None = None
+    model_type: str | None = None
+    license: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedExpert:
+    """An expert's file.
 
     Attributes:
-        path: The workspace's directory.
-        anchor: {path, name, digest, size_bytes, model_type, license, error}; None if there is none.
-        experts: {name, path, digest, size_bytes, rank, license, expires, expired, in_merged, other_in_merged, error}
-            each, by file name; ``in_merged`` is whether this very expert, by digest, is in the merged model,
-            ``other_in_merged`` whether another of its name is; ``rank`` is None for a full expert.
-        merged: {path, digest, size_bytes, experts, num_experts_per_tok, license, error}; None if there is none.
+        name: Its name; the file's where it cannot be read.
+        rank: Of a low-rank expert; None of a full one.
+        expired: Its rights are over.
+        in_merged: This very expert, by digest, is in the merged model.
+        other_in_merged: Another of its name is.
+        error: Why it cannot be read; None where it can.
+    """
+
+    name: str
+    path: Path
+    size_bytes: int
+    digest: str | None = None
+    rank: int | None = None
+    license: str | None = None
+    expires: str | None = None
+    error: str | None = None
+    expired: bool = False
+    in_merged: bool = False
+    other_in_merged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedMerged:
+    """The workspace's merged model.
+
+    Attributes:
+        experts: Their names, ``public`` first.
+        num_experts_per_tok: How many are active for a token.
+        error: Why it cannot be read; None where it can.
     """
 
     path: Path
-    anchor: Mapping[str, Any] | None
-    experts: tuple[Mapping[str, Any], ...]
-    merged: Mapping[str, Any] | None
+    size_bytes: int
+    experts: tuple[str, ...] = ()
+    digest: str | None = None
+    num_experts_per_tok: int | None = None
+    license: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListResult:
+    """What is there; None where there is none.
+
+    Attributes:
+        path: The workspace's directory.
+        anchor: The anchor.
+        experts: The experts, by file name.
+        merged: The merged model.
+    """
+
+    path: Path
+    anchor: ListedAnchor | None
+    experts: tuple[ListedExpert, ...]
+    merged: ListedMerged | None
 
 
 def list(config: ListConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> ListResult:
@@ -71,43 +127,43 @@ def list(config: ListConfig, reporter: Reporter = SILENT, *, today: datetime.dat
     )
 
 
-def _anchor(path: Path) -> dict[str, Any] | None:
+def _anchor(path: Path) -> ListedAnchor | None:
     if not path.is_dir():
         return None
-    unknown = dict.fromkeys(("name", "digest", "model_type", "license", "error"))
-    fields: dict[str, Any] = {"path": path, "size_bytes": _size_bytes(path), **unknown}
+    found = ListedAnchor(path=path, size_bytes=_size_bytes(path))
     try:
         manifest = read_manifest_of(path)
     except BundleError as error:
-        return fields | {"error": error.message}
+        return replace(found, error=error.message)
     if not isinstance(manifest, AnchorManifest):
-        return fields | {"error": f"{path}: kind is {manifest.kind!r}; expected 'anchor'"}
-    return fields | {
-        "name": manifest.name,
-        "digest": manifest.digest,
-        "model_type": manifest.model_type,
-        "license": manifest.license,
-    }
+        return replace(found, error=f"{path}: kind is {manifest.kind!r}; expected 'anchor'")
+    return replace(
+        found,
+        name=manifest.name,
+        digest=manifest.digest,
+        model_type=manifest.model_type,
+        license=manifest.license,
+    )
 
 
-def _merged(path: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
+def _merged(path: Path) -> tuple[ListedMerged | None, dict[str, str]]:
     """Return what there is to say of the merged model, and {name: digest} of its experts."""
     if not path.is_dir():
         return None, {}
-    unknown = dict.fromkeys(("digest", "num_experts_per_tok", "license", "error"))
-    fields: dict[str, Any] = {"path": path, "size_bytes": _size_bytes(path), "experts": (), **unknown}
+    found = ListedMerged(path=path, size_bytes=_size_bytes(path))
     try:
         manifest = read_manifest_of(path)
     except BundleError as error:
-        return fields | {"error": error.message}, {}
+        return replace(found, error=error.message), {}
     if not isinstance(manifest, MergedManifest):
-        return fields | {"error": f"{path}: kind is {manifest.kind!r}; expected 'merged'"}, {}
-    found = fields | {
-        "digest": manifest.digest,
-        "experts": tuple(entry.name for entry in manifest.experts),
-        "num_experts_per_tok": min(manifest.num_experts_per_tok_requested, len(manifest.experts)),
-        "license": manifest.license,
-    }
+        return replace(found, error=f"{path}: kind is {manifest.kind!r}; expected 'merged'"), {}
+    found = replace(
+        found,
+        experts=tuple(entry.name for entry in manifest.experts),
+        digest=manifest.digest,
+        num_experts_per_tok=min(manifest.num_experts_per_tok_requested, len(manifest.experts)),
+        license=manifest.license,
+    )
     return found, {entry.name: entry.digest for entry in manifest.experts}
 
 
@@ -125,23 +181,22 @@ def _expert_files(folder: Path) -> Iterator[tuple[Path, ExpertManifest | str]]:
 
 def _expert(
     path: Path, manifest: ExpertManifest | str, inside: Mapping[str, str], today: datetime.date
-) -> dict[str, Any]:
-    unknown = dict.fromkeys(("digest", "rank", "license", "expires", "error"))
-    flags = dict.fromkeys(("expired", "in_merged", "other_in_merged"), False)
-    fields: dict[str, Any] = {"name": path.stem, "path": path, "size_bytes": path.stat().st_size, **unknown, **flags}
+) -> ListedExpert:
     if isinstance(manifest, str):
-        return fields | {"error": manifest}
+        return ListedExpert(name=path.stem, path=path, size_bytes=path.stat().st_size, error=manifest)
     is_inside = manifest.digest in inside.values()
-    return fields | {
-        "name": manifest.name,
-        "digest": manifest.digest,
-        "rank": manifest.rank,
-        "license": manifest.data.license,
-        "expires": manifest.data.expires,
-        "expired": has_expired(manifest.data.expires, today),
-        "in_merged": is_inside,
-        "other_in_merged": manifest.name in inside and not is_inside,
-    }
+    return ListedExpert(
+        name=manifest.name,
+        path=path,
+        size_bytes=path.stat().st_size,
+        digest=manifest.digest,
+        rank=manifest.rank,
+        license=manifest.data.license,
+        expires=manifest.data.expires,
+        expired=has_expired(manifest.data.expires, today),
+        in_merged=is_inside,
+        other_in_merged=manifest.name in inside and not is_inside,
+    )
 
 
 def _size_bytes(folder: Path) -> int:

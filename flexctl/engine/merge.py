@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from flexctl import flags, workspace
 from flexctl.bundle.anchor import open_anchor
@@ -21,7 +20,7 @@ from flexctl.hub import is_remote, localise
 from flexctl.options import MODEL, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 
-__all__ = ["MergeConfig", "MergeResult", "merge"]
+__all__ = ["MergeConfig", "MergeResult", "MergedExpert", "merge"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +56,15 @@ class MergeConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MergedExpert:
+    """An expert in a merged model, and its place there."""
+
+    name: str
+    index: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MergeResult:
     """What was written.
 
@@ -65,7 +73,7 @@ class MergeResult:
         digest: Its digest; None after a dry run.
         num_experts: Including the public one.
         num_experts_per_tok: As config.json has it: clamped to num_experts.
-        experts: {name, index, digest} each, ``public`` first, then by name.
+        experts: ``public`` first, then by name.
         license: What all inputs share, else ``other``.
         bytes_written: Bytes copied or made; after a dry run, what the weights would take.
         peak_rss_bytes: The process's largest resident size.
@@ -76,7 +84,7 @@ class MergeResult:
     digest: str | None
     num_experts: int
     num_experts_per_tok: int
-    experts: tuple[Mapping[str, Any], ...]
+    experts: tuple[MergedExpert, ...]
     license: str
     bytes_written: int
     peak_rss_bytes: int
@@ -118,7 +126,7 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         num_experts=len(composition.parts),
         num_experts_per_tok=min(composition.top_k, len(composition.parts)),
         experts=tuple(
-            {"name": part.entry.name, "index": index, "digest": part.entry.digest}
+            MergedExpert(name=part.entry.name, index=index, digest=part.entry.digest)
             for index, part in enumerate(composition.parts)
         ),
         license=composition.license,

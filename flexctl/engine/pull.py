@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import open_anchor
@@ -51,7 +50,7 @@ class PullResult:
         kind: ``anchor``, ``expert`` or ``merged``.
         repository: Where it came from.
         commit: Which commit of it.
-        files: {name, size_bytes} each.
+        files: What it is made of.
         size_bytes: Of all of them.
         dry_run: Whether nothing was written.
     """
@@ -61,7 +60,7 @@ class PullResult:
     kind: str
     repository: str
     commit: str
-    files: tuple[Mapping[str, Any], ...]
+    files: tuple[hub.BundleFile, ...]
     size_bytes: int
     dry_run: bool
 
@@ -93,7 +92,7 @@ def pull(config: PullConfig, reporter: Reporter = SILENT, *, today: datetime.dat
         kind=manifest.kind,
         repository=remote.address.repository,
         commit=remote.commit,
-        files=tuple({"name": name, "size_bytes": remote.sizes[name]} for name in names),
+        files=tuple(hub.BundleFile(name=name, size_bytes=remote.sizes[name]) for name in names),
         size_bytes=size,
         dry_run=config.dry_run,
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from flexctl import flags, hub
 from flexctl.bundle.anchor import Anchor
@@ -62,7 +61,7 @@ class PushResult:
         repository: Where it is now.
         revision: The branch; None is the main one.
         commit: The commit; None after a dry run.
-        files: {name, size_bytes} each, all that the repository now holds of it.
+        files: All that the repository now holds of it.
         size_bytes: Of all of them.
         dry_run: Whether nothing was sent.
     """
@@ -73,7 +72,7 @@ class PushResult:
     repository: str
     revision: str | None
     commit: str | None
-    files: tuple[Mapping[str, Any], ...]
+    files: tuple[hub.BundleFile, ...]
     size_bytes: int
     dry_run: bool
 
@@ -118,7 +117,7 @@ def push(config: PushConfig, reporter: Reporter = SILENT, *, today: datetime.dat
         repository=address.repository,
         revision=config.revision,
         commit=commit,
-        files=tuple({"name": name, "size_bytes": size} for name, size in sizes.items()),
+        files=tuple(hub.BundleFile(name=name, size_bytes=size) for name, size in sizes.items()),
         size_bytes=sum(sizes.values()),
         dry_run=config.dry_run,
     )

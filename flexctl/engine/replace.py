@@ -24,7 +24,7 @@ from flexctl.runtime import SILENT, Reporter
 if TYPE_CHECKING:
     from flexctl.evaluation.domains import Domain
 
-__all__ = ["ReplaceConfig", "ReplaceResult", "replace"]
+__all__ = ["Change", "ReplaceConfig", "ReplaceResult", "replace"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +56,15 @@ class ReplaceConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A field of an owner's manifest that differs, ``data.license`` for example, as JSON has it; None is none."""
+
+    field: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReplaceResult:
     """What changed.
 
@@ -65,7 +74,7 @@ class ReplaceResult:
         name: The expert.
         old_digest: Of the one that went.
         new_digest: Of the one that came.
-        changes: {field, old, new} for every field of the owner's manifest that differs, hashes aside.
+        changes: Every field of the owner's manifest that differs, hashes aside.
         bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
         dry_run: Whether nothing was written.
         bits_per_byte: Domain -> {before, after} on its test text; empty without data, and after a dry run.
@@ -76,7 +85,7 @@ class ReplaceResult:
     name: str
     old_digest: str
     new_digest: str
-    changes: tuple[Mapping[str, Any], ...]
+    changes: tuple[Change, ...]
     bytes_written: int
     dry_run: bool
     bits_per_byte: Mapping[str, Mapping[str, float]]
@@ -178,11 +187,11 @@ def _old_manifest(merged: Merged, expert: Expert) -> ExpertManifest:
     return manifest
 
 
-def _changes(old: ExpertManifest, new: ExpertManifest) -> Iterator[dict[str, Any]]:
+def _changes(old: ExpertManifest, new: ExpertManifest) -> Iterator[Change]:
     before, after = dict(_leaves(encode(old))), dict(_leaves(encode(new)))
     for field in sorted(before.keys() | after.keys()):
         if before.get(field) != after.get(field):
-            yield {"field": field, "old": before.get(field), "new": after.get(field)}
+            yield Change(field=field, old=before.get(field), new=after.get(field))
 
 
 def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import Anchor, open_anchor
@@ -48,13 +47,13 @@ class VerifyResult:
         path: The bundle; text for one on the Hub.
         digest: Its digest; None if it cannot be opened.
         ok: Whether every check holds.
-        checks: {name, ok, detail} each.
+        checks: All that was checked.
     """
 
     path: Path | str
     digest: str | None
     ok: bool
-    checks: tuple[Mapping[str, Any], ...]
+    checks: tuple[Check, ...]
 
 
 def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> VerifyResult:
@@ -87,7 +86,7 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
         path=shown,
         digest=digest,
         ok=all(check.ok for check in checks),
-        checks=tuple(asdict(_under(check, path, shown)) for check in checks),
+        checks=tuple(_under(check, path, shown) for check in checks),
     )
 
 

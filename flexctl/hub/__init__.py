@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from flexctl.hub.address import Address, DataAddress, is_remote, parse, parse_data
 from flexctl.hub.data import DataFile, data_files
-from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
+from flexctl.hub.remote import IGNORED, BundleFile, Remote, look, manifest_of
 from flexctl.hub.transfer import earlier_manifests, fetch, fetch_checkpoint, localise, prepare, runnable, send
 
 __all__ = [
     "IGNORED",
     "Address",
+    "BundleFile",
     "DataAddress",
     "DataFile",
     "Remote",

@@ -18,7 +18,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.hub.address import Address, DataAddress
 from flexctl.hub.refusals import explained
 
-__all__ = ["IGNORED", "Remote", "look", "manifest_of", "read_range"]
+__all__ = ["IGNORED", "BundleFile", "Remote", "look", "manifest_of", "read_range"]
 
 IGNORED = (".gitattributes", "run.json")
 """Files beside a bundle that are neither sent nor brought back: the Hub's own, and one machine's."""
@@ -59,6 +59,14 @@ class Remote:
         if len(experts) > 1:
             raise BundleError(f"{self.address}: holds {len(experts)} experts", hint=f"name one: {self.address}/NAME.st")
         return experts[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleFile:
+    """A file of a repository, and its size."""
+
+    name: str
+    size_bytes: int
 
 
 def look(address: Address) -> Remote:
