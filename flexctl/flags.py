@@ -112,7 +112,7 @@ Without = Annotated[tuple[str, ...], flag("NAME", "Leave this expert out, by a m
 
 # Training.
 SeqLen = Annotated[
-    int | None, flag("N", "Tokens a sequence (default: 1024, or what the model can hold).", TRAINING, above=0)
+    int | None, flag("N", "Tokens a sequence (default: 1024, or what the model can hold).", DATA, above=0)
 ]
 BatchTokens = Annotated[
     int | None,

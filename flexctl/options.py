@@ -166,7 +166,7 @@ class Config:
 
 def options(config_class: type[Any]) -> tuple[Option, ...]:
     """Return the options of a Config, one a field, in the order of its fields; a bare field is a flag too."""
-    return _read(config_class)
+    return _read(config_class)  # type: ignore[arg-type]  # a class is hashable
 
 
 def shown_names(config_class: type) -> Mapping[str, str]:

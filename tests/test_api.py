@@ -10,7 +10,8 @@ import types
 import pytest
 
 import flexctl
-from flexctl.config import config_name
+from flexctl.commands import COMMANDS as ROWS
+from flexctl.commands import Command
 from flexctl.workspace import COMMANDS
 
 
@@ -26,11 +27,11 @@ def test_a_name_that_is_not_there() -> None:
         flexctl.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_one_function_with_one_config_and_one_result(command: str) -> None:
-    function = getattr(flexctl, command)
-    config = getattr(flexctl, config_name(command))
-    result = getattr(flexctl, config_name(command).replace("Config", "Result"))
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_command_is_one_function_with_one_config_and_one_result(row: Command) -> None:
+    function = getattr(flexctl, row.name)
+    config = getattr(flexctl, row.config)
+    result = getattr(flexctl, row.result)
     assert isinstance(function, types.FunctionType)
     config_parameter, reporter, *others = inspect.signature(function).parameters.values()
     assert (config_parameter.name, reporter.name) == ("config", "reporter")

@@ -3,21 +3,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from flexctl.config import config_name, flag_name, resolve
+from flexctl.commands import Command
+from flexctl.config import resolve
 from flexctl.errors import UsageError
+from flexctl.options import OUTPUT, argument, flag, options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeConfig:
-    """Stands in for a command's Config; the command's name decides table and flags."""
+    """Stands in for a command's Config; the command's name decides the table."""
 
-    experts: tuple[Path, ...] = ()
+    experts: Annotated[tuple[Path, ...], argument("EXPERT", "Experts.")] = ()
     output: Path | None = None
-    source: Path | None = None
+    source: Annotated[Path | None, flag("DIR", "The model.", OUTPUT, name="from")] = None
     top_k: int | None = None
     lr: float = 0.5
     epochs: int | float | None = None
@@ -153,7 +155,8 @@ def test_arguments_are_given_on_the_command_line_only(monkeypatch: pytest.Monkey
 
 def test_a_flag_may_have_another_name_than_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLEXCTL_FROM", "elsewhere")
-    assert flag_name("remove", "source") == "from"
+    (source,) = (option for option in options(MergeConfig) if option.field == "source")
+    assert (source.key, source.shown) == ("from", "--from")
     assert resolve(MergeConfig, "remove", {}).source == Path("elsewhere")
 
 
@@ -165,4 +168,4 @@ def test_what_is_needed_and_given_nowhere() -> None:
 
 
 def test_names_of_configs() -> None:
-    assert config_name("train_expert") == "TrainExpertConfig"
+    assert Command("train_expert", "Train.").config == "TrainExpertConfig"

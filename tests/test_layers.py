@@ -20,7 +20,7 @@ LAYERS = (
     {"training", "embedding"},
     {"hub", "cache"},
     {"model", "bundle"},
-    {"families", "workspace", "config", "runtime", "errors"},
+    {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors"},
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 # Parts of one layer that may see each other: the lowest one.

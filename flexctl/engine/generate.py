@@ -33,7 +33,7 @@ class GenerateConfig(Config):
     without: flags.Without = ()
     explain: Annotated[bool, switch("Show which expert answered, piece by piece.", OUTPUT)] = False
     chat: Annotated[bool, switch("Put the prompt as a user's message, in the model's chat template.", DATA)] = False
-    max_new_tokens: Annotated[int, flag("N", "Length of the answer.", DATA, above=0)] = 64
+    max_new_tokens: Annotated[int, flag("N", "Length of the answer.", OUTPUT, above=0)] = 64
     temperature: Annotated[
         float, flag("T", "0 takes the likeliest token; above, tokens are drawn.", MODEL, at_least=0)
     ] = 0.0

@@ -72,7 +72,7 @@ class InitAnchorConfig(Config):
     ] = 0
     sample_tokens: Annotated[int, flag("N", "Tokens of public text kept with the anchor.", DATA, above=0)] = 1_000_000
     seq_len: Annotated[
-        int | None, flag("N", "Tokens a sequence (default: the preset's, or 1024 for annealing).", TRAINING, above=0)
+        int | None, flag("N", "Tokens a sequence (default: the preset's, or 1024 for annealing).", DATA, above=0)
     ] = None
     batch_tokens: Annotated[
         int | None,

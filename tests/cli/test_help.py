@@ -16,14 +16,18 @@ from typer.main import get_command
 
 import flexctl
 from flexctl.cli.app import main
-from flexctl.cli.commands import Call, app
-from flexctl.cli.reference import reference
-from flexctl.config import config_name, flag_name
+from flexctl.cli.commands import Call, make_app
+from flexctl.cli.help import examples
+from flexctl.cli.reference import reference, stub
+from flexctl.commands import COMMANDS as ROWS
+from flexctl.commands import Command
+from flexctl.options import options
 from flexctl.workspace import COMMANDS
 
-GROUP = cast(TyperGroup, get_command(app))
-MANNERS = {"json", "quiet", "verbose"}
-DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
+GROUP = cast(TyperGroup, get_command(make_app(ROWS, [row.shown for row in ROWS])))
+MANNERS = {"json", "quiet", "verbose", "help"}
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "cli.md"
 
 SCRIPT = """
 import json, sys
@@ -65,27 +69,28 @@ def test_a_help_page_has_an_example_and_loads_no_torch(command: str) -> None:
     assert not modules & {"torch", "transformers", "sentence_transformers", "huggingface_hub", "rich"}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_flags_and_the_fields_of_the_config_are_the_same(command: str) -> None:
-    parameters = {parameter.name: parameter for parameter in GROUP.commands[shown(command)].params}
-    fields = {field.name for field in dataclasses.fields(getattr(flexctl, config_name(command)))}
-    assert set(parameters) - MANNERS == fields
-    for name in fields:
-        flag = flag_name(command, name)
-        parameter = parameters[name]
-        assert isinstance(parameter, TyperOption) == (flag is not None)
-        if flag is not None:
-            assert f"--{shown(flag)}" in parameter.opts
-        assert parameter.default is None or flag is None, "given must be known"
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_flags_and_the_fields_of_the_config_are_the_same(row: Command) -> None:
+    parameters = {parameter.name: parameter for parameter in GROUP.commands[row.shown].params}
+    config_class = getattr(flexctl, row.config)
+    assert set(parameters) - MANNERS == {field.name for field in dataclasses.fields(config_class)}
+    for option in options(config_class):
+        parameter = parameters[option.field]
+        assert isinstance(parameter, TyperOption) == (not option.is_argument)
+        if not option.is_argument:
+            assert f"--{shown(option.key)}" in parameter.opts
+        assert parameter.default is None or option.is_argument, "given must be known"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_examples_can_be_read(command: str) -> None:
-    for example in str(GROUP.commands[shown(command)].epilog).splitlines():
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_examples_can_be_read(row: Command) -> None:
+    lines = examples(getattr(flexctl, row.config))
+    assert lines
+    for example in lines:
         program, *arguments = shlex.split(example)
         call = GROUP.main(args=arguments, prog_name=program, standalone_mode=False)
         assert isinstance(call, Call)
-        assert call.command == command
+        assert call.command == row.name
 
 
 def test_defaults_are_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +101,7 @@ def test_defaults_are_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_reference_is_current() -> None:
     assert DOCS.read_text(encoding="utf-8") == reference(), "run: make docs"
+    assert (ROOT / "flexctl" / "__init__.pyi").read_text(encoding="utf-8") == stub(), "run: make docs"
 
 
 def test_every_command_is_in_the_reference() -> None:

@@ -11,20 +11,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
 import flexctl
+from flexctl import flags
 from flexctl.cli.app import main
 from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError
+from flexctl.options import argument
 from flexctl.runtime import Reporter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StandInConfig:
-    experts: tuple[Path, ...] = ()
-    output: Path | None = None
+    experts: Annotated[tuple[Path, ...], argument("EXPERT", "Experts.")] = ()
+    output: Annotated[Path | None, flags.output("DIR", "Where to write.")] = None
     top_k: int | None = None
     overwrite: bool = False
 
@@ -37,7 +39,7 @@ class StandInResult:
     num_experts: int = 1
     num_experts_per_tok: int = 1
     bytes_written: int = 2_500_000
-    experts: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "public", "index": 0}])
+    experts: list[Any] = field(default_factory=lambda: [flexctl.MergedExpert(name="public", index=0, digest="")])
     extra: float | None = None
     ok: bool = True
 

@@ -78,7 +78,7 @@ def test_the_same_set_gives_the_same_bytes_by_whatever_way(world: World, data: s
     assert second.path == (root / "b" if in_place else root / "c")
     assert read_directory(first.path) == read_directory(second.path)
     assert first.digest == second.digest
-    assert [expert["name"] for expert in second.experts] == ["public", *sorted(names)]
+    assert [expert.name for expert in second.experts] == ["public", *sorted(names)]
 
 
 def test_the_workspace_s_own_model_is_added_to_in_place(world: World) -> None:
@@ -172,7 +172,7 @@ def test_the_directory_is_as_the_design_has_it(world: World) -> None:
 
 def test_without_an_expert_it_is_the_anchor_alone(world: World) -> None:
     result = merged(world, Path("deep/down/m"))
-    assert [expert["name"] for expert in result.experts] == ["public"]
+    assert [expert.name for expert in result.experts] == ["public"]
     assert result.num_experts_per_tok == 1
     assert verify(VerifyConfig(path=result.path, anchor=world.anchor.path)).ok
 
@@ -377,7 +377,7 @@ def test_a_dry_run_tells_and_writes_nothing(world: World) -> None:
     assert result.dry_run
     assert result.digest is None
     assert result.bytes_written > 0
-    assert [expert["name"] for expert in result.experts] == ["public", *NAMES]
+    assert [expert.name for expert in result.experts] == ["public", *NAMES]
     merged(world, Path("m"))
     with pytest.raises(UsageError, match="exists already"):
         merged(world, Path("m"), dry_run=True)

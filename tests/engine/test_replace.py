@@ -11,7 +11,7 @@ from builders import World, forge_expert, make_anchor, make_expert, make_world, 
 
 from flexctl.bundle import open_merged
 from flexctl.engine.merge import MergeConfig, merge
-from flexctl.engine.replace import ReplaceConfig, replace
+from flexctl.engine.replace import Change, ReplaceConfig, replace
 from flexctl.errors import BundleError, FlexctlError, UsageError
 
 
@@ -38,7 +38,7 @@ def test_it_equals_a_merge_with_the_new_one(world: World, merged: Path, tmp_path
     assert result.digest == merge(fresh).digest
     assert read_directory(merged) == read_directory(Path("f"))
     assert (result.old_digest, result.new_digest) == (world.experts["law"].digest, new.digest)
-    changes = {change["field"]: (change["old"], change["new"]) for change in result.changes}
+    changes = {change.field: (change.old, change.new) for change in result.changes}
     assert changes["data.license"] == ("Apache-2.0", "MIT")
     assert changes["data.label"] == (None, "more law")
     assert changes["training.seed"] == (sum(b"law"), 9)
@@ -58,7 +58,7 @@ def test_a_new_statement_about_the_same_weights_is_a_replacement(world: World, m
     new = forge_expert(tmp_path / "law-2.st", world.experts["law"], data__license="MIT")
     result = replace(ReplaceConfig(name="law", expert=new))
     assert result.old_digest == result.new_digest
-    assert list(result.changes) == [{"field": "data.license", "old": "Apache-2.0", "new": "MIT"}]
+    assert list(result.changes) == [Change(field="data.license", old="Apache-2.0", new="MIT")]
     assert open_merged(merged).manifest.license == "other"
 
 

@@ -117,7 +117,7 @@ def test_verify_holds_every_byte_of_both_routers(tmp_path: Path, tuned: TuneRout
         data = bytearray((broken / name).read_bytes())
         data[-5] ^= 1
         (broken / name).write_bytes(data)
-        problems = [check["detail"] for check in verify(VerifyConfig(path=broken)).checks if not check["ok"]]
+        problems = [check.detail for check in verify(VerifyConfig(path=broken)).checks if not check.ok]
         assert any(name in problem for problem in problems), problems
 
 

@@ -47,11 +47,11 @@ def copy_of(world: World, name: str) -> Path:
 
 
 def failures(result: VerifyResult) -> dict[str, str]:
-    assert result.ok == all(check["ok"] for check in result.checks)
+    assert result.ok == all(check.ok for check in result.checks)
     for check in result.checks:
         assert set(check) == {"name", "ok", "detail"}
-        assert "\n" not in check["detail"]
-    return {check["name"]: check["detail"] for check in result.checks if not check["ok"]}
+        assert "\n" not in check.detail
+    return {check.name: check.detail for check in result.checks if not check.ok}
 
 
 def test_what_is_right_verifies(world: World, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_absence_is_proved_by_name_and_by_content(world: World, tmp_path: Path) 
     remove(RemoveConfig(names=("smuggled",), source=Path("m"), output=Path("n"), tombstone=True))
     result = verify(VerifyConfig(path=Path("n"), absent=("smuggled", str(code.path))))
     assert not failures(result)
-    assert "tombstone" in next(check["detail"] for check in result.checks if check["name"] == "absent smuggled")
+    assert "tombstone" in next(check.detail for check in result.checks if check.name == "absent smuggled")
     with pytest.raises(UsageError, match="--absent"):
         verify(VerifyConfig(path=code.path, absent=("law",)))
 
