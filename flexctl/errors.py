@@ -16,19 +16,19 @@ __all__ = ["BundleError", "FlexctlError", "Interrupted", "UsageError"]
 
 
 class FlexctlError(Exception):
-    """A failure that a person can act on. As text it is the message, with the field in front.
+    """A failure that a person can act on.
 
     Args:
         message: What happened and what was expected, naming file and value.
         hint: What to do about it, a command where there is one.
-        field: The field of the Config that it is about.
+        field: The field of the Config that it is about; the message then begins with it.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None, *, field: str | None = None) -> None:
-        super().__init__(message if field is None else f"{field}: {message}")
-        self.message = message
+        self.message = message if field is None else f"{field}: {message}"
+        super().__init__(self.message)
         self.hint = hint
         self.field = field
 

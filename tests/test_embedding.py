@@ -146,11 +146,11 @@ def test_what_is_known_of_public_passages_is_not_taken_for_another_s(
 
 def test_unknown_kind_and_missing_encoder_are_refused(model: Any, space: RouterSpace, tokenizer: Any) -> None:
     frame = partial(frame_passages, tokenizer)
-    with pytest.raises(UsageError, match="--router: 'magic'"):
+    with pytest.raises(UsageError, match="router: 'magic'"):
         embed_rows("magic", model, space, OWN, PUBLIC, frame, None, SILENT)
     with pytest.raises(UsageError, match="no sentence encoder") as caught:
         embed_rows("encoder", model, space, OWN, PUBLIC, frame, None, SILENT)
-    assert "--encoder" in str(caught.value.hint)
+    assert "`encoder`" in str(caught.value.hint)
 
 
 def test_manifest_names_an_encoder_by_id_or_folder_and_never_by_path(tmp_path: Path) -> None:

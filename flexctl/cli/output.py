@@ -76,8 +76,9 @@ class Output:
 
     def error(self, kind: str, error: FlexctlError) -> int:
         """Print an error of type ``kind`` and return its exit code."""
-        about = f"{self._names.get(error.field, error.field)}: " if error.field else ""
-        message = named(f"{about}{error.message}", self._names)
+        message = named(error.message, self._names)
+        if error.field in self._names:
+            message = self._names[error.field] + message.removeprefix(error.field)
         hint = error.hint and named(error.hint, self._names)
         if self._json:
             fields = {

@@ -76,7 +76,7 @@ def parse_domains(data: Sequence[str], text_field: str = "text") -> list[Domain]
         name, path = item.split("=", 1) if "=" in item else (source_name(Path(item)), item)
         if not (name and path):
             raise UsageError(
-                f"{item!r} is neither NAME=PATH nor PATH", hint="for example news=./news-test", field="data"
+                f"{item!r} is not NAME=PATH, nor a path alone", hint="for example news=./news-test", field="data"
             )
         if name in domains:
             raise UsageError(f"{name!r} is given twice", hint="name them apart: NAME=PATH", field="data")

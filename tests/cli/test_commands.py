@@ -94,7 +94,7 @@ def test_train_expert(terminal: Terminal, anchor: Path, texts: Texts) -> None:
 
 def test_embed_router(terminal: Terminal, anchor: Path, experts: dict[str, Path], texts: Texts) -> None:
     flags = ("--data", texts.code, "--anchor", anchor, "--threads", "1")
-    made = terminal.json("embed-router", *flags, "-o", "rows.st", "--compare", experts["sums"])
+    made = terminal.json("embed-router", *flags, "-o", "rows.st", "--against", experts["sums"])
     assert (made["router"], made["encoder"]) == ("discriminant", None)
     assert {"name", "documents", "hidden_size"} <= set(made)
     text = terminal.text("embed-router", *flags, "-o", "copy.st", "--expert", experts["code"])
@@ -159,7 +159,7 @@ def test_evaluate(space: Terminal, texts: Texts) -> None:
     text = space.text("evaluate", *flags, "--without", "code")
     assert "without code" in text
     assert "bits per byte" in text
-    message = space.error("evaluate", "--data", texts.code_test, code=2)
+    message = space.error("evaluate", "--data", f"={texts.code_test}", code=2)
     assert "NAME=PATH" in message
 
 

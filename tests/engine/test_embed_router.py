@@ -117,20 +117,20 @@ def test_overlap_is_the_share_of_tokens_on_which_another_is_above(
     tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path]
 ) -> None:
     compare = (experts["code"], experts["sums"])
-    result = embed(anchor, texts.code, tmp_path / "r.st", compare=compare)
+    result = embed(anchor, texts.code, tmp_path / "r.st", against=compare)
     for layer in result.layers:
         assert set(layer.overlap) == {"code", "sums"}
         assert all(0 <= share <= 1 for share in layer.overlap.values())
     mean = {name: sum(layer.overlap[name] for layer in result.layers) / 2 for name in ("code", "sums")}
     assert mean["code"] > mean["sums"]
-    own = embed(anchor, texts.sums, tmp_path / "s.st", compare=compare)
+    own = embed(anchor, texts.sums, tmp_path / "s.st", against=compare)
     assert sum(layer.overlap["sums"] for layer in own.layers) > sum(layer.overlap["code"] for layer in own.layers)
 
 
 def test_expert_that_would_take_the_text_is_warned_of(
     tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path]
 ) -> None:
-    result = embed(anchor, texts.sums_test, tmp_path / "r.st", router="hidden", compare=(experts["sums"],))
+    result = embed(anchor, texts.sums_test, tmp_path / "r.st", router="hidden", against=(experts["sums"],))
     overlap = sum(layer.overlap["sums"] for layer in result.layers) / 2
     assert any("overlap: sums would take" in warning for warning in result.warnings) == (overlap > 0.5)
 
@@ -163,21 +163,21 @@ def test_expert_of_another_anchor_is_refused(
 ) -> None:
     other = tmp_path / "other"
     init_anchor(InitAnchorConfig(data=(texts.public_test,), source=str(checkpoint), output=other, sample_tokens=2000))
-    for settings in ({"expert": experts["code"]}, {"compare": (experts["code"],)}):
+    for settings in ({"expert": experts["code"]}, {"against": (experts["code"],)}):
         with pytest.raises(BundleError, match=r"code\.st: anchor\.digest"):
             embed(other, texts.code, tmp_path / "r.st", **settings)
     assert not (tmp_path / "r.st").exists()
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"router": "magic"}, "--router: 'magic'"),
+    ({"router": "magic"}, "router: 'magic'"),
     ({"router": "encoder"}, "no sentence encoder"),
     ({"data": (Path("nowhere"),)}, "nowhere does not exist"),
     ({"expert": Path("nowhere.st")}, "nowhere.st"),
-    ({"expert": "CODE", "output": None}, "no -o given"),
-    ({"device": "toaster"}, "--device"),
-    ({"dtype": "int4"}, "--dtype"),
-    ({"threads": 0}, "--threads"),
+    ({"expert": "CODE", "output": None}, "no `output` given"),
+    ({"device": "toaster"}, "device"),
+    ({"dtype": "int4"}, "dtype"),
+    ({"threads": 0}, "threads"),
 ]
 
 

@@ -115,9 +115,9 @@ def test_figures_are_of_the_documents(anchor: Path, texts: Any) -> None:
 
 
 def test_batch_size_does_not_matter(merged: Path, texts: Any, empty_cache: Path) -> None:
-    one = score(merged, texts, batch_tokens=1)
+    one = score(merged, texts, forward_tokens=1)
     shutil.rmtree(empty_cache)
-    other = score(merged, texts, batch_tokens=100_000)
+    other = score(merged, texts, forward_tokens=100_000)
     assert nll(one) == pytest.approx(nll(other), abs=1e-5)
 
 
@@ -191,7 +191,7 @@ def test_top_k_is_obeyed_and_clamped_with_a_warning(merged: Path, texts: Any) ->
     result = evaluate(config, listener)
     assert result.num_experts_per_tok == 2
     assert len(listener.warnings) == 1
-    assert "--top-k: 9" in listener.warnings[0]
+    assert "`top_k`: 9" in listener.warnings[0]
 
 
 def test_bfloat16_is_near_float32(merged: Path, texts: Any) -> None:
@@ -321,7 +321,7 @@ def test_samples_replace_nothing_unasked(tmp_path: Path, merged: Path, texts: An
     file.write_text("precious")
     listener = Listener()
     config = EvaluateConfig(data=domains(texts), bundle=merged, seq_len=64, samples=file)
-    with pytest.raises(UsageError, match=r"--samples: .*samples\.jsonl exists"):
+    with pytest.raises(UsageError, match=r"samples: .*samples\.jsonl exists"):
         evaluate(config, listener)
     assert (listener.scored, file.read_text()) == ([], "precious")
     score(merged, texts, samples=file, overwrite=True)
@@ -355,7 +355,7 @@ class TestCache:
         assert listener.notes == [
             "all 2 passes are from the cache: model, text and settings are those of an earlier run"
         ]
-        assert self.scored(mine, batch_tokens=77, threads=1) == []
+        assert self.scored(mine, forward_tokens=77, threads=1) == []
 
     def test_more_is_asked_for_later(self, mine: dict[str, Any]) -> None:
         assert self.scored(mine) == ["code, 3 active", "sums, 3 active"]
@@ -525,21 +525,22 @@ def test_nothing_is_said_or_written(
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"data": ("FOLDER",)}, "is not NAME=PATH"),
+    ({"data": ("",)}, "is not NAME=PATH"),
     ({"data": ("=FOLDER",)}, "is not NAME=PATH"),
     ({"data": ("a=",)}, "is not NAME=PATH"),
+    ({"data": ("FOLDER", "FOLDER")}, "'code-test' is given twice"),
     ({"data": ("a=FOLDER", "a=FOLDER")}, "'a' is given twice"),
     ({"data": ("a=nowhere",)}, "nowhere does not exist"),
     ({"data": ()}, "nothing to evaluate on"),
     ({"without": ("nobody",)}, "nobody"),
     ({"without": ("public",)}, "public"),
     ({"bundle": Path("nowhere")}, "nowhere"),
-    ({"top_k": 0}, "--top-k: 0 is not above 0"),
-    ({"seq_len": 0}, "--seq-len"),
-    ({"batch_tokens": 0}, "--batch-tokens"),
-    ({"threads": 0}, "--threads"),
-    ({"device": "toaster"}, "--device"),
-    ({"dtype": "int4"}, "--dtype"),
+    ({"top_k": 0}, "top_k: 0 is not above 0"),
+    ({"seq_len": 0}, "seq_len"),
+    ({"forward_tokens": 0}, "forward_tokens"),
+    ({"threads": 0}, "threads"),
+    ({"device": "toaster"}, "device"),
+    ({"dtype": "int4"}, "dtype"),
 ]
 
 

@@ -166,7 +166,7 @@ def test_another_model_and_tasks_are_on_the_page(merged: Path, anchor: Path, tex
 
 def test_an_existing_file_stays_unless_told_otherwise(merged: Path, texts: Any) -> None:
     PAGE.write_text("mine")
-    with pytest.raises(UsageError, match=r"--report: report\.html exists"):
+    with pytest.raises(UsageError, match=r"report: report\.html exists"):
         report(merged, texts)
     assert PAGE.read_text() == "mine"
     report(merged, texts, overwrite=True)
@@ -176,7 +176,7 @@ def test_an_existing_file_stays_unless_told_otherwise(merged: Path, texts: Any) 
 
 def test_without_matplotlib_it_is_refused_before_the_work(texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "find_spec", lambda _name: None)
-    with pytest.raises(UsageError, match="--report needs matplotlib"):
+    with pytest.raises(UsageError, match="report: needs matplotlib"):
         report(Path("nowhere"), texts)
 
 

@@ -139,12 +139,12 @@ def test_items_of_the_docs_are_items(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"limit": 0}, "--limit: 0 is not above 0"),
-    ({"shots": -1}, "--shots: -1 is below 0"),
-    ({"shots": 8}, "--shots: 8 is more than the 1 items"),
-    ({"tasks": (Path("nowhere"),)}, "--tasks: nowhere does not exist"),
-    ({"ablate": True}, "--ablate: there is no text to score"),
-    ({"compare": Path("other")}, "--compare: there is no text to score"),
+    ({"limit": 0}, "limit: 0 is not above 0"),
+    ({"shots": -1}, "shots: -1 is below 0"),
+    ({"shots": 8}, "shots: 8 is more than the 1 items"),
+    ({"tasks": (Path("nowhere"),)}, "tasks: nowhere does not exist"),
+    ({"ablate": True}, "ablate: there is no text to score"),
+    ({"compare": Path("other")}, "compare: there is no text to score"),
 ]
 
 

@@ -200,17 +200,17 @@ def test_more_tokens_than_the_model_is_made_for_are_warned_of(merged: Path) -> N
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": ""}, "--prompt"),
-    ({"max_new_tokens": 0}, "--max-new-tokens: 0 is not above 0"),
-    ({"temperature": -0.5}, "--temperature: -0.5 is below 0"),
-    ({"temperature": float("nan")}, "--temperature"),
-    ({"top_k": 0}, "--top-k"),
-    ({"threads": 0}, "--threads"),
+    ({"prompt": ""}, "prompt"),
+    ({"max_new_tokens": 0}, "max_new_tokens: 0 is not above 0"),
+    ({"temperature": -0.5}, "temperature: -0.5 is below 0"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"top_k": 0}, "top_k"),
+    ({"threads": 0}, "threads"),
     ({"without": ("nobody",)}, "nobody"),
     ({"without": ("public",)}, "public"),
     ({"bundle": Path("nowhere")}, "nowhere"),
-    ({"device": "toaster"}, "--device"),
-    ({"dtype": "int4"}, "--dtype"),
+    ({"device": "toaster"}, "device"),
+    ({"dtype": "int4"}, "dtype"),
 ]
 
 

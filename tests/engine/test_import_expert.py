@@ -251,7 +251,7 @@ def test_other_weights_that_moved_are_refused_by_name(tmp_path: Path, anchor: Pa
         r"4 other weights \(lm_head.weight, model.layers.0.self_attn.q_proj.weight, .* and 1 more\)"
     ) as caught:
         take(anchor, dense, texts.code, Path("x.st"), router=str(rows))
-    assert "--ffn-only" in str(caught.value.hint)
+    assert "`ffn_only`" in str(caught.value.hint)
     one = fine_tune(anchor, tmp_path / "one", [*FFN, ATTENTION])
     with refused(r"1 other weight \(model.layers.0.self_attn.q_proj.weight\)"):
         take(anchor, one, texts.code, Path("x.st"), dry_run=True)
@@ -411,14 +411,14 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"dense": "nowhere"}, "'nowhere' is neither a directory nor a repository"),
     ({"anchor": Path("nowhere")}, "nowhere"),
     ({"data": (Path("nowhere"),)}, "nowhere does not exist"),
-    ({"expires": "next year"}, "--expires: 'next year'"),
-    ({"expires": "20310506"}, "--expires"),
-    ({"router": "magic"}, "--router: 'magic'"),
+    ({"expires": "next year"}, "expires: 'next year'"),
+    ({"expires": "20310506"}, "expires"),
+    ({"router": "magic"}, "router: 'magic'"),
     ({"router": "missing.st"}, "missing.st"),
     ({"router": "encoder"}, "no sentence encoder"),
-    ({"threads": 0}, "--threads"),
-    ({"device": "toaster"}, "--device"),
-    ({"dtype": "int4"}, "--dtype"),
+    ({"threads": 0}, "threads"),
+    ({"device": "toaster"}, "device"),
+    ({"dtype": "int4"}, "dtype"),
 ]
 
 

@@ -216,7 +216,7 @@ def test_existing_anchor_is_replaced_only_when_told(tmp_path: Path, texts: Any, 
     first = make(texts, tmp_path / "anchor", source=str(checkpoint))
     with pytest.raises(UsageError, match="exists") as caught:
         make(texts, tmp_path / "anchor", source=str(checkpoint), seed=1)
-    assert "--overwrite" in str(caught.value.hint)
+    assert "`overwrite`" in str(caught.value.hint)
     assert open_anchor(tmp_path / "anchor").digest == first.digest
     second = make(texts, tmp_path / "anchor", source=str(checkpoint), seed=1, overwrite=True)
     assert open_anchor(tmp_path / "anchor").digest == second.digest != first.digest
@@ -252,15 +252,15 @@ def test_unfit_source_is_refused_by_its_field_before_anything_is_read(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"anneal_tokens": 5}, "--anneal-tokens"),
-        ({"source": "SOURCE", "max_tokens": 5}, "--max-tokens"),
+        ({"anneal_tokens": 5}, "anneal_tokens"),
+        ({"source": "SOURCE", "max_tokens": 5}, "max_tokens"),
         ({"data": (Path("nowhere"),)}, "nowhere does not exist"),
-        ({"preset": "nano", "threads": 0}, "--threads"),
-        ({"preset": "nano", "lr": -1.0}, "--lr: -1.0 is not above 0"),
-        ({"preset": "nano", "sample_tokens": 0}, "--sample-tokens"),
-        ({"anneal_tokens": -1}, "--anneal-tokens: -1 is below 0"),
-        ({"preset": "nano", "device": "toaster"}, "--device"),
-        ({"preset": "nano", "dtype": "int4"}, "--dtype"),
+        ({"preset": "nano", "threads": 0}, "threads"),
+        ({"preset": "nano", "lr": -1.0}, "lr: -1.0 is not above 0"),
+        ({"preset": "nano", "sample_tokens": 0}, "sample_tokens"),
+        ({"anneal_tokens": -1}, "anneal_tokens: -1 is below 0"),
+        ({"preset": "nano", "device": "toaster"}, "device"),
+        ({"preset": "nano", "dtype": "int4"}, "dtype"),
     ],
 )
 @pytest.mark.usefixtures("tiny_preset")

@@ -181,10 +181,10 @@ def test_top_k_is_kept_as_asked_and_clamped_where_it_is_used(world: World) -> No
     listener = Listener()
     config = MergeConfig(experts=world.files("law"), anchor=world.anchor.path, output=Path("m"), top_k=3)
     assert merge(config, listener).num_experts_per_tok == 2
-    assert listener.warnings == ["--top-k 3 is more than there are experts: 2 are used"]
+    assert listener.warnings == ["`top_k` 3 is more than there are experts: 2 are used"]
     assert merge(MergeConfig(experts=(Path("m"), *world.files()[:1]), output=Path("n"))).num_experts_per_tok == 3
     assert open_merged(Path("n")).manifest.num_experts_per_tok_requested == 3
-    with pytest.raises(UsageError, match="--top-k: is 0"):
+    with pytest.raises(UsageError, match="top_k: 0"):
         merged(world, Path("o"), top_k=0)
 
 

@@ -80,11 +80,11 @@ def test_one_model_is_in_memory_at_a_time(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"data": ("nothing",)}, "--data: 'nothing' is not NAME=PATH"),
+        ({"data": ("=nothing",)}, "data: '=nothing' is not NAME=PATH"),
         ({"data": ("a=nowhere",)}, "nowhere"),
         ({"data": ("a=empty.txt",)}, "no document with text in empty.txt"),
-        ({"data": ("a=some.txt",), "seq_len": 0}, "--seq-len: 0 is not above 0"),
-        ({"data": ("a=some.txt",), "dtype": "int8"}, "--dtype: 'int8' is not known"),
+        ({"data": ("a=some.txt",), "seq_len": 0}, "seq_len: 0 is not above 0"),
+        ({"data": ("a=some.txt",), "dtype": "int8"}, "dtype: 'int8' is not known"),
     ],
 )
 def test_what_cannot_be_scored_changes_nothing(

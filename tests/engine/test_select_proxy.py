@@ -142,14 +142,14 @@ def test_wrong_settings_are_refused_and_leave_nothing(tmp_path: Path, anchor: Pa
     (tmp_path / "short.txt").write_text("too short")
     kept = list(tmp_path.iterdir())
     refusals: list[tuple[dict[str, Any], str]] = [
-        ({"count": 0}, "--count"),
-        ({"count": 10**6}, "--count: 1000000 is more than the"),
+        ({"count": 0}, "count"),
+        ({"count": 10**6}, "count: 1000000 is more than the"),
         ({"name": "public"}, "public"),
         ({"public": Path("nowhere")}, "nowhere does not exist"),
         ({"data": Path("short.txt")}, "1 passages are too few"),
         ({"public": Path("short.txt")}, "1 public documents are too few"),
         ({"output": Path("short.txt")}, "short.txt exists"),
-        ({"device": "toaster"}, "--device"),
+        ({"device": "toaster"}, "device"),
     ]
     for settings, says in refusals:
         with pytest.raises(FlexctlError) as caught:

@@ -438,7 +438,7 @@ def test_existing_expert_is_replaced_only_when_told(tmp_path: Path, anchor: Path
     first = train(anchor, texts.code, tmp_path / "x.st")
     with pytest.raises(UsageError, match="exists") as caught:
         train(anchor, texts.code, tmp_path / "x.st", seed=1)
-    assert "--overwrite" in str(caught.value.hint)
+    assert "`overwrite`" in str(caught.value.hint)
     assert open_expert(tmp_path / "x.st").digest == first.digest
     second = train(anchor, texts.code, tmp_path / "x.st", seed=1, overwrite=True)
     assert open_expert(tmp_path / "x.st").digest == second.digest != first.digest
@@ -449,31 +449,31 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"data": (Path("nowhere"),)}, "nowhere does not exist"),
     ({"name": "public"}, "public"),
     ({"name": "Not A Name"}, "Not A Name"),
-    ({"expires": "next year"}, "--expires: 'next year'"),
-    ({"expires": "2027-02-30"}, "--expires"),
-    ({"public_mix": 1.0}, "--public-mix"),
-    ({"public_mix": -0.1}, "--public-mix"),
-    ({"max_tokens": 0}, "--max-tokens"),
-    ({"max_steps": -1}, "--max-steps"),
-    ({"epochs": 0}, "--epochs"),
-    ({"lr": float("nan")}, "--lr"),
-    ({"seq_len": 0}, "--seq-len"),
-    ({"batch_tokens": 0}, "--batch-tokens"),
-    ({"micro_batch": 0}, "--micro-batch"),
-    ({"checkpoint_steps": 0}, "--checkpoint-steps"),
-    ({"threads": 0}, "--threads"),
-    ({"warmup_steps": -1}, "--warmup-steps"),
-    ({"tether": -1.0}, "--tether"),
-    ({"rank": 0}, "--rank: 0"),
-    ({"rank": 20}, "--rank: 20 is no smaller than full matrices of 48 x 32; the highest that is smaller is 19"),
+    ({"expires": "next year"}, "expires: 'next year'"),
+    ({"expires": "2027-02-30"}, "expires"),
+    ({"public_mix": 1.0}, "public_mix"),
+    ({"public_mix": -0.1}, "public_mix"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_steps": -1}, "max_steps"),
+    ({"epochs": 0}, "epochs"),
+    ({"lr": float("nan")}, "lr"),
+    ({"seq_len": 0}, "seq_len"),
+    ({"batch_tokens": 0}, "batch_tokens"),
+    ({"micro_batch": 0}, "micro_batch"),
+    ({"checkpoint_steps": 0}, "checkpoint_steps"),
+    ({"threads": 0}, "threads"),
+    ({"warmup_steps": -1}, "warmup_steps"),
+    ({"tether": -1.0}, "tether"),
+    ({"rank": 0}, "rank: 0"),
+    ({"rank": 20}, "rank: 20 is no smaller than full matrices of 48 x 32; the highest that is smaller is 19"),
     ({"rank": 1000}, "the highest that is smaller is 19"),
-    ({"public_match": -1.0}, "--public-match"),
-    ({"router": "magic"}, "--router"),
+    ({"public_match": -1.0}, "public_match"),
+    ({"router": "magic"}, "router"),
     ({"router": "missing.st"}, "missing.st"),
     ({"router": "encoder"}, "encoder"),
     ({"public": Path("nowhere")}, "nowhere does not exist"),
-    ({"device": "toaster"}, "--device"),
-    ({"dtype": "int4"}, "--dtype"),
+    ({"device": "toaster"}, "device"),
+    ({"dtype": "int4"}, "dtype"),
 ]
 
 

@@ -222,15 +222,15 @@ def test_wrong_lists_and_settings_are_refused_in_one_line(
     kept = {"bare", "other"}
     wrong_anchor = type(proxy.anchor)(digest="sha256:" + "0" * 64, model_type="olmo2", name="x")
     refusals: list[tuple[type[FlexctlError], dict[str, Any], str]] = [
-        (UsageError, {"proxies": (code,)}, "--proxy: none for sums; every closed expert needs one"),
+        (UsageError, {"proxies": (code,)}, "proxy: none for sums; every closed expert needs one"),
         (BundleError, {"proxies": (code, code, sums)}, "and so is that of"),
         (BundleError, {"proxies": (forge(name="law"), sums)}, "name is 'law'"),
         (BundleError, {"crawl": None}, "made from another public text"),
         (UsageError, {"merged": tmp_path / "bare"}, "has no closed expert"),
         (UsageError, {"output": tmp_path / "bare", "overwrite": False}, "exists already"),
         (UsageError, {"seq_len": 100_000}, "do not fill one sequence"),
-        (UsageError, {"tether": -1.0}, "--tether"),
-        (UsageError, {"max_tokens": 0}, "--max-tokens"),
+        (UsageError, {"tether": -1.0}, "tether"),
+        (UsageError, {"max_tokens": 0}, "max_tokens"),
         (BundleError, {"proxies": (experts["code"], sums)}, "code.st"),
     ]
     for kind, changes, says in refusals:

@@ -79,6 +79,14 @@ def test_a_table_is_a_domain_and_goes_by_its_field(texts: Any, tmp_path: Path) -
     assert domain.size_bytes() == (tmp_path / "code.parquet").stat().st_size
 
 
+def test_a_path_alone_names_its_domain(tmp_path: Path) -> None:
+    (tmp_path / "law.test.jsonl").write_text('{"text": "some"}\n')
+    (tmp_path / "news").mkdir()
+    (tmp_path / "news/a.txt").write_text("some")
+    found = parse_domains([str(tmp_path / "law.test.jsonl"), f"{tmp_path / 'news'}/", f"own={tmp_path / 'news'}"])
+    assert [domain.name for domain in found] == ["law", "news", "own"]
+
+
 def test_no_text_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "blank.txt").write_text(" \n")
     model = tiny.build(tiny.make_weights(tiny.dense_config()))

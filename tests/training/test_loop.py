@@ -168,7 +168,7 @@ def test_loss_that_is_not_finite_stops_the_run(value: float) -> None:
     with pytest.raises(FlexctlError, match="at step 2") as caught:
         run(model, after_step=spoil)
     assert caught.value.exit_code == 1
-    assert "--lr" in str(caught.value.hint)
+    assert "`lr`" in str(caught.value.hint)
 
 
 def test_bfloat16_products_leave_float32_weights() -> None:

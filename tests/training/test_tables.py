@@ -105,7 +105,7 @@ def test_another_field(tmp_path: Path) -> None:
     for name, kind in (("a.csv", "column"), ("b.parquet", "column")):
         error = refused(tmp_path / name)
         assert f"no {kind} 'text'; there are 'id', 'body', 'more'" in error.message
-        assert error.hint == "--text-field NAME"
+        assert error.hint == "name it by `text_field`"
     assert "line 1: no field 'title'; there are 'body', 'text'" in refused(tmp_path / "c.jsonl", "title").message
 
 

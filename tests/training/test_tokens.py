@@ -224,7 +224,7 @@ def test_without_public_text_the_share_is_nothing() -> None:
 def test_too_little_text_is_refused_and_named() -> None:
     short, enough = TokenStream(np.zeros(4, np.int32)), numbered(0, 3, 4)
     settings_of = {"seq_len": 4, "batch_size": 1, "seed": 0}
-    with pytest.raises(UsageError, match=r"--data: 4 tokens do not fill one sequence of 4"):
+    with pytest.raises(UsageError, match=r"data: 4 tokens do not fill one sequence of 4"):
         Mixture(short, enough, public_share=0.5, **settings_of)
     with pytest.raises(UsageError, match="the public sample"):
         Mixture(enough, short, public_share=0.5, **settings_of)

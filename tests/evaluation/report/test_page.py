@@ -469,6 +469,6 @@ def test_more_experts_than_colours() -> None:
 
 def test_without_matplotlib_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "find_spec", lambda _name: None)
-    with pytest.raises(UsageError, match="--report needs matplotlib") as caught:
+    with pytest.raises(UsageError, match="report: needs matplotlib") as caught:
         render(example_report())
     assert caught.value.hint == "pip install 'flexctl[report]'"

@@ -158,7 +158,7 @@ def test_shots_are_other_items_or_those_of_the_file_beside_it(tmp_path: Path, lm
     run_task(task, lm, None)
     for prompt in prompts(task):
         assert prompt.startswith("Question: who came home?\nAnswer: the miller\n\nQuestion: who walked")
-    with pytest.raises(UsageError, match="--shots: 2 is more than the 1 items"):
+    with pytest.raises(UsageError, match="shots: 2 is more than the 1 items"):
         read(path, shots=2)
 
 
