@@ -1,6 +1,7 @@
 # Written by `make docs` from flexctl/commands.py; a test checks that it is current.
 
 from flexctl.bundle.checks import Check as Check
+from flexctl.bundle.manifest import PrivacyInfo as PrivacyInfo
 from flexctl.engine.compress import CompressConfig as CompressConfig
 from flexctl.engine.compress import CompressResult as CompressResult
 from flexctl.engine.compress import compress as compress

@@ -72,6 +72,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "runtime": ("SILENT", "Progress", "Reporter"),
     "workspace": ("Workspace",),
     "bundle.checks": ("Check",),
+    "bundle.manifest": ("PrivacyInfo",),
     "evaluation.comparison": ("Comparison", "DomainComparison", "Moved"),
     "evaluation.explaining": ("Piece",),
     "hub.remote": ("BundleFile",),

@@ -91,7 +91,7 @@ Domains = Annotated[
     ),
 ]
 TextField = Annotated[str, flag("NAME", "Column or .jsonl field that holds the text.", DATA)]
-Public = Annotated[Path | None, flag("PATH", "Public text, as `data`, to use instead of the anchor's sample.", DATA)]
+Public = Annotated[Path | None, flag("PATH", "Public text to use instead of the anchor's sample.", DATA)]
 
 # What it is about.
 Anchor = Annotated[Path | None, flag("DIR", "The anchor, here or hf://OWNER/NAME (default: the workspace's).", MODEL)]

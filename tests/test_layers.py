@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,11 @@ def test_only_main_catches_everything(source: str) -> None:
         if isinstance(node, ast.ExceptHandler):
             caught = "everything" if node.type is None else ast.unparse(node.type)
             assert caught not in ("everything", "Exception", "BaseException"), f"{source}:{node.lineno}"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_typer_is_used_by_its_public_interface(source: str) -> None:
+    assert not [name for name in all_imports(source) if re.match(r"typer\.[a-z_]", name)]
 
 
 def test_every_part_has_a_layer() -> None:

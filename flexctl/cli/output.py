@@ -77,7 +77,7 @@ class Output:
     def error(self, kind: str, error: FlexctlError) -> int:
         """Print an error of type ``kind`` and return its exit code."""
         message = named(error.message, self._names)
-        if error.field in self._names:
+        if error.field is not None and error.field in self._names:
             message = self._names[error.field] + message.removeprefix(error.field)
         hint = error.hint and named(error.hint, self._names)
         if self._json:

@@ -21,6 +21,7 @@ from flexctl.bundle import (
     write_expert,
 )
 from flexctl.bundle.lowrank import refuse_useless_rank
+from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import check_expert_name
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub import localise
@@ -134,7 +135,7 @@ class TrainExpertResult:
     held_out: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens_per_s: float | None = None
     frozen_verified: bool | None = None
-    privacy: dict[str, Any] | None = None
+    privacy: PrivacyInfo | None = None
     bias: list[float] = field(default_factory=list)
     rank: int | None = None
     bytes_written: int = 0

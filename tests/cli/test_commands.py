@@ -89,6 +89,8 @@ def test_train_expert(terminal: Terminal, anchor: Path, texts: Texts) -> None:
     text = terminal.text("train-expert", "--data", texts.code, *flags, "--name", "other")
     assert text.startswith("Trained expert other: experts/other.st: ")
     assert "held-out loss" in text
+    wrong = ("--data", texts.code, *flags, "--name", "third", "--public", "nowhere")
+    assert terminal.error("train-expert", *wrong, code=2) == "--public: nowhere does not exist"
     assert "--lr is 'fast'" in terminal.error("train-expert", "--data", texts.code, "--lr", "fast", code=2)
 
 
@@ -159,6 +161,7 @@ def test_evaluate(space: Terminal, texts: Texts) -> None:
     text = space.text("evaluate", *flags, "--without", "code")
     assert "without code" in text
     assert "bits per byte" in text
+    assert list(space.json("evaluate", "--data", texts.code_test, "--threads", "1")["perplexity"]) == ["code-test"]
     message = space.error("evaluate", "--data", f"={texts.code_test}", code=2)
     assert "NAME=PATH" in message
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typer.main import get_command
 import flexctl
 from flexctl.cli.app import main
 from flexctl.cli.commands import Call, make_app
-from flexctl.cli.help import examples
+from flexctl.cli.help import examples, page, sections
 from flexctl.cli.reference import reference, stub
 from flexctl.commands import COMMANDS as ROWS
 from flexctl.commands import Command
@@ -91,6 +92,25 @@ def test_examples_can_be_read(row: Command) -> None:
         call = GROUP.main(args=arguments, prog_name=program, standalone_mode=False)
         assert isinstance(call, Call)
         assert call.command == row.name
+
+
+def test_a_page_has_the_flags_of_most_people_first_and_the_others_in_sections(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train-expert", "--help"]) == 0
+    page = capsys.readouterr().out
+    titles = re.findall(r"^([A-Z][a-z ]+):$", page, re.MULTILINE)
+    assert titles == ["Most used", "Data", "Training", "Router", "Rights", "Hardware", "Output", "Examples"]
+    first = page.split("Most used:\n")[1].split("\n\n")[0]
+    assert re.findall(r"--[a-z-]+(?= [A-Z])", first) == ["--data", "--name", "--anchor", "--max-tokens", "--output"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_page_names_flags_and_every_option_once(row: Command) -> None:
+    config_class = getattr(flexctl, row.config)
+    entries = [flag for rows in sections(config_class).values() for flag, _ in rows]
+    assert len(entries) == len(set(entries)) == len(options(config_class)) + len(MANNERS)
+    assert "`" not in page(row, config_class)
 
 
 def test_defaults_are_the_configs(capsys: pytest.CaptureFixture[str]) -> None:

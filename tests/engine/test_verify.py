@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def copy_of(world: World, name: str) -> Path:
 def failures(result: VerifyResult) -> dict[str, str]:
     assert result.ok == all(check.ok for check in result.checks)
     for check in result.checks:
-        assert set(check) == {"name", "ok", "detail"}
+        assert set(asdict(check)) == {"name", "ok", "detail"}
         assert "\n" not in check.detail
     return {check.name: check.detail for check in result.checks if not check.ok}
 
