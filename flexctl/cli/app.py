@@ -12,8 +12,8 @@ from typing import Any, cast
 import typer
 
 import flexctl
-from flexctl.cli.commands import Call, make_app
 from flexctl.cli.output import Output
+from flexctl.cli.parsing import Call, make_app
 from flexctl.commands import COMMANDS
 from flexctl.config import resolve
 from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError

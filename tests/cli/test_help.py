@@ -17,8 +17,8 @@ from typer.main import get_command
 
 import flexctl
 from flexctl.cli.app import main
-from flexctl.cli.commands import Call, make_app
 from flexctl.cli.help import examples, page, sections
+from flexctl.cli.parsing import Call, make_app
 from flexctl.cli.reference import reference, stub
 from flexctl.commands import COMMANDS as ROWS
 from flexctl.commands import Command

@@ -86,7 +86,7 @@ def test_code_is_refused_and_never_fetched(
         "evaluate": ("hf://acme/merged", "--data", f"code={texts.code_test}"),
         "generate": ("hf://acme/merged", "--prompt", "def"),
         "verify": ("hf://acme/merged",),
-        "embed-router": ("--data", texts.code, "--anchor", anchor, "--compare", "hf://acme/merged"),
+        "embed-router": ("--data", texts.code, "--anchor", anchor, "--against", "hf://acme/merged"),
     }
     assert "modeling_evil.py is no part" in terminal.error(command, *extra[command], code=3)
     assert not [request for request in published.requests if "modeling_evil" in request]
@@ -95,8 +95,8 @@ def test_code_is_refused_and_never_fetched(
 
 def test_embed_router(published: Hub, anchor: Path, experts: dict[str, Path], texts: Texts, terminal: Terminal) -> None:
     assert published.repositories
-    here = ("--anchor", anchor, "--expert", experts["code"], "--compare", experts["sums"])
-    there = ("--anchor", "hf://acme/anchor", "--expert", "hf://acme/code", "--compare", "hf://acme/sums")
+    here = ("--anchor", anchor, "--expert", experts["code"], "--against", experts["sums"])
+    there = ("--anchor", "hf://acme/anchor", "--expert", "hf://acme/code", "--against", "hf://acme/sums")
     one = terminal.json("embed-router", "--data", texts.code, *here, "-o", "one.st")
     two = terminal.json("embed-router", "--data", texts.code, *there, "-o", "two.st")
     assert one["digest"] == two["digest"]
