@@ -16,8 +16,9 @@ Written by `make docs` from the commands; a test checks that it is current.
 
 Every flag may also come from the environment (`--max-tokens` is `FLEXCTL_MAX_TOKENS`) or from `flexctl.toml`
 (`max_tokens` under `[train_expert]`); the order is flag, environment, flexctl.toml, default. Several values in one
-variable are separated by commas, paths (`NAME=PATH` too) as in `PATH`. Relative paths count from where you stand, those in
-flexctl.toml from its own directory; a path inside other text (`NAME=PATH`, a router file) always from where you stand.
+variable are separated by commas; paths, a `NAME=PATH` too, as in `PATH`. Relative paths count from where you stand,
+those in flexctl.toml from its own directory; a path inside other text (`NAME=PATH`, a router file) always from where
+you stand. In Python the same options are fields of the command's Config, under the same names.
 
 `flexctl.toml` is looked for here and upwards. Its table `[workspace]` says where things are (`anchor`, `experts`,
 `merged`); `FLEXCTL_ANCHOR`, `FLEXCTL_EXPERTS` and `FLEXCTL_MERGED` override it.
