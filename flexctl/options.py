@@ -134,14 +134,37 @@ class Option:
             raise UsageError(f"{value} is not below {self.below}", field=self.field)
 
 
-def flag(metavar: str, help: str, section: str, **more: Any) -> Option:
+def flag(
+    metavar: str,
+    help: str,
+    section: str,
+    *,
+    name: str | None = None,
+    short: str | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    check: Callable[[Any, str], None] | None = None,
+    paths: bool = False,
+) -> Option:
     """Return an option with a value, given by a flag: see ``Option``."""
-    return Option(metavar=metavar, help=help, section=section, **more)
+    return Option(
+        metavar=metavar,
+        help=help,
+        section=section,
+        name=name,
+        short=short,
+        above=above,
+        at_least=at_least,
+        below=below,
+        check=check,
+        paths=paths,
+    )
 
 
-def switch(help: str, section: str, **more: Any) -> Option:
-    """Return an option that is on or off: see ``Option``."""
-    return Option(help=help, section=section, **more)
+def switch(help: str, section: str, *, short: str | None = None) -> Option:
+    """Return an option that is on or off, given by a flag."""
+    return Option(help=help, section=section, short=short)
 
 
 def argument(metavar: str, help: str) -> Option:
