@@ -119,8 +119,11 @@ class Option:
         """Refuse a value that no run can use. None means "not given" and passes.
 
         Raises:
-            UsageError: It is out of range.
+            UsageError: It is out of range, or none of the choices.
         """
+        choices = typing.get_args(self.type) if typing.get_origin(self.type) is typing.Literal else ()
+        if choices and value not in choices:
+            raise UsageError(f"{value!r} is not one of {', '.join(map(str, choices))}", field=self.field)
         if self.check is not None and value is not None:
             self.check(value, self.field)
         if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -106,6 +106,11 @@ def test_an_option_is_one_field_for_python_too() -> None:
     assert GreetConfig(name="you").threads is None
 
 
+def test_a_choice_is_checked_for_python_users() -> None:
+    with pytest.raises(UsageError, match=r"^preset: 'big' is not one of nano, micro, small$"):
+        flexctl.InitAnchorConfig(data=(Path("x"),), preset="big")
+
+
 def test_a_mistyped_path_is_named_by_its_own_field() -> None:
     from flexctl.training.documents import text_files
 

@@ -72,7 +72,8 @@ def sections(config_class: type) -> dict[str, list[tuple[str, str]]]:
     own = options(config_class)
     flags = [option for option in own if not option.is_argument]
     first, others = flags[:_FIRST], [*flags[_FIRST:], *options(Manner)]
-    found = {"Arguments": [option for option in own if option.is_argument], "Most used": first}
+    title = "Most used" if len(flags) > _FIRST else "Options"
+    found = {"Arguments": [option for option in own if option.is_argument], title: first}
     found |= {title: [option for option in others if option.section == title] for title in SECTIONS}
     shown = {title: [(_flag(option), _text(option, names)) for option in found[title]] for title in found}
     shown[OUTPUT].append(_HELP)
