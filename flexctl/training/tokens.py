@@ -186,7 +186,7 @@ class EqualShares:
             if text.num_sequences(seq_len) == 0:
                 raise UsageError(
                     f"{name}: {len(text)} tokens of public text do not fill one sequence of {seq_len}",
-                    hint="choose more documents with select-proxy --count, or give a smaller `seq_len`",
+                    hint="choose more documents (flexctl select-proxy --count), or give a smaller `seq_len`",
                 )
 
     def batch(self, step: int) -> Tensor:
