@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexctl.bundle.anchor import Anchor, open_anchor, read_checkpoint, read_dense_config, write_anchor
+from flexctl.bundle.anchor import Anchor, open_anchor, write_anchor
 from flexctl.bundle.dense import compare_dense, open_dense
 from flexctl.bundle.expert import Expert, open_expert, pair_weights, reroute_expert, weights_beside, write_expert
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
@@ -10,6 +10,7 @@ from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
+from flexctl.bundle.stock import read_checkpoint, read_dense_config
 from flexctl.bundle.tensors import RawTensor, TensorType, check_agreement
 from flexctl.bundle.weights import Weights
 

@@ -7,16 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flexctl.bundle.anchor import (
-    DENSE_PREFIX,
-    ROUTER_SPACE_PREFIX,
-    Anchor,
-    checkpoint_spans,
-    hash_weights,
-    read_dense_config,
-)
-from flexctl.bundle.hashing import Advance, Piece, silent
+from flexctl.bundle.anchor import ROUTER_SPACE_PREFIX, Anchor
+from flexctl.bundle.hashing import Advance, Piece, hash_weights, silent
 from flexctl.bundle.manifest import TensorInfo, digest_of
+from flexctl.bundle.stock import DENSE_PREFIX, checkpoint_spans, read_dense_config
 from flexctl.bundle.tensors import Span, Typed, check_agreement
 from flexctl.bundle.weights import Weights, dense_weights
 from flexctl.errors import BundleError

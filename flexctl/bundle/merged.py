@@ -19,6 +19,7 @@ from flexctl.bundle.manifest import (
     MergedManifest,
 )
 from flexctl.bundle.names import PUBLIC
+from flexctl.bundle.stock import CARD_FILE, CONFIG_FILE, INDEX_FILE
 from flexctl.bundle.tensors import Span, TensorType, check_agreement
 from flexctl.bundle.validation import read_manifest
 from flexctl.bundle.weights import Weights
@@ -39,9 +40,6 @@ __all__ = [
     "weight_files",
 ]
 
-CARD_FILE = "README.md"
-CONFIG_FILE = "config.json"
-INDEX_FILE = "model.safetensors.index.json"
 SHARED_FILE = "model-shared.safetensors"
 ROUTER_FILE = "model-router.safetensors"
 UNTUNED_ROUTER_FILE = "router-untuned.safetensors"

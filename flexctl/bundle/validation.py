@@ -21,6 +21,7 @@ from flexctl.bundle.manifest import (
     digest_of,
 )
 from flexctl.bundle.names import PUBLIC, check_anchor_name, check_expert_name, check_file_name, shown
+from flexctl.bundle.stock import is_data_file
 from flexctl.bundle.tensors import ITEM_SIZES
 from flexctl.errors import BundleError
 
@@ -73,6 +74,8 @@ def _check(manifest: Manifest, where: str) -> None:
     for name, sha256 in (files or {}).items():
         check_file_name(name, f"{where}: files")
         _check_pattern(sha256, _SHA256, f"{where}: files.{name}")
+        if not is_data_file(name):
+            raise BundleError(f"{where}: files lists {shown(name)}; expected data files alone, no code and no pickles")
     if digest_of(manifest.tensors, files) != manifest.digest:
         raise BundleError(
             f"{where}: digest is {shown(manifest.digest)}, but its content has another", hint="the file was changed"
