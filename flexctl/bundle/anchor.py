@@ -35,9 +35,9 @@ from flexctl.bundle.stock import (
 )
 from flexctl.bundle.store import copy_range, new_directory
 from flexctl.bundle.tensors import RawTensor, Span, TensorType, check_agreement
-from flexctl.bundle.validation import read_manifest
+from flexctl.bundle.validation import read_directory_manifest
 from flexctl.bundle.weights import Weights, dense_weights
-from flexctl.errors import BundleError, UsageError
+from flexctl.errors import BundleError
 from flexctl.families import feed_forward_names
 
 __all__ = [
@@ -116,7 +116,7 @@ def open_anchor(path: Path) -> Anchor:
         UsageError: There is no such directory.
         BundleError: It is no anchor, or manifest, headers and config.json do not agree.
     """
-    manifest = read_manifest(_manifest_bytes(path), str(path / MANIFEST_FILE))
+    manifest = read_directory_manifest(path)
     if not isinstance(manifest, AnchorManifest):
         raise BundleError(f"{path / MANIFEST_FILE}: kind is {manifest.kind!r}; expected 'anchor'")
     config_bytes = read_bytes(path / CONFIG_FILE)
@@ -206,12 +206,6 @@ def write_tensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
         file.write(stock_head(tensors))
         for tensor in tensors.values():
             file.write(tensor.view())
-
-
-def _manifest_bytes(path: Path) -> bytes:
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such directory", hint="name the directory of a bundle")
-    return read_bytes(path / MANIFEST_FILE)
 
 
 def _router_space_spans(path: Path) -> dict[str, Span]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexctl.bundle.codec import indented_json, parse_json, read_bytes
+from flexctl.bundle.hashing import hash_weights
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import expert_layout
 from flexctl.bundle.manifest import Architecture
@@ -20,12 +21,15 @@ __all__ = [
     "CARD_FILE",
     "CONFIG_FILE",
     "DENSE_PREFIX",
+    "EMBEDDING",
+    "HEAD",
     "INDEX_FILE",
     "STOCK_FILES",
     "WEIGHT_FILES",
     "architecture_of",
     "check_feed_forward",
     "checkpoint_spans",
+    "head_differs",
     "indexed_spans",
     "is_data_file",
     "is_stock_file",
@@ -34,6 +38,7 @@ __all__ = [
     "read_checkpoint",
     "read_dense_config",
     "stock_bytes",
+    "unread_weights",
     "without_pointers",
 ]
 
@@ -41,6 +46,7 @@ CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DENSE_PREFIX = "model."
 """Before an expert tensor's name, the name of the same matrix in a dense checkpoint; true of every family."""
 
@@ -161,6 +167,24 @@ def checkpoint_spans(path: Path) -> dict[str, Span]:
     spans = indexed_spans(entry) if entry.name.endswith(".index.json") else dict(read_header(entry).tensors)
     _refuse_prefix(spans, entry)
     return spans
+
+
+def head_differs(spans: Mapping[str, Span]) -> bool:
+    """Return whether a head lies beside the embedding and is another matrix, by their bytes.
+
+    Raises:
+        BundleError: One holds NaN or infinity, or a file ends early.
+    """
+    if HEAD not in spans or EMBEDDING not in spans:
+        return False
+    infos = hash_weights({name: spans[name] for name in (EMBEDDING, HEAD)})
+    return infos[EMBEDDING] != infos[HEAD]
+
+
+def unread_weights(checkpoint: Path) -> list[str]:
+    """Return the safetensors files of a checkpoint that its weights do not lie in, by name: Transformers loads none."""
+    taken = {span.path.name for span in checkpoint_spans(checkpoint).values()}
+    return sorted(item.name for item in checkpoint.glob("*.safetensors") if item.name not in taken)
 
 
 def indexed_spans(index: Path) -> dict[str, Span]:

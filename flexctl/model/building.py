@@ -161,10 +161,27 @@ def route(model: Any) -> nn.Module:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed."""
+    """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed.
+
+    Raises:
+        UsageError: It is a SentencePiece model alone, and what reads one is not installed.
+    """
     import transformers
 
+    _refuse_bare_sentencepiece(path)
     return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _refuse_bare_sentencepiece(path: Path) -> None:
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    bare = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+    if bare and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise UsageError(
+            f"{path}: its tokenizer is tokenizer.model alone, which needs sentencepiece and protobuf to be read",
+            hint="pip install sentencepiece protobuf; or save it there as tokenizer.json: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
 
 
 def dense_shapes(dense_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

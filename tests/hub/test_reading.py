@@ -125,9 +125,9 @@ def test_a_hub_that_is_not_there(hub: Hub, terminal: Terminal, monkeypatch: pyte
     assert "connection to the Hub failed" in terminal.error("pull", "acme/law", code=1)
 
 
-def test_a_checkpoint_from_the_hub(hub: Hub, in_empty_folder: Path) -> None:
+def test_a_checkpoint_from_the_hub(hub: Hub, in_empty_folder: Path, checkpoint: Path) -> None:
     assert in_empty_folder
-    files = read_directory(make_checkpoint(Path("base").absolute()))
+    files = read_directory(make_checkpoint(Path("base").absolute(), vocab=VOCAB_SIZE, tokenizer=checkpoint))
     hub.make("acme/base", {**files, "modeling.py": b"raise SystemExit", "pytorch_model.bin": b"x"})
     assert read_directory(fetch_checkpoint("acme/base")) == files
     assert read_directory(fetch_checkpoint("hf://acme/base@main")) == files
