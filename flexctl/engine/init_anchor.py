@@ -271,7 +271,7 @@ def _checkpoint(
     elif config.anneal_tokens:
         tokenizer, model = load_tokenizer(source), load_dense(source)
     else:
-        return source, (0, None)
+        return _readable(source, work), (0, None)
     stored = model.config.dtype
     trained = _train(config, model, tokenizer, work, reporter)
     folder = work / "checkpoint"
@@ -280,6 +280,25 @@ def _checkpoint(
         model.to(device="cpu", dtype=stored).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, trained
+
+
+def _readable(source: Path, work: Path) -> Path:
+    """Return the source, or where its tokenizer is a SentencePiece model alone, the same with a tokenizer.json.
+
+    So what reads such a model is needed once, and by none of those who use the anchor.
+    """
+    from flexctl.model.building import is_bare_sentencepiece, load_tokenizer
+
+    if not is_bare_sentencepiece(source):
+        return source
+    folder = work / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    load_tokenizer(source).save_pretrained(folder)
+    for file in source.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
 
 
 def _train(config: InitAnchorConfig, model: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:

@@ -27,6 +27,7 @@ __all__ = [
     "autocast_dtype",
     "build_model",
     "dense_shapes",
+    "is_bare_sentencepiece",
     "load_dense",
     "load_tokenizer",
     "moved_tensors",
@@ -172,15 +173,18 @@ def load_tokenizer(path: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
+def is_bare_sentencepiece(path: Path) -> bool:
+    """Return whether a checkpoint's tokenizer is a SentencePiece model that nobody has made a tokenizer.json of."""
+    return (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+
+
 def _refuse_bare_sentencepiece(path: Path) -> None:
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-    bare = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
-    if bare and not (is_sentencepiece_available() and is_protobuf_available()):
+    if is_bare_sentencepiece(path) and not (is_sentencepiece_available() and is_protobuf_available()):
         raise UsageError(
             f"{path}: its tokenizer is tokenizer.model alone, which needs sentencepiece and protobuf to be read",
-            hint="pip install sentencepiece protobuf; or save it there as tokenizer.json: "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            hint="pip install sentencepiece protobuf",
         )
 
 

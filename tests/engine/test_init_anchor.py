@@ -323,11 +323,30 @@ def test_a_special_id_beyond_the_embedding_is_refused_before_the_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sentencepiece_model_alone_says_what_reads_it(texts: Any, source: Path) -> None:
+def test_a_sentencepiece_model_alone_says_what_reads_it(
+    texts: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
     (source / "tokenizer.json").rename(source / "tokenizer.model")
     with pytest.raises(UsageError, match=r"tokenizer\.model alone, which needs sentencepiece and protobuf") as caught:
         make(texts, None, source=str(source), dry_run=True)
     assert str(caught.value.hint).startswith("pip install sentencepiece protobuf")
+
+
+def test_a_sentencepiece_model_becomes_a_tokenizer_that_all_can_read(tmp_path: Path, texts: Any, source: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = iter(list(read_documents([texts.public])))
+    model = str(source / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=model, vocab_size=90, minloglevel=2)
+    (source / "tokenizer.json").unlink()
+    named = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    make(texts, tmp_path / "anchor", source=str(source))
+    assert (tmp_path / "anchor/tokenizer.json").is_file()
+    text = next(iter(read_documents([texts.public_test])))
+    both = [load_tokenizer(path)(text)["input_ids"] for path in (source, tmp_path / "anchor")]
+    assert both[0] == both[1]
+    assert same_state(state_of(tmp_path / "anchor"), state_of(source))
 
 
 def test_the_router_space_is_of_the_weights_that_are_taken(tmp_path: Path, texts: Any, source: Path) -> None:
