@@ -121,7 +121,7 @@ def open_anchor(path: Path) -> Anchor:
         raise BundleError(f"{path / MANIFEST_FILE}: kind is {manifest.kind!r}; expected 'anchor'")
     config_bytes = read_bytes(path / CONFIG_FILE)
     if hashlib.sha256(config_bytes).hexdigest() != manifest.files.get(CONFIG_FILE):
-        raise BundleError(f"{path / 'config.json'}: its bytes are not those of the manifest", hint="fetch it again")
+        raise BundleError(f"{path / CONFIG_FILE}: its bytes are not those of the manifest", hint="fetch it again")
     weights = checkpoint_spans(path)
     _check_index(path, weights)
     spans = weights | _router_space_spans(path)
