@@ -12,7 +12,7 @@ from typing import Any
 
 from flexctl.errors import BundleError
 
-__all__ = ["FAMILIES", "PROJECTIONS", "Family", "family_of", "family_of_moe", "feed_forward_names"]
+__all__ = ["FAMILIES", "PROJECTIONS", "Family", "family_of", "feed_forward_names"]
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The three matrices of a SwiGLU feed-forward network, in the order that every file keeps them."""
@@ -128,19 +128,6 @@ def family_of(dense_type: str) -> Family:
         f"config.json: model_type is {dense_type!r}, which no mixture-of-experts class of stock software takes",
         hint=f"use an anchor of one of these families: {known}",
     )
-
-
-def family_of_moe(moe_type: str) -> Family:
-    """Return the first family whose merged models have this ``model_type``.
-
-    Raises:
-        BundleError: No family merges into that type.
-    """
-    for family in FAMILIES:
-        if family.moe_type == moe_type:
-            return family
-    known = ", ".join(sorted({family.moe_type for family in FAMILIES}))
-    raise BundleError(f"config.json: model_type is {moe_type!r}; merged models are one of {known}")
 
 
 def feed_forward_names(num_hidden_layers: int) -> Iterator[tuple[int, str, str]]:

@@ -22,12 +22,13 @@ from flexctl.bundle import (
     write_anchor,
     write_expert,
 )
-from flexctl.bundle.anchor import checkpoint_spans, write_tensors
+from flexctl.bundle.anchor import write_tensors
 from flexctl.bundle.codec import canonical_json, encode
 from flexctl.bundle.hashing import hash_raw
 from flexctl.bundle.headers import header_bytes
 from flexctl.bundle.layout import ROUTER_TENSOR, expert_layout
 from flexctl.bundle.manifest import MANIFEST_KEY, digest_of
+from flexctl.bundle.stock import checkpoint_spans
 from flexctl.bundle.tensors import TensorType, from_float32, size_of, to_float32
 from flexctl.families import family_of
 

@@ -13,8 +13,8 @@ import pytest
 from builders import make_anchor, make_checkpoint, write_zeros
 
 from flexctl.bundle import Anchor, RawTensor, RouterInfo, anchor, write_router_file
-from flexctl.bundle.anchor import checkpoint_spans
 from flexctl.bundle.headers import read_header
+from flexctl.bundle.stock import checkpoint_spans
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the process by RLIMIT_DATA and reads /proc")
 

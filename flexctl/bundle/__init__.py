@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexctl.bundle.anchor import Anchor, open_anchor, read_checkpoint, read_dense_config, write_anchor
+from flexctl.bundle.anchor import Anchor, open_anchor, write_anchor
 from flexctl.bundle.dense import compare_dense, open_dense
 from flexctl.bundle.expert import Expert, open_expert, pair_weights, reroute_expert, weights_beside, write_expert
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
@@ -10,6 +10,7 @@ from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
+from flexctl.bundle.stock import head_differs, left_out, named_code, read_checkpoint, read_dense_config, unread_weights
 from flexctl.bundle.tensors import RawTensor, TensorType, check_agreement
 from flexctl.bundle.weights import Weights
 
@@ -27,6 +28,9 @@ __all__ = [
     "Weights",
     "check_agreement",
     "compare_dense",
+    "head_differs",
+    "left_out",
+    "named_code",
     "open_anchor",
     "open_bundle",
     "open_dense",
@@ -38,6 +42,7 @@ __all__ = [
     "read_dense_config",
     "reroute_expert",
     "slug",
+    "unread_weights",
     "weights_beside",
     "write_anchor",
     "write_expert",

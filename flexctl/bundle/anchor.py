@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,56 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from flexctl.bundle.codec import indented_json, parse_json, read_bytes
-from flexctl.bundle.hashing import Advance, hash_file, hash_spans, in_parallel, locked, silent
+from flexctl.bundle.hashing import hash_file, hash_weights
 from flexctl.bundle.headers import read_header
-from flexctl.bundle.layout import expert_layout, index_json, stock_head
+from flexctl.bundle.layout import index_json, stock_head
 from flexctl.bundle.manifest import (
     MANIFEST_FILE,
     AnchorManifest,
     Architecture,
-    TensorInfo,
     digest_of,
     write_manifest,
 )
-from flexctl.bundle.names import check_anchor_name, check_file_name, shown
+from flexctl.bundle.names import check_anchor_name
+from flexctl.bundle.stock import (
+    CONFIG_FILE,
+    DENSE_PREFIX,
+    INDEX_FILE,
+    architecture_of,
+    check_feed_forward,
+    checkpoint_spans,
+    indexed_spans,
+    is_stock_file,
+    read_dense_config,
+    stock_bytes,
+    without_pointers,
+)
 from flexctl.bundle.store import copy_range, new_directory
-from flexctl.bundle.tensors import FLOAT_DTYPES, RawTensor, Span, TensorType, check_agreement
-from flexctl.bundle.validation import read_manifest
+from flexctl.bundle.tensors import RawTensor, Span, TensorType, check_agreement
+from flexctl.bundle.validation import read_directory_manifest
 from flexctl.bundle.weights import Weights, dense_weights
-from flexctl.errors import BundleError, UsageError
-from flexctl.families import family_of, feed_forward_names
+from flexctl.errors import BundleError
+from flexctl.families import feed_forward_names
 
 __all__ = [
     "ROUTER_SPACE_PREFIX",
     "Anchor",
-    "checkpoint_spans",
-    "hash_weights",
-    "is_stock_file",
     "open_anchor",
-    "read_checkpoint",
-    "read_dense_config",
     "write_anchor",
     "write_tensors",
 ]
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 ROUTER_SPACE_FILE = "router-space.safetensors"
 ROUTER_SPACE_PREFIX = "router_space."
 PUBLIC_SAMPLE_FILE = "public-sample.safetensors"
-DENSE_PREFIX = "model."
-"""Before an expert tensor's name, the name of the same matrix in a dense checkpoint; true of every family."""
-
-_STOCK_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,17 +116,19 @@ def open_anchor(path: Path) -> Anchor:
         UsageError: There is no such directory.
         BundleError: It is no anchor, or manifest, headers and config.json do not agree.
     """
-    manifest = read_manifest(_manifest_bytes(path), str(path / MANIFEST_FILE))
+    manifest = read_directory_manifest(path)
     if not isinstance(manifest, AnchorManifest):
         raise BundleError(f"{path / MANIFEST_FILE}: kind is {manifest.kind!r}; expected 'anchor'")
-    config_bytes = read_bytes(path / "config.json")
-    if hashlib.sha256(config_bytes).hexdigest() != manifest.files.get("config.json"):
-        raise BundleError(f"{path / 'config.json'}: its bytes are not those of the manifest", hint="fetch it again")
-    spans = checkpoint_spans(path) | _router_space_spans(path)
+    config_bytes = read_bytes(path / CONFIG_FILE)
+    if hashlib.sha256(config_bytes).hexdigest() != manifest.files.get(CONFIG_FILE):
+        raise BundleError(f"{path / CONFIG_FILE}: its bytes are not those of the manifest", hint="fetch it again")
+    weights = checkpoint_spans(path)
+    _check_index(path, weights)
+    spans = weights | _router_space_spans(path)
     check_agreement(spans, manifest.tensors, str(path))
-    _check_feed_forward(spans, manifest.architecture, path)
+    check_feed_forward(spans, manifest.architecture, path)
     _check_router_space(spans, manifest.architecture, path)
-    config = parse_json(config_bytes, str(path / "config.json"))
+    config = without_pointers(parse_json(config_bytes, str(path / CONFIG_FILE)))
     return Anchor(path=path, manifest=manifest, config=config, spans=spans)
 
 
@@ -151,7 +144,9 @@ def write_anchor(
     license: str | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> Anchor:
-    """Make an anchor of a stock dense checkpoint. Files are copied, never linked or changed.
+    """Make an anchor of a stock dense checkpoint. Files are copied, never linked.
+
+    Only fields that point to code, or to weights by another name, go out of config.json and tokenizer_config.json.
 
     Args:
         path: Directory to write.
@@ -174,18 +169,15 @@ def write_anchor(
     check_anchor_name(name, "the anchor's name")
     config = read_dense_config(checkpoint)
     spans = checkpoint_spans(checkpoint)
-    architecture = _architecture(config, spans, checkpoint)
+    architecture = architecture_of(config, spans, checkpoint)
     with new_directory(path, kind="anchor", overwrite=overwrite) as folder:
         for file in sorted({span.path.name for span in spans.values()}):
             _copy(checkpoint / file, folder / file)
-        if (checkpoint / INDEX_FILE).is_file():
-            _copy(checkpoint / INDEX_FILE, folder / INDEX_FILE)
-        else:
-            # Servers that load every safetensors file of a directory keep to an index where there is one.
-            (folder / INDEX_FILE).write_bytes(index_json(dict.fromkeys(sorted(spans), SINGLE_FILE), spans))
+        # Servers that load every safetensors file of a directory keep to an index where there is one.
+        (folder / INDEX_FILE).write_bytes(index_json({name: spans[name].path.name for name in sorted(spans)}, spans))
         stock = sorted(item.name for item in checkpoint.iterdir() if item.is_file() and is_stock_file(item.name))
         for file in stock:
-            _copy(checkpoint / file, folder / file)
+            _copy_stock(checkpoint / file, folder / file)
         write_tensors(folder / ROUTER_SPACE_FILE, router_space)
         write_tensors(folder / PUBLIC_SAMPLE_FILE, public_sample)
         copied = checkpoint_spans(folder) | _router_space_spans(folder)
@@ -208,86 +200,6 @@ def write_anchor(
     return open_anchor(path)
 
 
-def read_checkpoint(checkpoint: Path) -> dict[str, Span]:
-    """Return where each weight of a stock checkpoint lies; nothing but headers is read.
-
-    Raises:
-        BundleError: There is no safetensors file, a header is not valid, a dtype is none of F32, BF16 and F16, or sizes
-            and feed-forward matrices are not those of config.json.
-    """
-    spans = checkpoint_spans(checkpoint)
-    _architecture(read_dense_config(checkpoint), spans, checkpoint)
-    return spans
-
-
-def read_dense_config(checkpoint: Path) -> dict[str, Any]:
-    """Return config.json of a checkpoint's directory.
-
-    Raises:
-        BundleError: It is missing or no JSON object.
-    """
-    config = parse_json(read_bytes(checkpoint / "config.json"), str(checkpoint / "config.json"))
-    if not isinstance(config, dict):
-        raise BundleError(f"{checkpoint / 'config.json'} is {shown(config)}; expected an object")
-    return config
-
-
-def is_stock_file(name: str) -> bool:
-    """Return whether a checkpoint's file belongs to the anchor: config, generation config, tokenizer, template."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _STOCK_FILES)
-
-
-def checkpoint_spans(path: Path) -> dict[str, Span]:
-    """Return where the weights of a stock checkpoint lie, read through its index where it has one.
-
-    Raises:
-        BundleError: There are no safetensors, or index and files do not agree.
-    """
-    if not (path / INDEX_FILE).is_file():
-        if not (path / SINGLE_FILE).is_file():
-            raise BundleError(f"{path / SINGLE_FILE}: is missing", hint="save the checkpoint as safetensors")
-        return dict(read_header(path / SINGLE_FILE).tensors)
-    index = parse_json(read_bytes(path / INDEX_FILE), str(path / INDEX_FILE))
-    where = f"{path / INDEX_FILE}: weight_map"
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise BundleError(f"{where} is {shown(weight_map)}; expected an object of file names")
-    spans: dict[str, Span] = {}
-    for file in sorted(set(weight_map.values())):
-        tensors = read_header(path / check_file_name(file, where)).tensors
-        check_agreement(tensors, {name: tensors[name] for name in tensors if weight_map.get(name) == file}, file)
-        spans |= tensors
-    for name, file in weight_map.items():
-        if name not in spans:
-            raise BundleError(f"{path / file}: tensor {shown(name)} is missing")
-    return spans
-
-
-def hash_weights(spans: Mapping[str, Span], advance: Advance = silent) -> dict[str, TensorInfo]:
-    """Return what the tensors of several files are, by name, files in parallel.
-
-    Args:
-        spans: By name.
-        advance: Told the bytes done.
-
-    Raises:
-        BundleError: One holds NaN or infinity, or a file ends early.
-    """
-    counted = locked(advance)
-
-    def hashed(path: Path) -> dict[str, TensorInfo]:
-        found = {}
-        inside = {name: span for name, span in spans.items() if span.path == path}
-        for name, info, finite in hash_spans(path, inside, counted):
-            if not finite:
-                raise BundleError(f"{path.name}: tensor {name}: holds NaN or infinity")
-            found[name] = info
-        return found
-
-    files = in_parallel(hashed, sorted({span.path for span in spans.values()}))
-    return dict(sorted((name, info) for found in files for name, info in found.items()))
-
-
 def write_tensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
     """Write a safetensors file of tensors in memory, in the order given."""
     with path.open("xb") as file:
@@ -296,42 +208,9 @@ def write_tensors(path: Path, tensors: Mapping[str, RawTensor]) -> None:
             file.write(tensor.view())
 
 
-def _manifest_bytes(path: Path) -> bytes:
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such directory", hint="name the directory of a bundle")
-    return read_bytes(path / MANIFEST_FILE)
-
-
 def _router_space_spans(path: Path) -> dict[str, Span]:
     tensors = read_header(path / ROUTER_SPACE_FILE).tensors
     return {ROUTER_SPACE_PREFIX + name: span for name, span in tensors.items()}
-
-
-def _architecture(config: Mapping[str, Any], spans: Mapping[str, Span], checkpoint: Path) -> Architecture:
-    """Return the sizes in config.json, after checking that the feed-forward matrices have them."""
-    sizes: dict[str, int] = {}
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
-        size = config.get(name)
-        if type(size) is not int or size < 1:
-            raise BundleError(f"{checkpoint / 'config.json'}: {name} is {shown(size)}; expected a whole number")
-        sizes[name] = size
-    family_of(str(config.get("model_type")))
-    first = DENSE_PREFIX + "layers.0.mlp.gate_proj.weight"
-    if first not in spans:
-        raise BundleError(f"{checkpoint}: tensor {first} is missing", hint="use a Transformers checkpoint")
-    architecture = Architecture(**sizes, dtype=spans[first].dtype)
-    for name, span in spans.items():
-        if span.dtype not in FLOAT_DTYPES:
-            raise BundleError(f"{span.path}: tensor {name}: dtype is {span.dtype}; expected {', '.join(FLOAT_DTYPES)}")
-    _check_feed_forward(spans, architecture, checkpoint)
-    return architecture
-
-
-def _check_feed_forward(spans: Mapping[str, Span], architecture: Architecture, where: Path) -> None:
-    expected = expert_layout(architecture)
-    del expected["router.weight"]
-    found = {name.removeprefix(DENSE_PREFIX): span for name, span in spans.items() if ".mlp." in name}
-    check_agreement(found, expected, str(where))
 
 
 def _check_router_space(spans: Mapping[str, Span], architecture: Architecture, where: Path) -> None:
@@ -344,6 +223,19 @@ def _check_router_space(spans: Mapping[str, Span], architecture: Architecture, w
         expected[f"{prefix}.covariance_diagonal"] = TensorType("F32", (hidden,))
     found = {name: span for name, span in spans.items() if name.startswith(ROUTER_SPACE_PREFIX)}
     check_agreement(found, expected, str(where / ROUTER_SPACE_FILE))
+
+
+def _check_index(path: Path, weights: Mapping[str, Span]) -> None:
+    """Refuse an index that says anything but where the weights lie: software may go by it, and no hash binds it."""
+    if (path / INDEX_FILE).is_file() and indexed_spans(path / INDEX_FILE) != weights:
+        raise BundleError(f"{path / INDEX_FILE}: is not that of the weights beside it", hint="fetch it again")
+
+
+def _copy_stock(source: Path, target: Path) -> None:
+    if (kept := stock_bytes(source)) is None:
+        _copy(source, target)
+    else:
+        target.write_bytes(kept)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flexctl.bundle.anchor import DENSE_PREFIX, checkpoint_spans, read_dense_config
 from flexctl.bundle.layout import feed_forward_keys
 from flexctl.bundle.names import PUBLIC, shown
+from flexctl.bundle.stock import CONFIG_FILE, DENSE_PREFIX, checkpoint_spans, read_dense_config
 from flexctl.bundle.tensors import FLOAT_DTYPES, Span, TensorType, Typed, check_agreement
 from flexctl.bundle.weights import Weights, zero_rows
 from flexctl.errors import BundleError
@@ -39,7 +39,7 @@ def is_mixture(path: Path, anchor: Weights) -> bool:
     model_type = read_dense_config(path).get("model_type")
     if model_type not in (family.dense_type, family.moe_type):
         raise BundleError(
-            f"{path / 'config.json'}: model_type is {shown(model_type)}; "
+            f"{path / CONFIG_FILE}: model_type is {shown(model_type)}; "
             f"expected {family.dense_type!r} or {family.moe_type!r}, as the anchor's family has them"
         )
     return bool(model_type == family.moe_type)
@@ -97,7 +97,7 @@ def _family(anchor: Weights) -> Family:
 def _count(path: Path, config: Mapping[str, Any], field: str) -> int:
     count = config.get(field)
     if type(count) is not int or count < 1:
-        raise BundleError(f"{path / 'config.json'}: {field} is {shown(count)}; expected a whole number")
+        raise BundleError(f"{path / CONFIG_FILE}: {field} is {shown(count)}; expected a whole number")
     return count
 
 

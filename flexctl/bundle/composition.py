@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexctl.bundle.anchor import DENSE_PREFIX, PUBLIC_SAMPLE_FILE, Anchor
+from flexctl.bundle.anchor import PUBLIC_SAMPLE_FILE, Anchor
 from flexctl.bundle.expert import Expert, check_fits
 from flexctl.bundle.hashing import Piece
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, feed_forward_keys
@@ -39,6 +39,7 @@ from flexctl.bundle.merged import (
     weight_files,
 )
 from flexctl.bundle.names import PUBLIC
+from flexctl.bundle.stock import DENSE_PREFIX
 from flexctl.bundle.tensors import RawTensor, Span
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import Family, family_of, feed_forward_names

@@ -7,23 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flexctl.bundle.anchor import (
-    DENSE_PREFIX,
-    ROUTER_SPACE_PREFIX,
-    Anchor,
-    checkpoint_spans,
-    hash_weights,
-    read_dense_config,
-)
-from flexctl.bundle.hashing import Advance, Piece, silent
+from flexctl.bundle.anchor import ROUTER_SPACE_PREFIX, Anchor
+from flexctl.bundle.hashing import Advance, Piece, hash_weights, silent
 from flexctl.bundle.manifest import TensorInfo, digest_of
+from flexctl.bundle.stock import DENSE_PREFIX, EMBEDDING, HEAD, checkpoint_spans, read_dense_config
 from flexctl.bundle.tensors import Span, Typed, check_agreement
 from flexctl.bundle.weights import Weights, dense_weights
 from flexctl.errors import BundleError
 
 __all__ = ["Comparison", "DenseCheckpoint", "compare_dense", "open_dense"]
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 AnyTyped = TypeVar("AnyTyped", bound=Typed)
 
@@ -127,5 +120,5 @@ def _weights_of(anchor: Anchor) -> dict[str, TensorInfo]:
 
 def _with_head(tensors: Mapping[str, AnyTyped], anchor: Anchor) -> dict[str, AnyTyped]:
     """Return the tensors, with the embedding as head where the two are tied and the head is in no file."""
-    tied = anchor.manifest.moe_config.get("tie_word_embeddings") and _EMBEDDING in tensors
-    return {**tensors, **({_HEAD: tensors[_EMBEDDING]} if tied and _HEAD not in tensors else {})}
+    tied = anchor.manifest.moe_config.get("tie_word_embeddings") and EMBEDDING in tensors
+    return {**tensors, **({HEAD: tensors[EMBEDDING]} if tied and HEAD not in tensors else {})}

@@ -31,7 +31,7 @@ from flexctl.bundle.manifest import (
 from flexctl.bundle.names import PUBLIC, check_expert_name, shown
 from flexctl.bundle.store import append_range, new_file, require_space
 from flexctl.bundle.tensors import RawTensor, Span, TensorType, Typed, check_agreement, is_finite, size_of
-from flexctl.bundle.validation import read_manifest
+from flexctl.bundle.validation import read_manifest, refuse_folder_of_experts
 from flexctl.bundle.weights import Weights
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import family_of, feed_forward_names
@@ -330,6 +330,7 @@ def embedded_manifest(path: Path) -> tuple[Manifest, str, Mapping[str, Span]]:
         UsageError: There is no such file.
         BundleError: It has other metadata, or tensors other than those of the manifest.
     """
+    refuse_folder_of_experts(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="name the .st file of an expert")
     header = read_header(path)

@@ -25,6 +25,7 @@ __all__ = [
     "hash_file",
     "hash_raw",
     "hash_spans",
+    "hash_weights",
     "in_parallel",
     "locked",
     "silent",
@@ -129,6 +130,31 @@ def hash_spans(
                 advance(span.stop - span.start)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def hash_weights(spans: Mapping[str, Span], advance: Advance = silent) -> dict[str, TensorInfo]:
+    """Return what the tensors of several files are, by name, files in parallel.
+
+    Args:
+        spans: By name.
+        advance: Told the bytes done.
+
+    Raises:
+        BundleError: One holds NaN or infinity, or a file ends early.
+    """
+    counted = locked(advance)
+
+    def hashed(path: Path) -> dict[str, TensorInfo]:
+        found = {}
+        inside = {name: span for name, span in spans.items() if span.path == path}
+        for name, info, finite in hash_spans(path, inside, counted):
+            if not finite:
+                raise BundleError(f"{path.name}: tensor {name}: holds NaN or infinity")
+            found[name] = info
+        return found
+
+    files = in_parallel(hashed, sorted({span.path for span in spans.values()}))
+    return dict(sorted((name, info) for found in files for name, info in found.items()))
 
 
 def check_tensors(

@@ -19,10 +19,11 @@ from flexctl.bundle.manifest import (
     MergedManifest,
 )
 from flexctl.bundle.names import PUBLIC
+from flexctl.bundle.stock import CARD_FILE, CONFIG_FILE, INDEX_FILE
 from flexctl.bundle.tensors import Span, TensorType, check_agreement
-from flexctl.bundle.validation import read_manifest
+from flexctl.bundle.validation import read_directory_manifest, read_manifest
 from flexctl.bundle.weights import Weights
-from flexctl.errors import BundleError, UsageError
+from flexctl.errors import BundleError
 from flexctl.families import Family, family_of
 
 __all__ = [
@@ -39,9 +40,6 @@ __all__ = [
     "weight_files",
 ]
 
-CARD_FILE = "README.md"
-CONFIG_FILE = "config.json"
-INDEX_FILE = "model.safetensors.index.json"
 SHARED_FILE = "model-shared.safetensors"
 ROUTER_FILE = "model-router.safetensors"
 UNTUNED_ROUTER_FILE = "router-untuned.safetensors"
@@ -156,9 +154,7 @@ def open_merged(path: Path) -> Merged:
         UsageError: There is no such directory.
         BundleError: It is no merged model, or manifest, headers and config.json do not agree.
     """
-    if not path.is_dir():
-        raise UsageError(f"{path}: no such directory", hint="name the directory of a merged model")
-    manifest = read_manifest(read_bytes(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
+    manifest = read_directory_manifest(path)
     if not isinstance(manifest, MergedManifest):
         raise BundleError(f"{path / MANIFEST_FILE}: kind is {manifest.kind!r}; expected 'merged'")
     config_bytes = read_bytes(path / CONFIG_FILE)

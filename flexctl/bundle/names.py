@@ -7,7 +7,7 @@ import unicodedata
 
 from flexctl.errors import BundleError, UsageError
 
-__all__ = ["PUBLIC", "check_anchor_name", "check_expert_name", "check_file_name", "shown", "slug"]
+__all__ = ["PUBLIC", "check_anchor_name", "check_expert_name", "check_file_name", "is_file_name", "shown", "slug"]
 
 PUBLIC = "public"
 """The anchor's own feed-forward network inside a merged model. No owner may take this name."""
@@ -55,13 +55,18 @@ def check_anchor_name(name: str, where: str) -> str:
     return name
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether ``name`` is a plain file name: ``[A-Za-z0-9][A-Za-z0-9._-]{0,254}``."""
+    return _FILE.fullmatch(name) is not None
+
+
 def check_file_name(name: str, where: str) -> str:
     """Return ``name`` if it names a file directly inside a bundle's directory and nothing else.
 
     Raises:
         BundleError: It has a slash, starts with a dot, or holds anything but letters, digits, '.', '_', '-'.
     """
-    if not _FILE.fullmatch(name):
+    if not is_file_name(name):
         raise BundleError(f"{where} names the file {shown(name)}; expected a plain file name inside the bundle")
     return name
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexctl.bundle.anchor import Anchor, open_anchor
-from flexctl.bundle.codec import read_bytes
 from flexctl.bundle.expert import Expert, embedded_manifest, open_expert
 from flexctl.bundle.manifest import (
-    MANIFEST_FILE,
     AnchorManifest,
     ExpertManifest,
     Manifest,
@@ -16,7 +14,7 @@ from flexctl.bundle.manifest import (
 )
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.router import RouterFile, open_router_file
-from flexctl.bundle.validation import read_manifest
+from flexctl.bundle.validation import read_directory_manifest
 
 __all__ = ["open_bundle", "read_manifest_of"]
 
@@ -44,5 +42,5 @@ def read_manifest_of(path: Path) -> Manifest:
         BundleError: There is no manifest, or it is not valid.
     """
     if path.is_dir():
-        return read_manifest(read_bytes(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
+        return read_directory_manifest(path)
     return embedded_manifest(path)[0]

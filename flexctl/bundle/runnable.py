@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexctl.bundle.anchor import Anchor, open_anchor
 from flexctl.bundle.expert import Expert, pair_weights
+from flexctl.bundle.manifest import has_expired
 from flexctl.bundle.merged import Merged
 from flexctl.bundle.names import PUBLIC
 from flexctl.bundle.opening import open_bundle
@@ -55,6 +57,20 @@ class Runnable:
                     f"{name!r} is not in {self.path}, which holds {', '.join(self.experts)}", field="without"
                 )
         return sorted({self.experts.index(name) for name in without})
+
+    def warn_of_expired(self, left_out: Collection[int], reporter: Reporter) -> None:
+        """Warn of each expert whose rights are over, but for those that are left out."""
+        today = datetime.date.today()
+        for expires, name in self._rights():
+            if has_expired(expires, today) and self.experts.index(name) not in left_out:
+                reporter.warn(f"{self.path}: the rights in {name} ended on {expires}; `without` {name} leaves it out")
+
+    def _rights(self) -> Iterator[tuple[str | None, str]]:
+        for bundle in self.bundles:
+            if isinstance(bundle, Expert):
+                yield bundle.manifest.data.expires, bundle.manifest.name
+            elif isinstance(bundle, Merged):
+                yield from ((entry.expires, entry.name) for entry in bundle.manifest.experts)
 
     def active(self, top_k: int | None, left_out: int, reporter: Reporter) -> int:
         """Return how many experts run on each token.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import re
+from pathlib import Path
 
-from flexctl.bundle.codec import canonical_json, decode, encode, parse_json
+from flexctl.bundle.codec import canonical_json, decode, encode, parse_json, read_bytes
 from flexctl.bundle.manifest import (
+    MANIFEST_FILE,
     SCHEMA_VERSION,
     AnchorManifest,
     Architecture,
@@ -21,10 +23,11 @@ from flexctl.bundle.manifest import (
     digest_of,
 )
 from flexctl.bundle.names import PUBLIC, check_anchor_name, check_expert_name, check_file_name, shown
+from flexctl.bundle.stock import is_data_file
 from flexctl.bundle.tensors import ITEM_SIZES
-from flexctl.errors import BundleError
+from flexctl.errors import BundleError, UsageError
 
-__all__ = ["read_manifest"]
+__all__ = ["read_directory_manifest", "read_manifest", "refuse_folder_of_experts"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -66,6 +69,29 @@ def read_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+def read_directory_manifest(path: Path) -> Manifest:
+    """Return the manifest of a directory bundle; nothing else of it is read.
+
+    Raises:
+        UsageError: There is no such directory, or it is a folder of experts.
+        BundleError: There is no manifest, or it is not valid.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such directory", hint="name the directory of a bundle")
+    refuse_folder_of_experts(path)
+    return read_manifest(read_bytes(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
+
+
+def refuse_folder_of_experts(path: Path) -> None:
+    """Refuse a folder with experts' files in the place of one bundle.
+
+    Raises:
+        UsageError: It is such a folder.
+    """
+    if path.is_dir() and not (path / MANIFEST_FILE).exists() and any(path.glob("*.st")):
+        raise UsageError(f"{path}: is a folder with experts in it and no bundle", hint=f"name its files: {path}/*.st")
+
+
 def _check(manifest: Manifest, where: str) -> None:
     for name, info in manifest.tensors.items():
         _check_tensor(info, f"{where}: tensors.{shown(name)}")
@@ -73,6 +99,8 @@ def _check(manifest: Manifest, where: str) -> None:
     for name, sha256 in (files or {}).items():
         check_file_name(name, f"{where}: files")
         _check_pattern(sha256, _SHA256, f"{where}: files.{name}")
+        if not is_data_file(name):
+            raise BundleError(f"{where}: files lists {shown(name)}; expected data files alone, no code and no pickles")
     if digest_of(manifest.tensors, files) != manifest.digest:
         raise BundleError(
             f"{where}: digest is {shown(manifest.digest)}, but its content has another", hint="the file was changed"

@@ -223,6 +223,7 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     runnable = hub.runnable(config.bundle or workspace.find().merged, anchor, reporter)
     other = hub.runnable(config.compare, anchor, reporter) if config.compare else None
     left_out = runnable.indices(config.without)
+    runnable.warn_of_expired(left_out, reporter)
     top_k = runnable.active(config.top_k, len(left_out), reporter)
     whole = Variant(without=tuple(sorted(set(config.without))), top_k=top_k)
     ingredients = _ingredients(config, runnable)
@@ -317,7 +318,10 @@ def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Re
     from flexctl.evaluation.domains import window_length
     from flexctl.evaluation.passes import Passes
     from flexctl.model.building import pick_device, pick_dtype, set_threads
+    from flexctl.model.configs import warn_of_length
 
+    for runnable in runnables:
+        warn_of_length(config.seq_len, runnable.weights.dense_config, reporter)
     for bundle in [bundle for runnable in runnables for bundle in runnable.bundles]:
         prove(bundle, reporter)
     set_threads(config.threads)

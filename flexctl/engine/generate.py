@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,12 +83,14 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+    from flexctl.model.configs import warn_of_length
     from flexctl.model.routed import exclude, routed_layers, set_top_k
 
     _refuse_bad_settings(config)
     place = workspace.find()
     runnable = hub.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
     left_out = runnable.indices(config.without)
+    runnable.warn_of_expired(left_out, reporter)
     set_threads(config.threads)
     device = pick_device(config.device)
     model = build_model(runnable.weights, device=device, dtype=pick_dtype(config.dtype, device))
@@ -97,7 +98,8 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
     exclude(model, left_out)
     tokenizer = load_tokenizer(runnable.tokenizer)
     ids = _prompt_ids(config, tokenizer, runnable.tokenizer)
-    _warn_of_length(ids.shape[1] + config.max_new_tokens, runnable.weights.dense_config, reporter)
+    tokens = ids.shape[1] + config.max_new_tokens
+    warn_of_length(tokens, runnable.weights.dense_config, reporter, "prompt and continuation may have")
     shares = ShareCollector(len(routed_layers(model)), positions=1)
     new = _continue(config, model, tokenizer, ids.to(device), shares)
     totals = shares.mean(runnable.experts)
@@ -134,12 +136,6 @@ def _prompt_ids(config: GenerateConfig, tokenizer: Any, folder: Path) -> Tensor:
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     framed: Tensor = chat["input_ids"]
     return framed
-
-
-def _warn_of_length(tokens: int, dense_config: Mapping[str, Any], reporter: Reporter) -> None:
-    longest = dense_config.get("max_position_embeddings")
-    if longest is not None and tokens > longest:
-        reporter.warn(f"prompt and continuation may have {tokens} tokens; the model is made for {longest}")
 
 
 def _continue(config: GenerateConfig, model: Any, tokenizer: Any, ids: Tensor, shares: ShareCollector) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,9 +22,11 @@ from flexctl.bundle import (
     open_router_file,
     read_dense_config,
     slug,
+    unread_weights,
     weights_beside,
     write_expert,
 )
+from flexctl.bundle.manifest import has_expired
 from flexctl.bundle.names import check_expert_name
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint, localise
@@ -144,8 +147,12 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
     name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
+    if has_expired(config.expires, datetime.date.today()):
+        reporter.warn(f"`expires`: {config.expires} is past; merge will refuse the expert")
     config = replace(config, data=pinned(config.data))
     checkpoint = _open_checkpoint(config, anchor)
+    if names := unread_weights(checkpoint.path):
+        reporter.warn(f"{checkpoint.path}: {', '.join(names)}: not read, as Transformers does not load it")
     with reporter.progress("comparing with the anchor", checkpoint.size, "bytes") as bar:
         found = compare_dense(checkpoint, anchor, bar.advance)
     _refuse_misfit(config, checkpoint, found)

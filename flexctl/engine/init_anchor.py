@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,10 +13,15 @@ from flexctl.bundle import (
     RawTensor,
     TensorType,
     check_agreement,
+    head_differs,
+    left_out,
+    named_code,
     read_checkpoint,
     read_dense_config,
+    unread_weights,
     write_anchor,
 )
+from flexctl.bundle.names import shown
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
@@ -34,7 +39,7 @@ __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 _CALIBRATION_TOKENS = 262_144
 _CALIBRATION_BATCH = 8
 _CALIBRATION_SEQ_LEN = 256
-_ANNEAL = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
+_ANNEAL: dict[str, Any] = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +145,8 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     config = replace(config, data=pinned(config.data))
     set_threads(config.threads)
     source = _source_directory(config)
-    _warn_of_tied_head(source, reporter)
+    if source is not None:
+        _warn_of_source(source, config, reporter)
     if config.dry_run:
         return _planned(config, target, source)
     with working_folder(target.parent / f".{target.name}.work") as work:
@@ -161,6 +167,7 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path) -> None:
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
     from flexctl.model.configs import resolve_moe_config
+    from flexctl.training.tokenizer import refuse_tokens_beyond
 
     if config.source is None:
         if config.anneal_tokens:
@@ -177,8 +184,10 @@ def _source_directory(config: InitAnchorConfig) -> Path | None:
         from flexctl.hub import fetch_checkpoint
 
         path = fetch_checkpoint(config.source)
-    resolve_moe_config(read_dense_config(path))
+    dense = read_dense_config(path)
+    resolve_moe_config(dense)
     _refuse_other_tensors(path)
+    refuse_tokens_beyond(path, dense["vocab_size"])
     return path
 
 
@@ -197,10 +206,31 @@ def _refuse_other_tensors(checkpoint: Path) -> None:
     check_agreement({name: span for name, span in found.items() if name not in spare}, expected, str(checkpoint))
 
 
-def _warn_of_tied_head(source: Path | None, reporter: Reporter) -> None:
-    """Say when a merged model of this checkpoint cannot be served by vLLM."""
-    config: Any = {} if source is None else read_dense_config(source)
-    if config.get("tie_word_embeddings") and family_of(config["model_type"]).moe_type == "flex_olmo":
+def _warn_of_source(source: Path, config: InitAnchorConfig, reporter: Reporter) -> None:
+    """Say what of a checkpoint is not taken, and what other software will take otherwise."""
+    from flexctl.model.configs import warn_of_length
+
+    dense = read_dense_config(source)
+    for where, code in named_code(source).items():
+        reporter.warn(
+            f"{source}: {where} names code ({shown(code)}), which is neither run nor kept: Transformers' own classes "
+            "stand in for it"
+        )
+    if names := [*unread_weights(source), *left_out(source)]:
+        reporter.warn(f"{source}: {', '.join(names)}: left out, no part of an anchor")
+    if dense.get("tie_word_embeddings"):
+        _warn_of_tied_head(source, dense, reporter)
+    if config.anneal_tokens:
+        warn_of_length(config.seq_len or _ANNEAL["seq_len"], dense, reporter)
+
+
+def _warn_of_tied_head(source: Path, dense: Mapping[str, Any], reporter: Reporter) -> None:
+    if head_differs(read_checkpoint(source)):
+        reporter.warn(
+            f"{source}: tie_word_embeddings is true and lm_head.weight is not the embedding: Transformers keeps both, "
+            "software that ties them computes something else; set tie_word_embeddings to false"
+        )
+    if family_of(dense["model_type"]).moe_type == "flex_olmo":
         reporter.warn(
             f"{source}: tie_word_embeddings is true; vLLM's flex_olmo class ties no head, so merged models will run in "
             "Transformers and not in vLLM (docs/serving.md)"
@@ -247,7 +277,7 @@ def _checkpoint(
     elif config.anneal_tokens:
         tokenizer, model = load_tokenizer(source), load_dense(source)
     else:
-        return source, (0, None)
+        return _readable(source, work), (0, None)
     stored = model.config.dtype
     trained = _train(config, model, tokenizer, work, reporter)
     folder = work / "checkpoint"
@@ -256,6 +286,25 @@ def _checkpoint(
         model.to(device="cpu", dtype=stored).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, trained
+
+
+def _readable(source: Path, work: Path) -> Path:
+    """Return the source, or where its tokenizer is a SentencePiece model alone, the same with a tokenizer.json.
+
+    So what reads such a model is needed once, and by none of those who use the anchor.
+    """
+    from flexctl.model.building import is_bare_sentencepiece, load_tokenizer
+
+    if not is_bare_sentencepiece(source):
+        return source
+    folder = work / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    load_tokenizer(source).save_pretrained(folder)
+    for file in source.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
 
 
 def _train(config: InitAnchorConfig, model: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:

@@ -164,6 +164,8 @@ def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> 
     count = len(composition.parts)
     if config.top_k is not None and config.top_k > count:
         reporter.warn(f"`top_k` {config.top_k} is more than there are experts: {count} are used")
-    if composition.license == OTHER_LICENSE:
+    if all(part.entry.license is None for part in composition.parts):
+        reporter.note("license: unknown, as the inputs' are")
+    elif composition.license == OTHER_LICENSE:
         listed = ", ".join(f"{part.entry.name}: {part.entry.license or 'unknown'}" for part in composition.parts)
         reporter.warn(f"the inputs have no license in common ({listed}); the merged model's is 'other'")

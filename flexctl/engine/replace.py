@@ -117,6 +117,8 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         reporter.warn(f"{merged.path}: its router was tuned; the result has the owners' own rows again")
     composition = compose_merged(merged).without([config.name]).adding([expert])
     old = _old_manifest(merged, expert)
+    if domains:
+        _warn_of_length(config, merged, reporter)
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
     target, replaces_own = place_of_change(source, config.output)
@@ -176,6 +178,12 @@ def _score(
         ).bits_per_byte
         for domain in domains
     }
+
+
+def _warn_of_length(config: ReplaceConfig, merged: Merged, reporter: Reporter) -> None:
+    from flexctl.model.configs import warn_of_length
+
+    warn_of_length(config.seq_len, merged.config, reporter)
 
 
 def _old_manifest(merged: Merged, expert: Expert) -> ExpertManifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +22,7 @@ from flexctl.bundle import (
     write_expert,
 )
 from flexctl.bundle.lowrank import refuse_useless_rank
-from flexctl.bundle.manifest import PrivacyInfo
+from flexctl.bundle.manifest import PrivacyInfo, has_expired
 from flexctl.bundle.names import check_expert_name
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub import localise
@@ -182,6 +183,7 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         BundleError: The anchor or the router file is not valid, or they do not belong together.
         FlexctlError: Training failed.
     """
+    from flexctl.model.configs import warn_of_length
     from flexctl.training.checkpoints import working_folder
     from flexctl.training.documents import pinned, source_name
 
@@ -190,6 +192,9 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
+    warn_of_length(config.seq_len, anchor.config, reporter)
+    if has_expired(config.expires, datetime.date.today()):
+        reporter.warn(f"`expires`: {config.expires} is past; merge will refuse the expert")
     config = replace(config, data=pinned(config.data))
     if config.dry_run:
         return TrainExpertResult(

@@ -146,6 +146,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
         BundleError: A bundle or a list is not valid, or they do not belong together.
         FlexctlError: The tuned rows are no better on held-out text; nothing is written.
     """
+    from flexctl.model.configs import warn_of_length
     from flexctl.training.checkpoints import working_folder
 
     place = workspace.find()
@@ -159,6 +160,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
         target, replaces_own = place_of_change(source, config.output)
     config = replace(config, overwrite=config.overwrite or replaces_own)
     _refuse_bad_settings(config, target)
+    warn_of_length(config.seq_len, anchor.config, reporter)
     texts = _texts(config, anchor, proxies)
     documents = {proxy.name: len(proxy.documents) for _, proxy in proxies}
     if config.dry_run:

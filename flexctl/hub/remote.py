@@ -93,8 +93,19 @@ def look(address: Address) -> Remote:
             )
             sizes = {item.name: item.stat().st_size for item in folder.iterdir()}
             return Remote(address=address, commit=folder.name, sizes=sizes, folder=folder)
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    return Remote(address=address, commit=str(info.sha), sizes=sizes)
+        commit = str(info.sha)
+        sizes = {
+            sibling.rfilename: _asked_size(address, commit, sibling.rfilename) if sibling.size is None else sibling.size
+            for sibling in info.siblings or ()
+        }
+    return Remote(address=address, commit=commit, sizes=sizes)
+
+
+def _asked_size(address: Address, commit: str, name: str) -> int:
+    """Return a file's size by asking for the file itself: some mirrors give none in their list."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    return get_hf_file_metadata(hf_hub_url(address.repository, name, revision=commit)).size or 0
 
 
 def manifest_of(remote: Remote) -> Manifest:

@@ -11,6 +11,7 @@ from typing import Any
 
 from flexctl.bundle.manifest import MANIFEST_FILE, Manifest
 from flexctl.bundle.runnable import Runnable, open_runnable
+from flexctl.bundle.stock import STOCK_FILES, WEIGHT_FILES
 from flexctl.bundle.validation import read_manifest
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.hub.address import Address, is_remote, parse
@@ -22,18 +23,6 @@ __all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "localise", "prepar
 
 _ALONE_BYTES = 100_000
 _EARLIER_COMMITS = 50
-_CHECKPOINT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
@@ -218,7 +207,9 @@ def fetch_checkpoint(repository: str) -> Path:
         address = parse(repository)
         with explained(address), silenced():
             return Path(
-                snapshot_download(address.repository, revision=address.revision, allow_patterns=list(_CHECKPOINT_FILES))
+                snapshot_download(
+                    address.repository, revision=address.revision, allow_patterns=[*STOCK_FILES, *WEIGHT_FILES]
+                )
             )
     except UsageError as error:
         raise UsageError(

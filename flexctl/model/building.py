@@ -27,6 +27,7 @@ __all__ = [
     "autocast_dtype",
     "build_model",
     "dense_shapes",
+    "is_bare_sentencepiece",
     "load_dense",
     "load_tokenizer",
     "moved_tensors",
@@ -161,10 +162,30 @@ def route(model: Any) -> nn.Module:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed."""
+    """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed.
+
+    Raises:
+        UsageError: It is a SentencePiece model alone, and what reads one is not installed.
+    """
     import transformers
 
+    _refuse_bare_sentencepiece(path)
     return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def is_bare_sentencepiece(path: Path) -> bool:
+    """Return whether a checkpoint's tokenizer is a SentencePiece model that nobody has made a tokenizer.json of."""
+    return (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+
+
+def _refuse_bare_sentencepiece(path: Path) -> None:
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    if is_bare_sentencepiece(path) and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise UsageError(
+            f"{path}: its tokenizer is tokenizer.model alone, which needs sentencepiece and protobuf to be read",
+            hint="pip install sentencepiece protobuf",
+        )
 
 
 def dense_shapes(dense_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from flexctl.errors import BundleError
 from flexctl.families import family_of
+from flexctl.runtime import Reporter
 
-__all__ = ["refuse_other_architecture", "resolve_moe_config"]
+__all__ = ["refuse_other_architecture", "resolve_moe_config", "warn_of_length"]
 
 _PRIVATE = ("architectures", "model_type", "transformers_version", "_name_or_path")
 # What may differ between two checkpoints whose layers compute the same: files, generation, training, the longest text.
@@ -83,6 +84,15 @@ def refuse_other_architecture(config: Mapping[str, Any], expected: Mapping[str, 
                 f"{where}: {name} is {found.get(name)!r}; the anchor's is {wanted[name]!r}",
                 hint="an expert must come from the very anchor that it is merged with",
             )
+
+
+def warn_of_length(
+    tokens: int | None, config: Mapping[str, Any], reporter: Reporter, what: str = "a sequence has"
+) -> None:
+    """Warn of more tokens at once than a model is made for; None are the model's own choice."""
+    longest = config.get("max_position_embeddings")
+    if tokens is not None and longest is not None and tokens > longest:
+        reporter.warn(f"{what} {tokens} tokens; the model is made for {longest} (max_position_embeddings)")
 
 
 def _older_rope_fields(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:

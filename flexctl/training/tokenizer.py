@@ -11,7 +11,7 @@ from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
 from flexctl.model.building import load_tokenizer
 
-__all__ = ["refuse_other_tokenizer", "train_tokenizer"]
+__all__ = ["refuse_other_tokenizer", "refuse_tokens_beyond", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -68,6 +68,27 @@ def refuse_other_tokenizer(path: Path, anchor: Path) -> None:
         raise BundleError(
             f"{path}: its tokenizer makes other tokens than the anchor's in {anchor}",
             hint="fine-tune with the anchor's own tokenizer",
+        )
+
+
+def refuse_tokens_beyond(path: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer with an id that the embedding has no row for.
+
+    Args:
+        path: Directory of the checkpoint.
+        vocab_size: Rows of its embedding.
+
+    Raises:
+        BundleError: A token's id is ``vocab_size`` or above; the message names the first.
+    """
+    beyond = sorted((token_id, token) for token, token_id in load_tokenizer(path).get_vocab().items())
+    beyond = [(token_id, token) for token_id, token in beyond if token_id >= vocab_size]
+    if beyond:
+        more = f" (and {len(beyond) - 1} more)" if len(beyond) > 1 else ""
+        raise BundleError(
+            f"{path}: the tokenizer's token {shown(beyond[0][1])} has id {beyond[0][0]}{more}; "
+            f"expected below config.json's vocab_size, {vocab_size}",
+            hint="give the model a row for each: model.resize_token_embeddings(len(tokenizer)), and save both",
         )
 
 

@@ -182,6 +182,12 @@ def test_leaving_out_equals_removing(
         assert shares["sums"] == pytest.approx(removed.routing[name]["sums"], abs=1e-5)
 
 
+def test_windows_longer_than_the_model_is_made_for_are_warned_of(merged: Path, texts: Any) -> None:
+    listener = Listener()
+    evaluate(EvaluateConfig(data=domains(texts)[:1], bundle=merged, seq_len=129), listener)
+    assert listener.warnings == ["a sequence has 129 tokens; the model is made for 128 (max_position_embeddings)"]
+
+
 def test_top_k_is_obeyed_and_clamped_with_a_warning(merged: Path, texts: Any) -> None:
     found = {k: score(merged, texts, top_k=k) for k in (1, 2, 3)}
     assert [result.num_experts_per_tok for result in found.values()] == [1, 2, 3]

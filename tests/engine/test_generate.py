@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from builders import forge_expert
 
 import flexctl.engine.generate as module
 from flexctl.bundle import open_expert, open_merged
@@ -197,6 +198,23 @@ def test_more_tokens_than_the_model_is_made_for_are_warned_of(merged: Path) -> N
     generate(GenerateConfig(prompt=PROMPT * 60, bundle=merged, max_new_tokens=1), listener)
     assert len(listener.warnings) == 1
     assert "made for 128" in listener.warnings[0]
+
+
+def test_rights_that_are_over_are_warned_of(
+    tmp_path: Path, anchor: Path, experts: dict[str, Path], merged: Path
+) -> None:
+    past = forge_expert(tmp_path / "code.st", open_expert(experts["code"]), data__expires="2020-01-31")
+    files = (past, experts["sums"])
+    merge(MergeConfig(experts=files, anchor=anchor, output=tmp_path / "old", allow_expired=True))
+
+    def warnings(bundle: Path, **settings: Any) -> list[str]:
+        listener = Listener()
+        generate(GenerateConfig(prompt=PROMPT, bundle=bundle, anchor=anchor, max_new_tokens=1, **settings), listener)
+        return listener.warnings
+
+    for bundle in (past, tmp_path / "old"):
+        assert warnings(bundle) == [f"{bundle}: the rights in code ended on 2020-01-31; `without` code leaves it out"]
+    assert warnings(tmp_path / "old", without=("code",)) == warnings(merged) == []
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [

@@ -17,8 +17,9 @@ import tiny
 from builders import fine_tune, make_expert, read_directory
 
 from flexctl.bundle import RawTensor, open_anchor, open_expert, open_router_file
-from flexctl.bundle.anchor import checkpoint_spans, write_tensors
+from flexctl.bundle.anchor import write_tensors
 from flexctl.bundle.manifest import digest_of
+from flexctl.bundle.stock import checkpoint_spans
 from flexctl.bundle.tensors import from_float32, to_float32
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.evaluate import EvaluateConfig, evaluate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.model import presets
 from flexctl.model.building import load_tokenizer
 from flexctl.model.space import RouterSpace, fit_space, measure_inputs
+from flexctl.runtime import SilentReporter
 from flexctl.training import whole
 from flexctl.training.documents import read_documents
 from flexctl.training.sample import PublicSample
@@ -28,6 +30,16 @@ pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 def make(texts: Any, output: Path | None, **settings: Any) -> InitAnchorResult:
     defaults = {"data": (texts.public,), "sample_tokens": 3000, "threads": 1}
     return init_anchor(InitAnchorConfig(output=output, **{**defaults, **settings}))
+
+
+class Listener(SilentReporter):
+    """Keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 def state_of(path: Path) -> dict[str, torch.Tensor]:
@@ -275,6 +287,104 @@ def test_wrong_settings_are_refused_in_one_line_and_leave_nothing(
     assert "\n" not in caught.value.message
     assert not (tmp_path / "anchor").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def source(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """A copy of the checkpoint to make something of."""
+    return Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("source") / "copy"))
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("end", [True, False])
+def test_a_token_beyond_the_embedding_is_refused_before_the_work(
+    tmp_path: Path, texts: Any, source: Path, end: bool, dry_run: bool
+) -> None:
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_special_tokens({"eos_token": "<|over|>"} if end else {"extra_special_tokens": ["<|over|>"]})
+    tokenizer.save_pretrained(source)
+    with pytest.raises(BundleError) as caught:
+        make(texts, None, source=str(source), dry_run=dry_run)
+    assert "token '<|over|>' has id 320; expected below config.json's vocab_size, 320" in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_special_id_beyond_the_embedding_is_refused_before_the_work(
+    tmp_path: Path, texts: Any, source: Path, dry_run: bool
+) -> None:
+    edit(source / "config.json", pad_token_id=999)
+    with pytest.raises(BundleError, match=r"config\.json: pad_token_id is 999; expected below vocab_size, 320"):
+        make(texts, None, source=str(source), dry_run=dry_run)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sentencepiece_model_alone_says_what_reads_it(
+    texts: Any, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    (source / "tokenizer.json").rename(source / "tokenizer.model")
+    with pytest.raises(UsageError, match=r"tokenizer\.model alone, which needs sentencepiece and protobuf") as caught:
+        make(texts, None, source=str(source), dry_run=True)
+    assert str(caught.value.hint).startswith("pip install sentencepiece protobuf")
+
+
+def test_a_sentencepiece_model_becomes_a_tokenizer_that_all_can_read(tmp_path: Path, texts: Any, source: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = iter(list(read_documents([texts.public])))
+    model = str(source / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=model, vocab_size=90, minloglevel=2)
+    (source / "tokenizer.json").unlink()
+    named = {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    make(texts, tmp_path / "anchor", source=str(source))
+    assert (tmp_path / "anchor/tokenizer.json").is_file()
+    text = next(iter(read_documents([texts.public_test])))
+    both = [load_tokenizer(path)(text)["input_ids"] for path in (source, tmp_path / "anchor")]
+    assert both[0] == both[1]
+    assert same_state(state_of(tmp_path / "anchor"), state_of(source))
+
+
+def test_the_router_space_is_of_the_weights_that_are_taken(tmp_path: Path, texts: Any, source: Path) -> None:
+    """Shards with an index beside one file: the file counts, as it does for Transformers."""
+    plain = make(texts, tmp_path / "plain", source=str(source), name="same").digest
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate_proj.weight += 0.5
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    for file in (tmp_path / "shards").glob("model*"):
+        shutil.copy(file, source)
+    listener = Listener()
+    config = InitAnchorConfig(
+        data=(texts.public,), source=str(source), output=tmp_path / "a", sample_tokens=3000, name="same", threads=1
+    )
+    assert init_anchor(config, listener).digest == plain
+    assert same_state(state_of(tmp_path / "a"), state_of(source))
+    (warning,) = listener.warnings
+    assert "model-00001-of" in warning
+    assert "left out, no part of an anchor" in warning
+
+
+def test_what_is_not_taken_is_said_before_the_work(texts: Any, source: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(source)
+    edit(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    (source / "tokenizer_x.py").write_text("raise SystemExit")
+    (source / "tokenizer (copy).json").write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    listener = Listener()
+    init_anchor(InitAnchorConfig(data=(texts.public,), source=str(source), dry_run=True), listener)
+    code, names, head, vllm = listener.warnings
+    assert "config.json: auto_map names code ({'AutoModelForCausalLM': 'modeling_x.X'})" in code
+    assert "additional_chat_templates/, tokenizer (copy).json, tokenizer_x.py: left out" in names
+    assert "tie_word_embeddings is true and lm_head.weight is not the embedding" in head
+    assert "vLLM" in vllm
 
 
 def test_weights_that_are_not_finite_leave_nothing(tmp_path: Path, texts: Any, sharded: Path) -> None:

@@ -38,6 +38,10 @@ class Listener(SilentReporter):
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -188,6 +192,15 @@ def test_top_k_is_kept_as_asked_and_clamped_where_it_is_used(world: World) -> No
         merged(world, Path("o"), top_k=0)
 
 
+def test_a_folder_of_experts_is_named_as_one(world: World) -> None:
+    folder, files = world.root / "experts", world.files()
+    for experts in ((folder,), (files[0], folder)):
+        with pytest.raises(UsageError, match="is a folder with experts in it") as caught:
+            merged(world, Path("m"), *experts)
+        assert caught.value.hint == f"name its files: {folder}/*.st"
+    assert not Path("m").exists()
+
+
 @pytest.mark.parametrize(
     ("anchor_license", "licenses", "expected"),
     [
@@ -196,6 +209,7 @@ def test_top_k_is_kept_as_asked_and_clamped_where_it_is_used(world: World) -> No
         ("Apache-2.0", [None, "Apache-2.0"], "other"),
         (None, ["MIT", "MIT"], "other"),
         (None, [], "other"),
+        (None, [None, None], "other"),
         ("ask our lawyers", ["ask our lawyers"], "other"),
     ],
 )
@@ -209,7 +223,9 @@ def test_the_license_is_computed_and_never_invented(
     listener = Listener()
     result = merge(MergeConfig(experts=files, anchor=anchor.path, output=Path("m")), listener)
     assert result.license == expected == open_merged(Path("m")).manifest.license
-    assert bool(listener.warnings) == (expected == "other")
+    unknown = {anchor_license, *licenses} == {None}
+    assert bool(listener.warnings) == (expected == "other" and not unknown)
+    assert listener.notes == (["license: unknown, as the inputs' are"] if unknown else [])
     card = Path("m/README.md").read_text()
     assert f"license: {expected.lower()}\n" in card
     assert ("license_name: see-experts" in card) == (expected == "other")

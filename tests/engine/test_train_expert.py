@@ -154,6 +154,16 @@ def test_jsonl_in_a_workspace_makes_an_expert_of_its_name(tmp_path: Path, anchor
     assert sorted(path.name for path in (tmp_path / "experts").iterdir()) == ["sums.run.json", "sums.st"]
 
 
+def test_what_will_not_serve_is_warned_of_before_the_work(anchor: Path, texts: Any) -> None:
+    listener = Listener()
+    settings: Any = {"expires": "2020-01-31", "seq_len": 129, "dry_run": True}
+    train_expert(TrainExpertConfig(data=(texts.code,), anchor=anchor, **settings), listener)
+    assert listener.warnings == [
+        "a sequence has 129 tokens; the model is made for 128 (max_position_embeddings)",
+        "`expires`: 2020-01-31 is past; merge will refuse the expert",
+    ]
+
+
 def test_folder_name_is_slugged(tmp_path: Path, anchor: Path, texts: Any) -> None:
     assert train(anchor, texts.public_test, tmp_path / "x.st").name == "public-test"
 

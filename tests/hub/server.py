@@ -86,6 +86,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.cdn_tokens: list[str] = []
         self.sent_bytes = 0
+        self.tells_sizes = True
         self.lock = threading.RLock()
 
     @property
@@ -236,6 +237,8 @@ class Handler(BaseHTTPRequestHandler):
         if found is not None:
             repository, oid = found
             siblings = [{"rfilename": f["path"], "size": f["size"]} for f in files_of(repository.commits[oid])]
+            if not self.server.tells_sizes:
+                siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
             self.json({"id": repo, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings})
 
     def commits(self, repo: str, rev: str) -> None:

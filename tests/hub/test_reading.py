@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from builders import World, make_checkpoint, read_directory
 from hub.server import TOKEN, Hub
 from hub.terminal import Terminal
@@ -60,6 +61,14 @@ def test_inspect_fetches_a_few_kilobytes(published: Hub, world: World, terminal:
     out, _ = terminal.text("inspect", "hf://acme/law")
     assert "hf://acme/law" in out
     assert "no such file" in terminal.error("inspect", "hf://acme/law/code.st", code=2)
+
+
+def test_a_mirror_that_lists_no_sizes_is_asked_for_each(published: Hub, world: World, terminal: Terminal) -> None:
+    published.tells_sizes = False
+    for name, local in (("law", world.experts["law"].path), ("anchor", world.anchor.path)):
+        there, here = terminal.json("inspect", f"hf://acme/{name}"), terminal.json("inspect", local)
+        assert (there["digest"], there["kind"]) == (here["digest"], here["kind"])
+    assert terminal.json("pull", "acme/law")["size_bytes"] == world.experts["law"].path.stat().st_size
 
 
 def test_merge_of_experts_on_the_hub_is_the_merge_of_their_files(
@@ -125,9 +134,9 @@ def test_a_hub_that_is_not_there(hub: Hub, terminal: Terminal, monkeypatch: pyte
     assert "connection to the Hub failed" in terminal.error("pull", "acme/law", code=1)
 
 
-def test_a_checkpoint_from_the_hub(hub: Hub, in_empty_folder: Path) -> None:
+def test_a_checkpoint_from_the_hub(hub: Hub, in_empty_folder: Path, checkpoint: Path) -> None:
     assert in_empty_folder
-    files = read_directory(make_checkpoint(Path("base").absolute()))
+    files = read_directory(make_checkpoint(Path("base").absolute(), vocab=tiny.VOCAB_SIZE, tokenizer=checkpoint))
     hub.make("acme/base", {**files, "modeling.py": b"raise SystemExit", "pytorch_model.bin": b"x"})
     assert read_directory(fetch_checkpoint("acme/base")) == files
     assert read_directory(fetch_checkpoint("hf://acme/base@main")) == files

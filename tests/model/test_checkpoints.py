@@ -87,10 +87,11 @@ def make_stock(folder: Path, config: dict[str, Any], tokenizer: Any, *, sharded:
     files = tokenizer.save_pretrained(folder)
     assert files
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"added_note": "kept", "extra_special_tokens": {"image_token": "<image>"}}
+    last = tokenizer.convert_ids_to_tokens(tiny.VOCAB_SIZE - 1)
+    settings |= {"added_note": "kept", "extra_special_tokens": {"image_token": last}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=4))
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    (folder / "added_tokens.json").write_text('{"<image>": 319}')
+    (folder / "added_tokens.json").write_text(json.dumps({last: tiny.VOCAB_SIZE - 1}))
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}\n')
     (folder / "generation_config.json").write_text('{"do_sample": true,  "temperature": 0.6, "eos_token_id": [0, 5]}')
     (folder / "config.json").write_text(json.dumps(config))
