@@ -8,9 +8,11 @@ import heapq
 import io
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -28,6 +30,7 @@ _JSONL = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PACKED = (".gz", ".zst")
 _READ_BYTES = 65_536
+_SPARE = 1024
 _FORMATS = "give a folder, a text file, .jsonl, .csv, .parquet or hf://datasets/OWNER/NAME"
 _BINARY = frozenset(
     """.7z .a .arrow .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy
@@ -51,6 +54,10 @@ def text_files(paths: Iterable[Path]) -> list[Path | hub.DataFile]:
             found.append(path)
         elif path.is_dir():
             found += _files_below(path)
+        elif path.exists():
+            raise UsageError(
+                f"{path}: is no regular file, and text is read more than once", hint="write it to a file first"
+            )
         else:
             raise UsageError(f"--data: {path} does not exist", hint=_FORMATS)
     if not found:
@@ -106,9 +113,10 @@ def _is_text_name(relative: PurePath) -> bool:
 
 
 def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[str]:
-    """Yield each document's text: a row of a table, a line of a .jsonl file, or a whole file otherwise.
+    """Yield each document's text: a row of a table, a record of a .jsonl or .json file, or a whole file otherwise.
 
-    Empty documents are left out. Memory holds one document, or a few rows, at a time.
+    Empty documents are left out. Memory holds one document, or a few rows, at a time; of a .json file that is one list,
+    all of it.
 
     Args:
         paths: Folders, files, and ``hf://datasets/...``, which is fetched while it is read.
@@ -121,7 +129,7 @@ def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[
     for file in text_files(paths):
         try:
             for text in _read_file(file, text_field):
-                if text.strip():
+                if text and not text.isspace():
                     yield text
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(f"{file}: cannot be read: {error}") from error
@@ -136,6 +144,8 @@ def _read_file(file: Path | hub.DataFile, text_field: str) -> Iterator[str]:
             yield from read_parquet(stream, name, text_field)
         elif kind in _JSONL:
             yield from _read_lines(stream, name, text_field)
+        elif kind == ".json":
+            yield from _read_json(stream, name, text_field)
         else:
             yield _decoded(name, stream.read())
 
@@ -143,16 +153,37 @@ def _read_file(file: Path | hub.DataFile, text_field: str) -> Iterator[str]:
 def _kind(file: Path | hub.DataFile) -> str:
     """Return the ending that says how to read a file, without that of its packing."""
     suffixes = [suffix.lower() for suffix in PurePath(file.name).suffixes]
-    kind = next((suffix for suffix in reversed(suffixes) if suffix not in _PACKED), "")
-    # On the Hub, a .json file that a data set is made of has a record a line.
-    return ".jsonl" if kind == ".json" and isinstance(file, hub.DataFile) else kind
+    return next((suffix for suffix in reversed(suffixes) if suffix not in _PACKED), "")
 
 
-def _read_lines(stream: io.BufferedIOBase, name: str, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
+def _read_lines(lines: Iterable[bytes], name: str, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
         where = f"{name}, line {number}"
         if decoded := _decoded(where, line).strip():
-            yield _text_of(where, decoded, text_field)
+            yield _text_of(where, _parsed(where, decoded), text_field)
+
+
+def _read_json(stream: io.BufferedIOBase, name: str, text_field: str) -> Iterator[str]:
+    """Yield the text of each record: one a line, or all of them in one list, or a single one over several lines."""
+    first = stream.readline()
+    while first.isspace():
+        first = stream.readline()
+    if _is_object(first):
+        yield from _read_lines(chain([first], stream), name, text_field)
+    elif whole := _decoded(name, first + stream.read()):
+        value = _parsed(name, whole)
+        if isinstance(value, list):
+            for number, record in enumerate(value, start=1):
+                yield _text_of(f"{name}, record {number}", record, text_field)
+        else:
+            yield _text_of(name, value, text_field)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _decoded(where: str, raw: bytes) -> str:
@@ -171,12 +202,19 @@ def _opened(file: Path | hub.DataFile) -> Iterator[io.BufferedIOBase]:
     with file.open("rb") as packed:
         if suffix == ".gz":
             with gzip.open(packed) as unpacked:
-                yield unpacked
+                yield _after_mark(unpacked)
         elif suffix == ".zst":
             with io.BufferedReader(_Unzstd(packed)) as unpacked:
-                yield unpacked
+                yield _after_mark(unpacked)
         else:
-            yield packed
+            yield _after_mark(packed)
+
+
+def _after_mark(stream: Any) -> Any:
+    """Return the stream after the byte order mark that some editors begin a file with."""
+    if stream.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+        stream.read(len(BOM_UTF8))
+    return stream
 
 
 class _Unzstd(io.RawIOBase):
@@ -211,13 +249,16 @@ class _Unzstd(io.RawIOBase):
         return True
 
 
-def _text_of(where: str, line: str, text_field: str) -> str:
+def _parsed(where: str, text: str) -> Any:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: not JSON: {error}") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}", hint="text that is no JSON belongs in a .txt file") from error
+
+
+def _text_of(where: str, record: Any, text_field: str) -> str:
     if not isinstance(record, dict):
-        raise UsageError(f"{where}: no record with fields", hint=f'a line is {{"{text_field}": "..."}}')
+        raise UsageError(f"{where}: no record with fields", hint=f'a record is {{"{text_field}": "..."}}')
     if text_field not in record:
         raise missing_field(where, text_field, record, "field")
     text = "" if record[text_field] is None else record[text_field]
@@ -233,18 +274,24 @@ def _text_of(where: str, line: str, text_field: str) -> str:
 def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str]:
     """Return at most ``count`` passages of about PASSAGE_CHARACTERS, chosen and ordered by a seeded hash of their text.
 
-    Long documents give several passages, so that a handful of books is a sample as good as thousands of notes.
+    Long documents give several passages, so that a handful of books is a sample as good as thousands of notes. A
+    passage that comes again is taken once.
     """
 
-    def rank(text: str) -> bytes:
-        return hashlib.sha256(f"{seed}\1{text}".encode()).digest()
+    best: dict[bytes, str] = {}
+    for passage in _passages(documents):
+        best[hashlib.sha256(f"{seed}\1{passage}".encode()).digest()] = passage
+        if len(best) >= 2 * count + _SPARE:
+            best = dict(heapq.nsmallest(count, best.items()))
+    return [passage for _, passage in heapq.nsmallest(count, best.items())]
 
-    passages = (
-        text[start : start + PASSAGE_CHARACTERS]
-        for text in documents
-        for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS)
-    )
-    return heapq.nsmallest(count, (passage for passage in passages if passage.strip()), key=rank)
+
+def _passages(documents: Iterable[str]) -> Iterator[str]:
+    for text in documents:
+        for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS):
+            passage = text[start : start + PASSAGE_CHARACTERS]
+            if passage.strip():
+                yield passage
 
 
 def sample_halves(documents: Iterable[str], count: int, seed: int) -> tuple[list[str], list[str]]:

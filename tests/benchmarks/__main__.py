@@ -114,12 +114,60 @@ def bench_training(root: Path) -> None:
     show("scoring a pair / dense forward", f"{ours / plain:.2f}", f"{plain:.2f} s, 2048 tokens")
 
 
+def bench_text(root: Path) -> None:
+    """Resident memory of training on one long document, and on many long ones, beside many short ones."""
+    anchor = make_anchor(root / "reader", tokenizer=make_tokenizer(root / "tokenizer"), vocab=600)
+    line = "".join(
+        f"In {year} the {year % 97} ships of the {year % 31}th fleet came home.\n" for year in range(1000, 2000)
+    )
+    shapes = {"one of 12.6 MB": (1, 252), "64 of 190 kB": (64, 4), "3,000 of 4 kB": (3000, 0)}
+    for name, (count, times) in shapes.items():
+        data = root / name
+        data.mkdir()
+        for number in range(count):
+            (data / f"{number}.txt").write_text(f"{number}\n" + (line * times or line[:4000]))
+        command = [
+            "train-expert",
+            "--data",
+            str(data),
+            "--name",
+            "long",
+            "--anchor",
+            str(anchor.path),
+            "--threads",
+            "1",
+        ]
+        sizes = [
+            "--max-tokens",
+            "3000",
+            "--public-mix",
+            "0",
+            "--seq-len",
+            "64",
+            "--batch-tokens",
+            "256",
+            "--overwrite",
+            "--json",
+        ]
+        peak = peak_bytes([*command, *sizes, "-o", str(root / "long.st")])
+        show(f"train-expert, documents: {name}", f"{peak / 1e6:.0f} MB", "peak resident; limit 1000 MB")
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of 600 entries."""
+    from flexctl.training.tokenizer import train_tokenizer
+
+    train_tokenizer(["In 1234 the 5 ships of the 6th fleet came home.\n" * 9], 600, 128).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     """Run every measurement."""
     print(f"medians of {REPEATS} runs on {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         bench_merge(Path(folder))
         bench_training(Path(folder))
+        bench_text(Path(folder))
 
 
 if __name__ == "__main__":
