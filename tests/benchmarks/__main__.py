@@ -115,50 +115,23 @@ def bench_training(root: Path) -> None:
 
 
 def bench_text(root: Path) -> None:
-    """Resident memory of training on one long document, and on many long ones, beside many short ones."""
-    anchor = make_anchor(root / "reader", tokenizer=make_tokenizer(root / "tokenizer"), vocab=600)
+    """Resident memory of training on one long document, on many of a book's length, and on short ones."""
+    tiny = ["--max-tokens", "3000", "--seq-len", "64", "--batch-tokens", "256", "--threads", "1", "--json"]
     line = "".join(
         f"In {year} the {year % 97} ships of the {year % 31}th fleet came home.\n" for year in range(1000, 2000)
     )
-    shapes = {"one of 12.6 MB": (1, 252), "64 of 190 kB": (64, 4), "3,000 of 4 kB": (3000, 0)}
-    for name, (count, times) in shapes.items():
+    shapes = {"3,000 of 4 kB": (3000, line[:4000]), "64 of 190 kB": (64, line * 4), "one of 12.6 MB": (1, line * 270)}
+    for name, (count, text) in shapes.items():
         data = root / name
         data.mkdir()
         for number in range(count):
-            (data / f"{number}.txt").write_text(f"{number}\n" + (line * times or line[:4000]))
-        command = [
-            "train-expert",
-            "--data",
-            str(data),
-            "--name",
-            "long",
-            "--anchor",
-            str(anchor.path),
-            "--threads",
-            "1",
-        ]
-        sizes = [
-            "--max-tokens",
-            "3000",
-            "--public-mix",
-            "0",
-            "--seq-len",
-            "64",
-            "--batch-tokens",
-            "256",
-            "--overwrite",
-            "--json",
-        ]
-        peak = peak_bytes([*command, *sizes, "-o", str(root / "long.st")])
-        show(f"train-expert, documents: {name}", f"{peak / 1e6:.0f} MB", "peak resident; limit 1000 MB")
-
-
-def make_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of 600 entries."""
-    from flexctl.training.tokenizer import train_tokenizer
-
-    train_tokenizer(["In 1234 the 5 ships of the 6th fleet came home.\n" * 9], 600, 128).save_pretrained(folder)
-    return folder
+            (data / f"{number}.txt").write_text(f"{number}\n{text}")
+        anchor = str(root / f"{name} anchor")
+        made = peak_bytes(["init-anchor", "--data", str(data), "--preset", "nano", *tiny, "-o", anchor])
+        expert = ["train-expert", "--data", str(data), "--anchor", anchor, "-o", str(root / "long.st"), "--overwrite"]
+        trained = peak_bytes([*expert, "--name", "long", *tiny])
+        show(f"init-anchor, documents: {name}", f"{made / 1e6:.0f} MB", "peak resident; limit 1000 MB")
+        show(f"train-expert, documents: {name}", f"{trained / 1e6:.0f} MB", "peak resident; limit 1000 MB")
 
 
 def main() -> None:
