@@ -158,6 +158,7 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path) -> None:
 
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
+    from flexctl.model.building import load_tokenizer
     from flexctl.model.configs import resolve_moe_config
 
     if config.source is None:
@@ -173,6 +174,7 @@ def _source_directory(config: InitAnchorConfig) -> Path | None:
         path = fetch_checkpoint(config.source)
     resolve_moe_config(read_dense_config(path))
     _refuse_other_tensors(path)
+    load_tokenizer(path)
     return path
 
 

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexctl.errors import UsageError
+from flexctl.errors import BundleError, UsageError
 from flexctl.families import PROJECTIONS, family_of
 from flexctl.model.lowrank import low_rank_copy
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
+from flexctl.pointers import refuse_pointer
 
 __all__ = [
     "WeightSource",
@@ -161,10 +162,34 @@ def route(model: Any) -> nn.Module:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed."""
+    """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed.
+
+    Raises:
+        BundleError: There is none, it needs code of its own, or it cannot be read.
+    """
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    for file in (path / "tokenizer.json", path / "tokenizer_config.json", path / "tokenizer.model"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                refuse_pointer(stream.read(64), str(file))
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        raise _unreadable_tokenizer(path, error) from error
+
+
+def _unreadable_tokenizer(path: Path, error: Exception) -> BundleError:
+    """Return the error in one line: what Transformers says of these goes on over many."""
+    if not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+        return BundleError(f"{path}: has no tokenizer", hint="put tokenizer.json and tokenizer_config.json there")
+    if "trust_remote_code" in str(error):
+        return BundleError(
+            f"{path / 'tokenizer_config.json'}: names a tokenizer class that needs code of its own, which is never run",
+            hint="save the tokenizer as tokenizer.json, with a class that Transformers has",
+        )
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return BundleError(f"{path}: its tokenizer cannot be read: {said}")
 
 
 def dense_shapes(dense_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -103,5 +103,11 @@ def _refuse_unsupported(config: Mapping[str, Any], required: Mapping[str, Any]) 
         raise BundleError(
             f"config.json: layer_types has {sorted(layer_types)}; the mixture class has full_attention alone"
         )
+    padding, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(padding, int) and isinstance(vocabulary, int) and not -vocabulary <= padding < vocabulary:
+        raise BundleError(
+            f"config.json: pad_token_id is {padding}, and the vocabulary ends at {vocabulary - 1}",
+            hint="set it to null, or to a token that there is",
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise BundleError(f"config.json: hidden_act is {config['hidden_act']!r}; the mixture class needs 'silu'")

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
 from flexctl.model.building import load_tokenizer
 from flexctl.training.encoding import in_pieces
@@ -61,10 +60,7 @@ def refuse_other_tokenizer(path: Path, anchor: Path) -> None:
     """
     if not any((path / name).is_file() for name in _FILES):
         return
-    try:
-        found = _rules(path)
-    except (LookupError, OSError, TypeError, ValueError) as error:
-        raise BundleError(f"{path}: its tokenizer cannot be read: {shown(str(error))}") from error
+    found = _rules(path)
     if found != _rules(anchor):
         raise BundleError(
             f"{path}: its tokenizer makes other tokens than the anchor's in {anchor}",

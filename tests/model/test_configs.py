@@ -180,6 +180,8 @@ def test_what_survives_is_computed_with(model_type: str, changes: dict[str, Any]
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "layer_types has ['sliding_attention']"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "llama", "vocab_size": 50, "pad_token_id": 50}, "pad_token_id is 50"),
+        ({"model_type": "llama", "vocab_size": 50, "pad_token_id": -51}, "pad_token_id is -51"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"model_type": "flex_olmo"}, "model_type is 'flex_olmo'"),
         ({}, "model_type"),
@@ -190,6 +192,12 @@ def test_refusals_name_the_field(config: dict[str, Any], field: str) -> None:
         resolve_moe_config(config)
     assert field in caught.value.message
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("padding", [None, -1, 0, 49])
+def test_a_padding_token_inside_the_vocabulary_passes(padding: int | None) -> None:
+    config = {"model_type": "llama", "vocab_size": 50, "pad_token_id": padding}
+    assert resolve_moe_config(config)["pad_token_id"] == padding
 
 
 def test_an_unknown_family_is_told_which_there_are() -> None:
