@@ -30,7 +30,6 @@ _JSONL = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PACKED = (".gz", ".zst")
 _READ_BYTES = 65_536
-_SPARE = 1024
 _FORMATS = "give a folder, a text file, .jsonl, .csv, .parquet or hf://datasets/OWNER/NAME"
 _BINARY = frozenset(
     """.7z .a .arrow .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy
@@ -274,24 +273,18 @@ def _text_of(where: str, record: Any, text_field: str) -> str:
 def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str]:
     """Return at most ``count`` passages of about PASSAGE_CHARACTERS, chosen and ordered by a seeded hash of their text.
 
-    Long documents give several passages, so that a handful of books is a sample as good as thousands of notes. A
-    passage that comes again is taken once.
+    Long documents give several passages, so that a handful of books is a sample as good as thousands of notes.
     """
 
-    best: dict[bytes, str] = {}
-    for passage in _passages(documents):
-        best[hashlib.sha256(f"{seed}\1{passage}".encode()).digest()] = passage
-        if len(best) >= 2 * count + _SPARE:
-            best = dict(heapq.nsmallest(count, best.items()))
-    return [passage for _, passage in heapq.nsmallest(count, best.items())]
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"{seed}\1{text}".encode()).digest()
 
-
-def _passages(documents: Iterable[str]) -> Iterator[str]:
-    for text in documents:
-        for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS):
-            passage = text[start : start + PASSAGE_CHARACTERS]
-            if passage.strip():
-                yield passage
+    passages = (
+        text[start : start + PASSAGE_CHARACTERS]
+        for text in documents
+        for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS)
+    )
+    return heapq.nsmallest(count, (passage for passage in passages if passage.strip()), key=rank)
 
 
 def sample_halves(documents: Iterable[str], count: int, seed: int) -> tuple[list[str], list[str]]:

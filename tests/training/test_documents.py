@@ -238,13 +238,6 @@ def test_passages_are_a_seeded_sample_whatever_the_order(texts: list[str], count
     assert sample_passages(texts, count + 3, seed)[: len(found)] == found
 
 
-def test_a_passage_that_comes_again_is_taken_once() -> None:
-    texts = [f"text {i}" for i in range(2000)]
-    assert sample_passages([*texts, *texts, *texts[:1] * 900], 50, seed=3) == sample_passages(texts, 50, seed=3)
-    first, second = sample_halves(["same"] * 60 + ["other"], 20, seed=0)
-    assert sorted([*first, *second]) == ["other", "same"]
-
-
 def test_other_seeds_give_other_samples() -> None:
     texts = [f"document {i}" for i in range(100)]
     assert set(sample_passages(texts, 10, seed=0)) != set(sample_passages(texts, 10, seed=1))
