@@ -169,6 +169,9 @@ def _truth(value: Any, source: _Source) -> bool:
 
 def _string(value: Any, source: _Source) -> str:
     if isinstance(value, str):
+        # A byte that is not UTF-8 comes from the terminal as half a surrogate pair.
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise _refuse(value, "text in UTF-8", source)
         return value
     # TOML has dates of its own, and the dates of a manifest are written the same way.
     if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):

@@ -169,3 +169,10 @@ def test_what_is_needed_and_given_nowhere() -> None:
 
 def test_names_of_configs() -> None:
     assert Command("train_expert", "Train.").config == "TrainExpertConfig"
+
+
+@pytest.mark.parametrize("given", [{"without": ["a\udce9"]}, {"expires": "a\udce9"}])
+def test_text_that_is_not_utf_8_is_refused_and_a_path_is_not(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"^--\w+ is 'a\\udce9'; expected text in UTF-8"):
+        resolve(MergeConfig, "merge", given)
+    assert resolve(MergeConfig, "merge", {"output": Path("a\udce9")}).output == Path("a\udce9")

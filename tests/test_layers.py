@@ -21,7 +21,7 @@ LAYERS = (
     {"training", "embedding"},
     {"hub", "cache"},
     {"model", "bundle"},
-    {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors"},
+    {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors", "pointers"},
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 # Parts of one layer that may see each other: the lowest one.
@@ -38,7 +38,7 @@ ONLY_IMPORTER = {
     "torch": ("model/", "training/", "evaluation/", "engine/", "embedding.py"),
     "transformers": ("model/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
-    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/"),
+    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "engine/generate.py"),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = ("cli/", "engine/", "bundle/", "config.py", "workspace.py", "__init__.py")

@@ -85,6 +85,35 @@ def test_import_and_merge_of_a_checkpoint_four_times_the_limit(tmp_path: Path, c
     assert large - small < 24_000_000, "less than one of its matrices, 33.6 MB"
 
 
+FRAME = """
+import resource, sys
+from pathlib import Path
+from flexctl.model.building import load_tokenizer
+from flexctl.training.documents import read_documents
+from flexctl.training.tokens import frame_documents
+
+def frame(path):
+    for document in frame_documents(tokenizer, read_documents([Path(path)])):
+        print(len(document.tokens))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+frame(sys.argv[2])
+frame(sys.argv[3])
+"""
+
+
+def test_a_long_document_takes_little_memory(tmp_path: Path, checkpoint: Path) -> None:
+    """1.8 million characters take 280 MB at once."""
+    for name, times in (("short", 10_000), ("long", 120_000)):
+        (tmp_path / name).write_text("one and another\n" * times)
+    command = [sys.executable, "-c", FRAME, str(checkpoint), str(tmp_path / "short"), str(tmp_path / "long")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    fewer, before, more, after = map(int, done.stdout.split())
+    assert (more - 2) == 12 * (fewer - 2)
+    assert after - before < 80_000_000
+
+
 @pytest.mark.slow
 def test_import_and_merge_of_a_checkpoint_larger_than_most_machines_memory(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch

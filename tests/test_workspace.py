@@ -57,6 +57,11 @@ def test_ensure_writes_a_file_that_find_reads_back(tmp_path: Path) -> None:
     assert workspace.find(tmp_path) == written
 
 
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "flexctl.toml").write_bytes(b"\xef\xbb\xbf[workspace]\nanchor = 'a'\n")
+    assert workspace.find(tmp_path).anchor == tmp_path / "a"
+
+
 def test_ensure_leaves_a_workspace_alone_even_from_inside(tmp_path: Path) -> None:
     write(tmp_path, '[workspace]\nanchor = "models/anchor"\n')
     (tmp_path / "models").mkdir()
@@ -77,6 +82,7 @@ def test_ensure_leaves_a_workspace_alone_even_from_inside(tmp_path: Path) -> Non
         ),
         ("[workspace]\nanchor = 3\n", "[workspace] anchor is 3; expected a path in quotes"),
         ("[workspace\n", "not valid TOML"),
+        ("merge = " + "[" * 100_000 + "]" * 100_000, "not valid TOML"),
     ],
 )
 def test_mistakes_are_named_with_file_table_and_key(tmp_path: Path, text: str, said: str) -> None:

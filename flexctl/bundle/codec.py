@@ -15,6 +15,7 @@ from typing import Any
 
 from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
+from flexctl.pointers import refuse_pointer
 
 __all__ = ["canonical_json", "decode", "encode", "indented_json", "parse_json", "read_bytes"]
 
@@ -64,6 +65,7 @@ def parse_json(data: bytes, where: str) -> Any:
     def refuse_constant(name: str) -> Any:
         raise BundleError(f"{where}: holds {name}, which is not JSON")
 
+    refuse_pointer(data, where)
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:

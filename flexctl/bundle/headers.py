@@ -19,6 +19,7 @@ from flexctl.bundle.codec import parse_json
 from flexctl.bundle.names import shown
 from flexctl.bundle.tensors import ITEM_SIZES, Span, Typed, size_of
 from flexctl.errors import BundleError
+from flexctl.pointers import refuse_pointer
 
 __all__ = ["MAX_HEADER_BYTES", "PAGE_BYTES", "Header", "header_bytes", "read_header"]
 
@@ -86,6 +87,8 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
+            refuse_pointer(file.read(64), str(path))
+            file.seek(0)
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or 8 + length > size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def open_proxy(path: Path) -> Proxy:
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="flexctl select-proxy makes one")
-    data = read_bytes(path)
+    data = read_bytes(path).removeprefix(BOM_UTF8)
     value = parse_json(data, str(path))
     if not isinstance(value, dict) or value.get("kind") != "proxy":
         raise BundleError(f"{path}: is no proxy list", hint="flexctl select-proxy makes one")

@@ -39,10 +39,22 @@ def run() -> None:
     """Run the console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A model's text and a user's file names hold characters that not every terminal has.
         cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     sys.exit(main())
+
+
+def _open_closed_streams() -> None:
+    """Lead the streams that the caller closed to nowhere, so that no file which a command opens takes their place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,6 +34,7 @@ line, with `schema_version` and `command`, and an error is the last line of stde
 | 2 | usage or configuration |
 | 3 | a bundle is invalid, incompatible or fails verification |
 | 130 | interrupted |
+| 141 | who read the output closed it before its end, as `head` does; closed from the start, it goes nowhere |
 
 `NO_COLOR` turns colours off; `FLEXCTL_DEBUG=1` shows the traceback of an error.
 """

@@ -127,13 +127,20 @@ def _refuse_bad_settings(config: GenerateConfig) -> None:
 
 def _prompt_ids(config: GenerateConfig, tokenizer: Any, folder: Path) -> Tensor:
     """Return the prompt's token ids, (1, S), int64."""
+    from jinja2 import TemplateError
+
     if not config.chat:
         ids: Tensor = tokenizer(config.prompt, return_tensors="pt", verbose=False)["input_ids"]
         return ids
     if tokenizer.chat_template is None:
         raise UsageError(f"the tokenizer in {folder} has no chat template", hint="leave it out", field="chat")
     messages = [{"role": "user", "content": config.prompt}]
-    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    try:
+        chat = tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"the chat template in {folder} fails: {said}", hint="leave it out", field="chat") from error
     framed: Tensor = chat["input_ids"]
     return framed
 

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from flexctl.errors import UsageError
+from flexctl.errors import BundleError, UsageError
 from flexctl.families import PROJECTIONS, family_of
 from flexctl.model.lowrank import low_rank_copy
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
+from flexctl.pointers import refuse_pointer
 
 __all__ = [
     "WeightSource",
@@ -166,11 +167,32 @@ def load_tokenizer(path: Path) -> Any:
 
     Raises:
         UsageError: It is a SentencePiece model alone, and what reads one is not installed.
+        BundleError: There is none, it needs code of its own, or it cannot be read.
     """
     import transformers
 
+    for file in (path / "tokenizer.json", path / "tokenizer_config.json", path / "tokenizer.model"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                refuse_pointer(stream.read(64), str(file))
     _refuse_bare_sentencepiece(path)
-    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        raise _unreadable_tokenizer(path, error) from error
+
+
+def _unreadable_tokenizer(path: Path, error: Exception) -> BundleError:
+    """Return the error in one line: what Transformers says of these goes on over many."""
+    if not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+        return BundleError(f"{path}: has no tokenizer", hint="put tokenizer.json and tokenizer_config.json there")
+    if "trust_remote_code" in str(error):
+        return BundleError(
+            f"{path / 'tokenizer_config.json'}: names a tokenizer class that needs code of its own, which is never run",
+            hint="save the tokenizer as tokenizer.json, with a class that Transformers has",
+        )
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return BundleError(f"{path}: its tokenizer cannot be read: {said}")
 
 
 def is_bare_sentencepiece(path: Path) -> bool:

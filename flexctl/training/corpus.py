@@ -11,13 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flexctl.errors import UsageError
 from flexctl.runtime import Reporter
 from flexctl.training.documents import read_documents
 from flexctl.training.sample import draw_sample
 from flexctl.training.tokens import Framed, TokenStream, frame_documents, pack
 
-__all__ = ["Corpus", "Survey", "prepare_corpus"]
+__all__ = ["Corpus", "Split", "Survey", "prepare_corpus"]
+
+Array = np.ndarray[Any, Any]
 
 HELD_OUT_SHARE = 0.05
 HELD_OUT_TOKENS = 65_536
@@ -31,15 +35,36 @@ class Survey:
         documents: Training documents.
         num_bytes: Their UTF-8 bytes.
         held_out: Documents kept out of training.
-        threshold: Largest seeded hash that is held out; -1 when none is.
+        duplicates: Documents whose text had come before, in training or held out.
         digest: sha256 of all documents in order.
     """
 
     documents: int
     num_bytes: int
     held_out: int
-    threshold: int
+    duplicates: int
     digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Which texts are held out: each with all its copies.
+
+    Attributes:
+        seed: Of the ranks.
+        ranks: Seeded hashes of the texts held out.
+    """
+
+    seed: int
+    ranks: frozenset[int]
+
+    def training(self, documents: Iterable[str]) -> Iterator[str]:
+        """Yield the documents that are not held out."""
+        return (text for text in documents if _rank(text, self.seed) not in self.ranks)
+
+    def held_out(self, documents: Iterable[str]) -> Iterator[str]:
+        """Yield the documents that are held out."""
+        return (text for text in documents if _rank(text, self.seed) in self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,18 +76,18 @@ class Corpus:
         stream: Training tokens, on disk.
         held_out: Framed documents kept out of training, at most ``HELD_OUT_TOKENS`` tokens of them.
         read: Yields every document, read anew.
-        seed: Of the split.
+        split: Tells what is held out.
     """
 
     survey: Survey
     stream: TokenStream
     held_out: Sequence[Framed] | None
     read: Callable[[], Iterator[str]]
-    seed: int
+    split: Split
 
     def documents(self) -> Iterator[str]:
         """Yield the training documents, read anew."""
-        return _part(self.read(), self.seed, self.survey.threshold, held_out=False)
+        return self.split.training(self.read())
 
 
 def prepare_corpus(
@@ -76,9 +101,9 @@ def prepare_corpus(
 ) -> Corpus:
     """Return the owner's text as training tokens in ``work`` and held-out documents.
 
-    One document in twenty is held out, at least one where there are two or more: those with the smallest seeded hash,
-    so the split depends on the text and the seed alone. A token file of an earlier run over the same text is used
-    again.
+    One document in twenty is held out, at least one where there are two different ones: those with the smallest seeded
+    hash, so the split depends on the text and the seed alone. Copies of a text stay together: one with more copies than
+    there is room for stays in training. A token file of an earlier run over the same text is used again.
 
     Args:
         paths: The owner's text.
@@ -92,15 +117,19 @@ def prepare_corpus(
         UsageError: There is no document with text, or a file cannot be read.
     """
     read = partial(read_documents, paths, text_field)
-    survey = _survey(read(), seed)
+    survey, split = _survey(read(), seed)
     if not survey.documents:
         raise UsageError(f"no document with text in {', '.join(map(str, paths))}", field="data")
     held_out = None
     if survey.held_out:
-        framed = frame_documents(tokenizer, _part(read(), seed, survey.threshold, held_out=True))
+        framed = frame_documents(tokenizer, split.held_out(read()))
         held_out = draw_sample(framed, HELD_OUT_TOKENS, seed).documents
     else:
-        reporter.warn("`data` is a single document: nothing is held out, so no gain can be reported")
+        copies = f" {survey.documents} times" if survey.duplicates else ""
+        reporter.warn(f"`data` is a single document{copies}: nothing is held out, so no gain can be reported")
+    if survey.duplicates:
+        total = survey.documents + survey.held_out
+        reporter.note(f"{survey.duplicates} of {total} documents are copies of others; copies are held out together")
     file, mark = work / "own.tokens", work / "own.json"
     identity = json.dumps({**asdict(survey), "vocabulary": _vocabulary(tokenizer), "seed": seed}, sort_keys=True)
     if not (file.exists() and mark.exists() and mark.read_text() == identity):
@@ -108,33 +137,55 @@ def prepare_corpus(
         with reporter.progress("tokenising", survey.num_bytes, "bytes") as bar:
 
             def counted() -> Iterator[str]:
-                for text in _part(read(), seed, survey.threshold, held_out=False):
+                for text in split.training(read()):
                     bar.advance(len(text.encode()))
                     yield text
 
             pack(file, frame_documents(tokenizer, counted()))
         mark.write_text(identity)
-    return Corpus(survey=survey, stream=TokenStream.open(file), held_out=held_out, read=read, seed=seed)
+    return Corpus(survey=survey, stream=TokenStream.open(file), held_out=held_out, read=read, split=split)
 
 
-def _survey(documents: Iterable[str], seed: int) -> Survey:
+def _survey(documents: Iterable[str], seed: int) -> tuple[Survey, Split]:
     digest = hashlib.sha256()
-    ranks, sizes = array("Q"), array("Q")
+    found, sizes = array("Q"), array("Q")
     for text in documents:
         raw = text.encode()
-        digest.update(len(raw).to_bytes(8, "big") + raw)
-        ranks.append(_rank(text, seed))
+        digest.update(len(raw).to_bytes(8, "big"))
+        digest.update(raw)
+        found.append(_rank(text, seed))
         sizes.append(len(raw))
-    wanted = max(1, round(len(ranks) * HELD_OUT_SHARE)) if len(ranks) > 1 else 0
-    threshold = sorted(ranks)[wanted - 1] if wanted else -1
-    kept = [size for rank, size in zip(ranks, sizes, strict=True) if rank > threshold]
-    return Survey(
-        documents=len(kept),
-        num_bytes=sum(kept),
-        held_out=len(ranks) - len(kept),
-        threshold=threshold,
+    ranks, copies = np.unique(np.asarray(found), return_counts=True)
+    held_out = _held_out(ranks, copies)
+    is_kept = ~np.isin(np.asarray(found), held_out)
+    survey = Survey(
+        documents=int(is_kept.sum()),
+        num_bytes=int(np.asarray(sizes)[is_kept].sum()),
+        held_out=len(found) - int(is_kept.sum()),
+        duplicates=len(found) - len(ranks),
         digest=digest.hexdigest(),
     )
+    return survey, Split(seed=seed, ranks=frozenset(held_out.tolist()))
+
+
+def _held_out(ranks: Array, copies: Array) -> Array:
+    """Return the ranks of the texts to hold out: the smallest whose copies fit into the share that is held out.
+
+    Args:
+        ranks: Of the different texts, in order, (n,), uint64.
+        copies: How often each comes, (n,), int64.
+    """
+    if len(ranks) < 2:
+        return ranks[:0]
+    room = max(1, round(int(copies.sum()) * HELD_OUT_SHARE))
+    chosen = []
+    for place, count in enumerate(copies.tolist()):
+        if count <= room:
+            chosen.append(place)
+            room -= count
+        if not room:
+            break
+    return ranks[chosen or [int(copies.argmin())]]
 
 
 def _vocabulary(tokenizer: Any) -> str:
@@ -143,10 +194,6 @@ def _vocabulary(tokenizer: Any) -> str:
 
 
 def _rank(text: str, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{text}".encode()).digest()[:8], "big")
-
-
-def _part(documents: Iterable[str], seed: int, threshold: int, *, held_out: bool) -> Iterator[str]:
-    for text in documents:
-        if (_rank(text, seed) <= threshold) == held_out:
-            yield text
+    hasher = hashlib.sha256(f"{seed}\0".encode())
+    hasher.update(text.encode())
+    return int.from_bytes(hasher.digest()[:8], "big")

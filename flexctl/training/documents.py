@@ -8,9 +8,11 @@ import heapq
 import io
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -55,6 +57,12 @@ def text_files(paths: Iterable[Path], field: str = "data") -> list[Path | hub.Da
             found.append(path)
         elif path.is_dir():
             found += _files_below(path)
+        elif path.exists():
+            raise UsageError(
+                f"{path} is no regular file, and text is read more than once",
+                hint="write it to a file first",
+                field=field,
+            )
         else:
             raise UsageError(f"{path} does not exist", hint=_FORMATS, field=field)
     if not found:
@@ -110,9 +118,11 @@ def _is_text_name(relative: PurePath) -> bool:
 
 
 def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[str]:
-    """Yield each document's text: a row of a table, a line of a .jsonl file, or a whole file otherwise.
+    """Yield each document's text: a row of a table, a record of a .jsonl or .json file, or a whole file otherwise.
 
-    Empty documents are left out. Memory holds one document, or a few rows, at a time.
+    A .json file that was found in a folder and has no such field, as a package.json, is a whole file too. Empty
+    documents are left out. Memory holds one document, or a few rows, at a time; of a .json file that is one list,
+    all of it.
 
     Args:
         paths: Folders, files, and ``hf://datasets/...``, which is fetched while it is read.
@@ -122,16 +132,18 @@ def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[
         UsageError: A file cannot be read, is not UTF-8, or a row or line has no such field with text.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
+    named = set(paths)
     for file in text_files(paths):
+        must_be_records = isinstance(file, hub.DataFile) or file in named
         try:
-            for text in _read_file(file, text_field):
-                if text.strip():
+            for text in _read_file(file, text_field, must_be_records=must_be_records):
+                if text and not text.isspace():
                     yield text
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(f"{file}: cannot be read: {error}") from error
 
 
-def _read_file(file: Path | hub.DataFile, text_field: str) -> Iterator[str]:
+def _read_file(file: Path | hub.DataFile, text_field: str, *, must_be_records: bool) -> Iterator[str]:
     name, kind = str(file), _kind(file)
     with _opened(file) as stream:
         if kind in _SEPARATORS:
@@ -140,6 +152,8 @@ def _read_file(file: Path | hub.DataFile, text_field: str) -> Iterator[str]:
             yield from read_parquet(stream, name, text_field)
         elif kind in _JSONL:
             yield from _read_lines(stream, name, text_field)
+        elif kind == ".json":
+            yield from _read_json(stream, name, text_field, must_be_records=must_be_records)
         else:
             yield _decoded(name, stream.read())
 
@@ -147,16 +161,54 @@ def _read_file(file: Path | hub.DataFile, text_field: str) -> Iterator[str]:
 def _kind(file: Path | hub.DataFile) -> str:
     """Return the ending that says how to read a file, without that of its packing."""
     suffixes = [suffix.lower() for suffix in PurePath(file.name).suffixes]
-    kind = next((suffix for suffix in reversed(suffixes) if suffix not in _PACKED), "")
-    # On the Hub, a .json file that a data set is made of has a record a line.
-    return ".jsonl" if kind == ".json" and isinstance(file, hub.DataFile) else kind
+    return next((suffix for suffix in reversed(suffixes) if suffix not in _PACKED), "")
 
 
-def _read_lines(stream: io.BufferedIOBase, name: str, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
+def _read_lines(lines: Iterable[bytes], name: str, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
         where = f"{name}, line {number}"
         if decoded := _decoded(where, line).strip():
-            yield _text_of(where, decoded, text_field)
+            yield _text_of(where, _parsed(where, decoded), text_field)
+
+
+def _read_json(stream: io.BufferedIOBase, name: str, text_field: str, *, must_be_records: bool) -> Iterator[str]:
+    """Yield the text of each record: one a line, or all of them in one list, or a single one over several lines.
+
+    Where it need not be records, and the first is none with the field, the whole file is the text.
+    """
+    before, first = b"", stream.readline()
+    while first.isspace():
+        before, first = before + first, stream.readline()
+    if _is_object(first) and (must_be_records or _has_field(first, text_field)):
+        yield from _read_lines(chain([first], stream), name, text_field)
+        return
+    whole = _decoded(name, before + first + stream.read())
+    if not must_be_records and not _has_field(whole, text_field):
+        yield whole
+    elif whole.strip():
+        value = _parsed(name, whole)
+        if isinstance(value, list):
+            for number, record in enumerate(value, start=1):
+                yield _text_of(f"{name}, record {number}", record, text_field)
+        else:
+            yield _text_of(name, value, text_field)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_field(text: bytes | str, text_field: str) -> bool:
+    """Return whether this is JSON whose record, or the first of a list, has a field; an empty list has no other."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    first = value[:1] if isinstance(value, list) else [value]
+    return all(isinstance(record, dict) and text_field in record for record in first)
 
 
 def _decoded(where: str, raw: bytes) -> str:
@@ -173,12 +225,19 @@ def _opened(file: Path | hub.DataFile) -> Iterator[io.BufferedIOBase]:
     with file.open("rb") as packed:
         if suffix == ".gz":
             with gzip.open(packed) as unpacked:
-                yield unpacked
+                yield _after_mark(unpacked)
         elif suffix == ".zst":
             with io.BufferedReader(_Unzstd(packed)) as unpacked:
-                yield unpacked
+                yield _after_mark(unpacked)
         else:
-            yield packed
+            yield _after_mark(packed)
+
+
+def _after_mark(stream: Any) -> Any:
+    """Return the stream after the byte order mark that some editors begin a file with."""
+    if stream.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
+        stream.read(len(BOM_UTF8))
+    return stream
 
 
 class _Unzstd(io.RawIOBase):
@@ -213,13 +272,16 @@ class _Unzstd(io.RawIOBase):
         return True
 
 
-def _text_of(where: str, line: str, text_field: str) -> str:
+def _parsed(where: str, text: str) -> Any:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: not JSON: {error}") from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}", hint="text that is no JSON belongs in a .txt file") from error
+
+
+def _text_of(where: str, record: Any, text_field: str) -> str:
     if not isinstance(record, dict):
-        raise UsageError(f"{where}: no record with fields", hint=f'a line is {{"{text_field}": "..."}}')
+        raise UsageError(f"{where}: no record with fields", hint=f'a record is {{"{text_field}": "..."}}')
     if text_field not in record:
         raise missing_field(where, text_field, record, "field")
     text = "" if record[text_field] is None else record[text_field]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from flexctl.bundle.names import PUBLIC
 from flexctl.errors import UsageError
+from flexctl.training.encoding import encoded
 
 __all__ = [
     "Batches",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
-_TOGETHER = 64
 PASSAGE_TOKENS = 256
 
 
@@ -60,12 +59,9 @@ def frame_documents(tokenizer: Any, documents: Iterable[str]) -> Iterator[Framed
     if end is None:
         raise UsageError("the tokenizer has no end-of-text token (eos_token)", hint="set it in the anchor's tokenizer")
     begin = _begin_token(tokenizer, end)
-    stream = iter(documents)
-    while batch := list(islice(stream, _TOGETHER)):
-        for text, ids in zip(
-            batch, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"], strict=True
-        ):
-            yield Framed(tokens=np.array([begin, *ids, end], dtype=np.int64), num_bytes=len(text.encode()))
+    for text, ids in encoded(tokenizer, documents):
+        tokens = np.concatenate([[begin], ids, [end]], dtype=np.int64)
+        yield Framed(tokens=tokens, num_bytes=len(text.encode()))
 
 
 def frame_passages(tokenizer: Any, passages: Iterable[str]) -> list[Tensor]:

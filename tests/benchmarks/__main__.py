@@ -114,12 +114,33 @@ def bench_training(root: Path) -> None:
     show("scoring a pair / dense forward", f"{ours / plain:.2f}", f"{plain:.2f} s, 2048 tokens")
 
 
+def bench_text(root: Path) -> None:
+    """Resident memory of training on one long document, on many of a book's length, and on short ones."""
+    tiny = ["--max-tokens", "3000", "--seq-len", "64", "--batch-tokens", "256", "--threads", "1", "--json"]
+    line = "".join(
+        f"In {year} the {year % 97} ships of the {year % 31}th fleet came home.\n" for year in range(1000, 2000)
+    )
+    shapes = {"3,000 of 4 kB": (3000, line[:4000]), "64 of 190 kB": (64, line * 4), "one of 12.6 MB": (1, line * 270)}
+    for name, (count, text) in shapes.items():
+        data = root / name
+        data.mkdir()
+        for number in range(count):
+            (data / f"{number}.txt").write_text(f"{number}\n{text}")
+        anchor = str(root / f"{name} anchor")
+        made = peak_bytes(["init-anchor", "--data", str(data), "--preset", "nano", *tiny, "-o", anchor])
+        expert = ["train-expert", "--data", str(data), "--anchor", anchor, "-o", str(root / "long.st"), "--overwrite"]
+        trained = peak_bytes([*expert, "--name", "long", *tiny])
+        show(f"init-anchor, documents: {name}", f"{made / 1e6:.0f} MB", "peak resident; limit 1000 MB")
+        show(f"train-expert, documents: {name}", f"{trained / 1e6:.0f} MB", "peak resident; limit 1000 MB")
+
+
 def main() -> None:
     """Run every measurement."""
     print(f"medians of {REPEATS} runs on {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         bench_merge(Path(folder))
         bench_training(Path(folder))
+        bench_text(Path(folder))
 
 
 if __name__ == "__main__":

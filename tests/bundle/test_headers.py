@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexctl.bundle.codec import parse_json
 from flexctl.bundle.headers import MAX_HEADER_BYTES, PAGE_BYTES, header_bytes, read_header
 from flexctl.bundle.tensors import ITEM_SIZES, TensorType, size_of
 from flexctl.errors import BundleError
@@ -123,6 +124,15 @@ def test_an_oversized_header_is_refused_unread(tmp_path: Path) -> None:
         output.truncate(MAX_HEADER_BYTES * 2)
     with pytest.raises(BundleError, match="header has 25000001 bytes"):
         read_header(path)
+
+
+def test_pointers_of_git_lfs_are_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1\n")
+    with pytest.raises(BundleError, match=r"model\.safetensors: is a pointer of git-lfs"):
+        read_header(path)
+    with pytest.raises(BundleError, match=r"config\.json: is a pointer of git-lfs"):
+        parse_json(path.read_bytes(), "config.json")
 
 
 def test_missing_files_and_directories_are_refused(tmp_path: Path) -> None:

@@ -286,6 +286,24 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     process.stderr.close()
 
 
+CLOSED = {"<&-": (0,), ">&-": (1,), "2>&-": (2,), "<&- >&- 2>&-": (0, 1, 2)}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes streams as a shell does")
+@pytest.mark.parametrize("arguments", ["list --json", "inspect nowhere"])
+def test_closed_streams_go_nowhere_and_change_nothing_else(tmp_path: Path, arguments: str) -> None:
+    def run(closing: str) -> subprocess.CompletedProcess[str]:
+        line = ["sh", "-c", f'"$0" -m flexctl {arguments} {closing}', sys.executable]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    whole = run("")
+    for closing, closed in CLOSED.items():
+        partly = run(closing)
+        assert partly.returncode == whole.returncode
+        assert partly.stdout == ("" if 1 in closed else whole.stdout)
+        assert partly.stderr == ("" if 2 in closed else whole.stderr)
+
+
 def test_control_c_is_exit_code_130() -> None:
     # A parent that ignores the signal, as a shell's background does, hands that down.
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"

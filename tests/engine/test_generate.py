@@ -18,7 +18,7 @@ from flexctl.bundle import open_expert, open_merged
 from flexctl.engine.generate import GenerateConfig, GenerateResult, generate
 from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, merge
-from flexctl.errors import FlexctlError
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.evaluation.explaining import ShareCollector, texts_of
 from flexctl.model.building import load_tokenizer
 from flexctl.model.routed import observing
@@ -241,11 +241,11 @@ def test_wrong_settings_are_refused_in_one_line(merged: Path, settings: dict[str
     assert caught.value.exit_code == 2
 
 
-def anchor_with_chat_template(anchor: Path, folder: Path) -> Path:
+TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+def anchor_with_chat_template(anchor: Path, folder: Path, template: str = TURNS) -> Path:
     """The same dense model as an anchor whose tokenizer knows how user and assistant take turns."""
-    template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    )
     source = folder / "source"
     shutil.copytree(anchor, source, ignore=shutil.ignore_patterns("flexctl.json", "router-space*", "public-sample*"))
     (source / "chat_template.jinja").write_text(template)
@@ -261,6 +261,22 @@ def test_chat_puts_the_prompt_into_the_template(anchor: Path, in_empty_folder: P
     answered = run(chatty, chat=True)
     assert (answered.text, answered.tokens) == (framed.text, framed.tokens)
     assert (answered.prompt, answered.chat, framed.chat) == (PROMPT, True, False)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "fails: roles must alternate"),
+        ("{{ nothing.at.all }}", "fails: 'nothing' is undefined"),
+        ("{% for %}", "fails: Expected"),
+    ],
+)
+def test_a_chat_template_that_fails_is_a_line(anchor: Path, in_empty_folder: Path, template: str, says: str) -> None:
+    chatty = anchor_with_chat_template(anchor, in_empty_folder, template)
+    with pytest.raises(UsageError) as caught:
+        run(chatty, chat=True)
+    assert says in caught.value.message
+    assert str(chatty) in caught.value.message
 
 
 def test_chat_without_a_template_is_refused(merged: Path) -> None:

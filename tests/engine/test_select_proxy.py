@@ -113,6 +113,8 @@ def test_a_changed_file_is_refused(tmp_path: Path, anchor: Path, texts: Any) -> 
         assert str(path) in caught.value.message
     with pytest.raises(UsageError, match="no such file"):
         open_proxy(tmp_path / "nowhere.json")
+    path.write_bytes(b"\xef\xbb\xbf" + good)
+    assert open_proxy(path).digest == json.loads(good)["digest"]
 
 
 def test_a_sentence_encoder_can_tell_texts_apart(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from flexctl.errors import UsageError
+from flexctl.errors import BundleError, UsageError
 from flexctl.model.building import (
     add_expert,
     autocast_dtype,
@@ -142,3 +143,38 @@ def test_building_says_nothing(capfd: pytest.CaptureFixture[str], checkpoint: Pa
     load_dense(checkpoint)
     load_tokenizer(checkpoint)
     assert capfd.readouterr() == ("", "")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 1\n".format("a" * 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokenizer.json": None, "tokenizer_config.json": None}, ": has no tokenizer"),
+        ({"tokenizer.json": POINTER}, "tokenizer.json: is a pointer of git-lfs"),
+        ({"tokenizer_config.json": POINTER}, "tokenizer_config.json: is a pointer of git-lfs"),
+        ({"tokenizer.json": "{}"}, "its tokenizer cannot be read"),
+        ({"tokenizer.json": "nothing"}, "its tokenizer cannot be read"),
+        (
+            {
+                "tokenizer_config.json": '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["x.X", null]}}',
+                "config.json": '{"model_type": "llama"}',
+            },
+            "names a tokenizer class that needs code of its own",
+        ),
+    ],
+)
+def test_a_tokenizer_that_does_not_load_is_a_line(
+    tmp_path: Path, checkpoint: Path, changes: dict[str, str | None], says: str
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "odd")
+    for name, content in changes.items():
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_text(content)
+    with pytest.raises(BundleError) as caught:
+        load_tokenizer(folder)
+    assert says in caught.value.message
+    assert str(folder) in caught.value.message
+    assert "\n" not in caught.value.message

@@ -192,6 +192,12 @@ def test_refusals_name_the_field(config: dict[str, Any], field: str) -> None:
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("padding", [None, -1, 0, 49])
+def test_a_padding_token_inside_the_vocabulary_passes(padding: int | None) -> None:
+    config = {"model_type": "llama", "vocab_size": 50, "pad_token_id": padding}
+    assert resolve_moe_config(config)["pad_token_id"] == padding
+
+
 def test_an_unknown_family_is_told_which_there_are() -> None:
     with pytest.raises(BundleError) as caught:
         resolve_moe_config({"model_type": "gpt2"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -23,9 +24,13 @@ TEXTS = tiny.make_texts("code", 60)
 class Listener(SilentReporter):
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.notes: list[str] = []
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -82,6 +87,48 @@ def test_two_documents_hold_one_out_and_a_single_one_none(tmp_path: Path, tokeni
     assert len(listener.warnings) == 1
     assert "single document" in listener.warnings[0]
     assert list(one.documents()) == TEXTS[:1]
+
+
+@pytest.mark.parametrize(("often", "copies"), [(TEXTS[7], 60), (min(TEXTS), 200), (TEXTS[0], 2)])
+def test_copies_leave_the_held_out_share_as_it_is(tmp_path: Path, tokenizer: Any, often: str, copies: int) -> None:
+    listener = Listener()
+    path = write(tmp_path / "a.jsonl", [*TEXTS, *[often] * (copies - 1)])
+    for seed in range(4):
+        work = tmp_path / str(seed)
+        work.mkdir()
+        corpus = prepare_corpus([path], tokenizer, work, seed=seed, reporter=listener)
+        survey, training = corpus.survey, list(corpus.documents())
+        total = len(TEXTS) + copies - 1
+        assert survey.held_out == round(0.05 * total)
+        assert survey.documents == len(training) == total - survey.held_out
+        assert survey.num_bytes == sum(len(text.encode()) for text in training)
+        assert survey.duplicates == copies - 1
+        assert f"{copies - 1} of {total} documents are copies" in listener.notes.pop()
+        assert not set(training) & held_out_texts(corpus, tokenizer)
+
+
+def test_one_text_many_times_is_trained_on_with_nothing_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    listener = Listener()
+    path = write(tmp_path / "a.jsonl", TEXTS[:1] * 60)
+    corpus = prepare_corpus([path], tokenizer, tmp_path, seed=0, reporter=listener)
+    assert (corpus.survey.documents, corpus.survey.held_out, corpus.held_out) == (60, 0, None)
+    assert list(corpus.documents()) == TEXTS[:1] * 60
+    assert "single document 60 times" in listener.warnings[0]
+
+
+def test_of_two_texts_with_many_copies_the_rarer_is_held_out(tmp_path: Path, tokenizer: Any) -> None:
+    path = write(tmp_path / "a.jsonl", [*TEXTS[:1] * 30, *TEXTS[1:2] * 20])
+    corpus = prepare(path, tokenizer, tmp_path / "work")
+    assert held_out_texts(corpus, tokenizer) == {TEXTS[1]}
+    assert set(corpus.documents()) == {TEXTS[0]}
+
+
+def test_what_is_held_out_is_what_was_held_out_by_former_versions(tmp_path: Path, tokenizer: Any) -> None:
+    def rank(text: str) -> bytes:
+        return hashlib.sha256(f"5\0{text}".encode()).digest()
+
+    corpus = prepare(write(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "work", seed=5)
+    assert held_out_texts(corpus, tokenizer) == set(sorted(TEXTS, key=rank)[:3])
 
 
 def test_text_without_documents_is_refused(tmp_path: Path, tokenizer: Any) -> None:

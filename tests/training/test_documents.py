@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,106 @@ def test_jsonl_with_crlf_and_blank_lines(tmp_path: Path) -> None:
     assert read(put(tmp_path / "a.jsonl", '{"text": "one"}\r\n\r\n   \n{"text": "two"}')) == ["one", "two"]
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.ZstdCompressor().compress])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl", "a.json", "a.csv", "a.tsv"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    contents = {".jsonl": lines("one"), ".json": lines("one"), ".csv": "text\none\n", ".tsv": "text\none\n"}
+    ending = {gzip.compress: ".gz", bytes: ""}.get(pack, ".zst")
+    raw = pack(MARK + contents.get(Path(name).suffix, "one").encode())
+    assert read(put(tmp_path / (name + ending), raw)) == ["one"]
+
+
+def test_a_mark_inside_a_text_stays(tmp_path: Path) -> None:
+    assert read(put(tmp_path / "a.txt", MARK + b"a" + MARK)) == ["a\ufeff"]
+    assert read(put(tmp_path / "empty.txt", MARK)) == []
+
+
+RECORDS = [{"text": "one\n", "id": 1}, {"text": "two", "id": 2}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(RECORDS),
+        json.dumps(RECORDS, indent=2),
+        "\n".join(map(json.dumps, RECORDS)),
+        "\n\n" + "\r\n\r\n".join(map(json.dumps, RECORDS)) + "\n",
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.JSON.gz"])
+def test_json_holds_records(tmp_path: Path, content: str, name: str) -> None:
+    raw = gzip.compress(content.encode()) if name.endswith("gz") else content
+    assert read(put(tmp_path / name, raw)) == ["one\n", "two"]
+
+
+def test_a_single_record_in_json_is_a_document(tmp_path: Path) -> None:
+    assert read(put(tmp_path / "a.json", json.dumps(RECORDS[0]))) == ["one\n"]
+    assert read(put(tmp_path / "b.json", json.dumps(RECORDS[0], indent=2))) == ["one\n"]
+    assert read(put(tmp_path / "c.json", "")) == read(put(tmp_path / "d.json", "[]")) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("plain words", "not JSON"),
+        ("3", "no record with fields"),
+        ('["one", "two"]', "record 1: no record with fields"),
+        ('[{"text": "one"}, {"body": "two"}]', "record 2: no field 'text'; there are 'body'"),
+        (json.dumps({"name": "x", "version": 1}, indent=1), "no field 'text'; there are 'name', 'version'"),
+        ('{"text": "one"}\n{"text": ', "line 2: not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "not JSON"),
+    ],
+)
+def test_json_without_records_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    assert says in refused(put(tmp_path / "a.json", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"name": "x", "version": 1}, indent=1),
+        json.dumps({"name": "x", "version": 1}),
+        '\n\n{"name": "x"}\n{"name": "y"}\n',
+        '[{"body": "one"}, {"body": "two"}]',
+        '["one", "two"]',
+        "3",
+        "// with comments\n{}",
+        "[" * 100_000 + "]" * 100_000,
+    ],
+)
+@pytest.mark.parametrize("name", ["package.json", "package.json.gz"])
+def test_json_without_records_in_a_folder_is_text_like_any_other_file(tmp_path: Path, content: str, name: str) -> None:
+    """A folder of code has such files. Whoever names one means its records."""
+    raw = gzip.compress(content.encode()) if name.endswith("gz") else content
+    file = put(tmp_path / "code" / name, raw)
+    put(tmp_path / "code" / "z.py", "pass")
+    assert read(tmp_path / "code") == [content, "pass"]
+    refused(file)
+    with pytest.raises(UsageError):
+        read(tmp_path / "code", file)
+
+
+def test_json_with_records_in_a_folder_holds_records(tmp_path: Path) -> None:
+    put(tmp_path / "a.json", json.dumps(RECORDS))
+    put(tmp_path / "b.json", "\n".join(map(json.dumps, RECORDS)))
+    put(tmp_path / "c.json", json.dumps(RECORDS[0], indent=2))
+    put(tmp_path / "d.json", "[]")
+    assert read(tmp_path) == ["one\n", "two"] * 2 + ["one\n"]
+    put(tmp_path / "e.json", '[{"text": "one"}, {"body": "two"}]')
+    with pytest.raises(UsageError, match=r"e\.json, record 2: no field 'text'"):
+        read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file, and text is read more than once" in refused(tmp_path / "pipe")
+
+
 def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
     put(tmp_path / "a.txt", " \n\t\n")
     put(tmp_path / "b.txt", "")
@@ -109,6 +211,7 @@ def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
         ('{"text": ["x"]}', "line 2: 'text' holds [\"x\"], not text"),
         ('{"text": "half a pair: \\ud83d"}', "line 2: "),
         ("plain words", "line 2: not JSON"),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2: not JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, says: str) -> None:

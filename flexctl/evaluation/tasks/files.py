@@ -117,7 +117,7 @@ def file_digest(paths: list[Path]) -> str:
 def _read(path: Path) -> Items:
     items = Items()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -137,7 +137,7 @@ def _read(path: Path) -> Items:
 def _item(where: str, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
     if not isinstance(record, dict):
         raise UsageError(f"{where}: {line[:40]!r} is no JSON object")

@@ -120,3 +120,16 @@ def test_what_is_no_task_file_is_refused(tmp_path: Path) -> None:
     for name, says in (("notes.txt", "no task file"), ("nowhere", "does not exist"), ("folder", "no .jsonl")):
         with pytest.raises(UsageError, match=says):
             task_files(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_item(tmp_path: Path) -> None:
+    file = write(tmp_path / "wet.jsonl", CHOICE)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert [item["id"] for item in read_task_file(file).items] == ["q-0"]
+
+
+def test_a_line_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "deep.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b", "more": ' + "[" * 100_000 + "]" * 100_000 + "}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"deep\.jsonl, line 1: not JSON"):
+        read_task_file(file)
