@@ -13,6 +13,7 @@ import os
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from flexctl import workspace
 from flexctl.errors import UsageError
 
-__all__ = ["config_name", "flag_name", "refuse_no_date", "refuse_out_of_range", "resolve"]
+__all__ = ["config_name", "flag_name", "refuse_no_date", "refuse_out_of_range", "refuse_unwritable", "resolve"]
 
 Config = TypeVar("Config")
 
@@ -41,6 +42,9 @@ _EXCEPTIONS: Mapping[str, Mapping[str, str | None]] = {
     "push": {"path": None, "repository": None},
     "pull": {"repository": None},
 }
+
+_MOST_CHARACTERS = 10_000
+_MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
 
 # What separates paths in the environment; the colon of hf:// is no separator.
 _PATH_SEPARATOR = re.escape(os.pathsep) + "(?!//)"
@@ -93,7 +97,8 @@ def refuse_out_of_range(config: object, *, above_zero: Sequence[str], from_zero:
         from_zero: Fields that must not be below 0.
 
     Raises:
-        UsageError: One is out of range, or not a number.
+        UsageError: One is out of range, or not a number. ``threads`` may be at most 256, or four times the processors
+            where that is more.
     """
     for name in (*above_zero, *from_zero):
         value = getattr(config, name)
@@ -101,6 +106,27 @@ def refuse_out_of_range(config: object, *, above_zero: Sequence[str], from_zero:
         if not allowed:
             limit = "is below 0" if name in from_zero else "is not above 0"
             raise UsageError(f"--{name.replace('_', '-')}: {value} {limit}")
+        if name == "threads" and value is not None and value > _MOST_THREADS:
+            raise UsageError(
+                f"--threads: {value} is above {_MOST_THREADS}", hint=f"this machine has {os.cpu_count()} processors"
+            )
+
+
+def refuse_unwritable(config: object) -> None:
+    """Refuse words about a bundle that no manifest can hold: ``license``, ``label``, ``contact`` and each ``purpose``.
+
+    Raises:
+        UsageError: One is longer than 10,000 characters, has a control character, or is no valid Unicode, as bytes that
+            are not UTF-8 on a command line are not.
+    """
+    for name in ("license", "label", "contact", "purpose"):
+        given = getattr(config, name, None) or ()
+        for text in (given,) if isinstance(given, str) else given:
+            if len(text) > _MOST_CHARACTERS:
+                raise UsageError(f"--{name}: has {len(text)} characters; expected at most {_MOST_CHARACTERS}")
+            for character in text:
+                if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\r\t":
+                    raise UsageError(f"--{name}: holds {character!a}, which is no character of a text")
 
 
 def refuse_no_date(expires: str | None) -> None:

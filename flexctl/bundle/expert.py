@@ -138,7 +138,7 @@ def write_expert(
         data: What the owner says about the text.
         training: Settings, seed, steps, tokens, losses, frozen_verified. No paths, host names or times.
         router: How the rows came about.
-        run: What no digest covers: times, machine, speed.
+        run: What no digest covers: times, machine, speed. The expert's digest is added.
         overwrite: Whether an expert that exists may be replaced.
         privacy: The guarantee, where there is one.
         rank: Of a low-rank expert, the highest of its matrices.
@@ -184,7 +184,7 @@ def write_expert(
             if found != infos[tensor_name] or not finite:
                 raise _broken(tensors[tensor_name], f"{path}: tensor {tensor_name}", finite)
     with new_file(path.with_suffix(".run.json"), overwrite=True) as temporary:
-        temporary.write_bytes(indented_json(run))
+        temporary.write_bytes(indented_json({"digest": manifest.digest, **run}))
     return open_expert(path)
 
 

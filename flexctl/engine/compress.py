@@ -21,6 +21,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.hashing import check_tensors
 from flexctl.bundle.lowrank import most_rank, refuse_useless_rank
+from flexctl.bundle.store import check_file_target
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import feed_forward_names
@@ -184,8 +185,7 @@ def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Pat
     """Return the weights of the pair after refusing what cannot be done."""
     from flexctl.training.documents import text_files
 
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+    check_file_target(target, overwrite=config.overwrite)
     refuse_out_of_range(config, above_zero=("size", "threads"))
     if config.size is not None and config.size >= 1:
         raise UsageError(f"--size: {config.size} is not a share below 1")

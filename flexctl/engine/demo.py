@@ -12,6 +12,7 @@ from pathlib import Path
 
 import flexctl
 from flexctl import workspace
+from flexctl.config import refuse_out_of_range
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.runtime import SILENT, Reporter
 
@@ -79,6 +80,7 @@ def demo(config: DemoConfig, reporter: Reporter = SILENT) -> DemoResult:
     """
     started = time.monotonic()
     root = config.output
+    refuse_out_of_range(config, above_zero=("threads",))
     _clear(root, config.overwrite)
     data = _write_text(root, reporter)
     public, *owners = data

@@ -21,6 +21,7 @@ from flexctl.bundle import (
     write_router_file,
 )
 from flexctl.bundle.expert import check_fits
+from flexctl.bundle.store import check_file_target
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.hub import localise
@@ -191,8 +192,7 @@ def _target(config: EmbedRouterConfig) -> Path:
     if config.expert is not None and config.output is None:
         raise UsageError("--expert: no -o given for the copy", hint="add -o NEW.st")
     target = config.output or Path("router.st")
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another -o, or --overwrite to replace it")
+    check_file_target(target, overwrite=config.overwrite)
     return target
 
 

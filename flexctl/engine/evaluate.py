@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flexctl import hub, workspace
 from flexctl.bundle.checks import prove
 from flexctl.bundle.runnable import Runnable
+from flexctl.bundle.store import check_file_target
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import UsageError
 from flexctl.families import family_of
@@ -262,6 +263,8 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
     for flag, path in (("--samples", config.samples), ("--report", config.report)):
         if path and path.exists() and not config.overwrite:
             raise UsageError(f"{flag}: {path} exists", hint="give another file, or --overwrite to replace it")
+        if path:
+            check_file_target(path, overwrite=config.overwrite)
     if config.report:
         require_matplotlib()
 

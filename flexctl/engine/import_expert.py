@@ -25,7 +25,8 @@ from flexctl.bundle import (
     write_expert,
 )
 from flexctl.bundle.names import check_expert_name
-from flexctl.config import refuse_no_date, refuse_out_of_range
+from flexctl.bundle.store import check_file_target
+from flexctl.config import refuse_no_date, refuse_out_of_range, refuse_unwritable
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint, localise
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
@@ -174,8 +175,8 @@ def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Pat
     from flexctl.embedding import check_kind, names_a_file
     from flexctl.model.building import pick_device, pick_dtype, set_threads
 
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another --name or -o, or --overwrite to replace it")
+    check_file_target(target, overwrite=config.overwrite)
+    refuse_unwritable(config)
     refuse_no_date(config.expires)
     refuse_out_of_range(config, above_zero=("threads",))
     pick_dtype(config.dtype, pick_device(config.device))

@@ -150,12 +150,12 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
 
 def _domains(config: ReplaceConfig) -> list[Domain]:
     """Return what to score on, after refusing settings that cannot be scored with."""
+    refuse_out_of_range(config, above_zero=("seq_len", "batch_tokens", "threads"))
     if not config.data:
         return []
     from flexctl.evaluation.domains import parse_domains
     from flexctl.model.building import pick_device, pick_dtype
 
-    refuse_out_of_range(config, above_zero=("seq_len", "batch_tokens", "threads"))
     pick_dtype(config.dtype, pick_device(config.device))
     return parse_domains(config.data, config.text_field)
 

@@ -117,6 +117,7 @@ def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> Non
 
 def test_only_bundles_of_the_same_kind_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.jpg").write_text("x")
     (tmp_path / "file").write_text("x")
     make_bundle(tmp_path / "anchor", kind="anchor")
     for name in ("photos", "file", "anchor"):
