@@ -183,10 +183,12 @@ def _way(config: CompressConfig) -> str:
 
 def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Path) -> Weights:
     """Return the weights of the pair after refusing what cannot be done."""
+    from flexctl.model.building import pick_device, pick_dtype
     from flexctl.training.documents import text_files
 
     check_file_target(target, overwrite=config.overwrite)
     refuse_out_of_range(config, above_zero=("size", "threads"))
+    pick_dtype(config.dtype, pick_device(config.device))
     if config.size is not None and config.size >= 1:
         raise UsageError(f"--size: {config.size} is not a share below 1")
     if config.size is not None and config.rank != "auto":

@@ -141,6 +141,7 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
     others = [_expert_of(localise(path, reporter), anchor) for path in config.compare]
     target = _target(config)
+    name = expert.manifest.name if expert is not None else slug(target.stem)
     rows, samples, layers = _measure(config, anchor, others, reporter)
     warnings = _warnings(layers)
     for warning in warnings:
@@ -153,7 +154,6 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
         bias=tuple(float(b) for b in rows.bias),
     )
     raw = RawTensor(*to_bytes(rows.rows))
-    name = expert.manifest.name if expert is not None else slug(target.stem)
     digest = None if config.dry_run else _write(config, anchor, expert, name, target, raw, info)
     return EmbedRouterResult(
         path=target,

@@ -261,10 +261,11 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
         if getattr(config, name):
             raise UsageError(f"--{name.replace('_', '-')}: there is no text to score", hint="add --data NAME=PATH")
     for flag, path in (("--samples", config.samples), ("--report", config.report)):
-        if path and path.exists() and not config.overwrite:
+        if path is None:
+            continue
+        check_file_target(path, overwrite=True)
+        if path.exists() and not config.overwrite:
             raise UsageError(f"{flag}: {path} exists", hint="give another file, or --overwrite to replace it")
-        if path:
-            check_file_target(path, overwrite=config.overwrite)
     if config.report:
         require_matplotlib()
 
