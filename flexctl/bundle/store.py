@@ -38,6 +38,7 @@ __all__ = [
     "new_directory",
     "new_file",
     "place_of_change",
+    "place_of_work",
     "require_space",
 ]
 
@@ -209,6 +210,16 @@ def place_of_change(source: Path, output: Path | None) -> tuple[Path, bool]:
     return target, os.path.realpath(target) == place and place in map(os.path.realpath, own)
 
 
+def place_of_work(target: Path, ending: str) -> Path:
+    """Return the hidden folder for what a run needs on its way to a directory, ``.NAME.ending``.
+
+    It is beside the target, or inside one that is there and can have no siblings, as a mount point.
+    """
+    place = Path(os.path.realpath(target))
+    inside = os.path.isdir(place) and not _may_have_siblings(place)
+    return (place if inside else place.parent) / f".{place.name}.{ending}"
+
+
 def require_space(path: Path, needed: int) -> None:
     """Refuse to start when the file system of ``path`` has fewer than ``needed`` bytes free.
 
@@ -298,11 +309,8 @@ def _possible(path: Path) -> Path:
 
 
 def _is_vacant(target: Path) -> bool:
-    """Return whether this is a folder with nothing in it, but for what a killed process wrote inside."""
-    prefix = f".{target.name}.{_MACHINE}-"
-    return os.path.isdir(target) and all(
-        item.name.startswith(prefix) and item.name.endswith(".tmp") for item in target.iterdir()
-    )
+    """Return whether this is a folder with nothing in it, but for hidden ones that flexctl works in."""
+    return os.path.isdir(target) and all(item.name.startswith(f".{target.name}.") for item in target.iterdir())
 
 
 def _may_have_siblings(target: Path) -> bool:

@@ -21,7 +21,7 @@ from flexctl.bundle import (
 from flexctl.bundle.checks import prove
 from flexctl.bundle.manifest import MANIFEST_FILE
 from flexctl.bundle.names import check_anchor_name
-from flexctl.bundle.store import check_directory_target
+from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.config import refuse_out_of_range, refuse_unwritable
 from flexctl.errors import UsageError
 from flexctl.families import family_of
@@ -138,7 +138,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     from flexctl.training.work import refuse_busy, working_folder
 
     target = config.output or workspace.find().anchor
-    work_path = target.parent / f".{target.name}.work"
+    work_path = place_of_work(target, "work")
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
     _refuse_bad_settings(config, target, exists=ends)
     refuse_busy(work_path)

@@ -13,7 +13,7 @@ from flexctl.bundle.assembly import assemble
 from flexctl.bundle.codec import indented_json
 from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.proxy import Proxy, open_proxy
-from flexctl.bundle.store import check_directory_target, new_file, place_of_change
+from flexctl.bundle.store import check_directory_target, new_file, place_of_change, place_of_work
 from flexctl.config import refuse_out_of_range
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.hub import is_remote, localise
@@ -165,7 +165,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     else:
         target, replaces_own = place_of_change(source, config.output)
     config = replace(config, overwrite=config.overwrite or replaces_own)
-    work_path = target.parent / f".{target.name}.tuning"
+    work_path = place_of_work(target, "tuning")
     _refuse_bad_settings(config)
     refuse_busy(work_path)
     asked = _asked(config, merged, anchor, proxies)
