@@ -192,7 +192,9 @@ Size = Annotated[
     ),
 ]
 FreezeRouter = Annotated[bool | None, Option("--freeze-router", help="Leave the router rows as they start.")]
-Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint.")]
+Resume = Annotated[
+    bool | None, Option("--resume", help="Go on from the last checkpoint; of a finished run, give its result.")
+]
 CheckpointSteps = Annotated[
     str | None, Option("--checkpoint-steps", metavar="N", help="Write a checkpoint every so many steps.")
 ]

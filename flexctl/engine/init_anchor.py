@@ -151,6 +151,8 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     if config.dry_run:
         return _planned(config, target, source)
     with working_folder(work_path, reporter) as work:
+        # Once more, as a run that ended in this moment may have written it.
+        check_directory_target(target, kind="anchor", overwrite=config.overwrite)
         asked = _asked(config, source)
         checkpoint, trained = _checkpoint(config, source, work, reporter)
         result = _calibrate_and_write(config, checkpoint, target, trained, asked, reporter)
@@ -163,16 +165,12 @@ def _finished(
     config: InitAnchorConfig, source: Path | None, target: Path, work_path: Path, reporter: Reporter
 ) -> InitAnchorResult:
     """Return the result of a run that finished before, and clear up what it left."""
-    from flexctl.training.finished import refuse_other_request
-    from flexctl.training.work import working_folder
+    from flexctl.training.finished import refuse_other_request, say_done
 
     anchor = open_anchor(target)
     run = refuse_other_request(target, target / "run.json", anchor.digest, _asked(config, source))
     prove(anchor, reporter)
-    if work_path.exists() and not config.dry_run:
-        with working_folder(work_path, reporter):
-            pass
-    reporter.note(f"{target}: this run has finished; there is nothing to go on with")
+    say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     sizes = anchor.manifest.architecture
     return InitAnchorResult(
         path=target,

@@ -225,6 +225,8 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
             dry_run=True,
         )
     with working_folder(work_path, reporter) as work:
+        # Once more, as a run that ended in this moment may have written it.
+        check_file_target(target, overwrite=config.overwrite)
         return _run(config, anchor, name, target, work, reporter)
 
 
@@ -233,17 +235,13 @@ def _finished(
 ) -> TrainExpertResult:
     """Return the result of a run that finished before, and clear up what it left."""
     from flexctl.training.corpus import text_digest
-    from flexctl.training.finished import refuse_other_request
-    from flexctl.training.work import working_folder
+    from flexctl.training.finished import refuse_other_request, say_done
 
     expert = open_expert(target)
     text = text_digest(config.data, config.text_field, config.seed)
     refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, _asked(config, anchor, name, text))
     prove(expert, reporter)
-    if work_path.exists() and not config.dry_run:
-        with working_folder(work_path, reporter):
-            pass
-    reporter.note(f"{target}: this run has finished; there is nothing to go on with")
+    say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     about = expert.manifest.training
     return TrainExpertResult(
         path=target,

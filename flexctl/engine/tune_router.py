@@ -153,6 +153,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
         BundleError: A bundle or a list is not valid, or they do not belong together.
         FlexctlError: The tuned rows are no better on held-out text; nothing is written.
     """
+    from flexctl.training.finished import say_done
     from flexctl.training.work import refuse_busy, working_folder
 
     place = workspace.find()
@@ -170,10 +171,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     refuse_busy(work_path)
     asked = _asked(config, merged, anchor, proxies)
     if config.resume and (found := _finished(config, target, asked)):
-        if work_path.exists() and not config.dry_run:
-            with working_folder(work_path, reporter):
-                pass
-        reporter.note(f"{target}: this run has finished; there is nothing to go on with")
+        say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
         return found
     check_directory_target(target, kind="merged", overwrite=config.overwrite)
     texts = _texts(config, anchor, proxies)
@@ -181,6 +179,8 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     if config.dry_run:
         return TuneRouterResult(path=target, digest=None, tuned_with=merged.names, documents=documents, dry_run=True)
     with working_folder(work_path, reporter) as work:
+        # Once more, as a run that ended in this moment may have written it.
+        check_directory_target(target, kind="merged", overwrite=config.overwrite)
         result = _run(config, merged, anchor, proxies, texts, target, work, reporter)
         _keep(result, asked)
     return result

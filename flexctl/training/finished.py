@@ -18,8 +18,10 @@ from flexctl.bundle.codec import parse_json, read_bytes
 from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.names import shown
 from flexctl.errors import BundleError, UsageError
+from flexctl.runtime import Reporter
+from flexctl.training.work import working_folder
 
-__all__ = ["asked_for", "folder_digest", "refuse_other_request"]
+__all__ = ["asked_for", "folder_digest", "refuse_other_request", "say_done"]
 
 # Where a run writes and how it goes about it; and paths, for which digests stand.
 _NOT_ASKED = {"data", "text_field", "public", "source", "anchor", "merged", "proxy", "output"}
@@ -67,6 +69,14 @@ def refuse_other_request(target: Path, run: Path, digest: str, asked: Mapping[st
                 hint=hint,
             )
     return kept
+
+
+def say_done(target: Path, work: Path, *, dry_run: bool, reporter: Reporter) -> None:
+    """Say that a run has finished, and clear up what it left in its working folder, killed at its very end."""
+    if work.exists() and not dry_run:
+        with working_folder(work, reporter):
+            pass
+    reporter.note(f"{target}: this run has finished; there is nothing to go on with")
 
 
 def folder_digest(folder: Path) -> str:
