@@ -159,7 +159,8 @@ def check_file_target(path: Path, *, overwrite: bool) -> Path:
     target = _possible(path)
     if target.is_dir():
         raise UsageError(f"{path}: is a directory; expected a file to write")
-    _refuse_existing(target, overwrite)
+    if os.path.lexists(target) and not overwrite:
+        raise UsageError(f"{path} exists already", hint="give another --name or -o, or --overwrite to replace it")
     return target
 
 
