@@ -339,11 +339,8 @@ def _run(
             "frozen_verified": True,
         },
         router=replace(setup.router, trained=not config.freeze_router, bias=tuple(bias)),
-        run={
-            "asked": asked,
-            "tokens_per_s": outcome.tokens_per_s,
-            "peak_rss_bytes": peak_rss_bytes(),
-        },
+        run={"tokens_per_s": outcome.tokens_per_s, "peak_rss_bytes": peak_rss_bytes()},
+        asked=asked,
         overwrite=config.overwrite,
         rank=config.rank,
     )
