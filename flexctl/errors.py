@@ -12,7 +12,10 @@ told is named by its field, never by a flag: ``field`` is what the error is abou
 
 from __future__ import annotations
 
-__all__ = ["BundleError", "FlexctlError", "Interrupted", "UsageError"]
+import os
+import re
+
+__all__ = ["BundleError", "FlexctlError", "Interrupted", "UsageError", "system_error"]
 
 
 class FlexctlError(Exception):
@@ -49,3 +52,12 @@ class Interrupted(FlexctlError):
     """The user stopped the command; what was written before is still whole."""
 
     exit_code = 130
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Return what the operating system said, where ``error`` is a Rust library's account of it; else None.
+
+    safetensors and tokenizers end their messages with "(os error 28)".
+    """
+    found = re.search(r"\(os error (\d+)\)$", str(error).strip())
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None

@@ -6,6 +6,8 @@ Those of one command stand in its Config. Paths may be on the Hub, ``hf://owner/
 from __future__ import annotations
 
 import datetime
+import os
+import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +65,9 @@ __all__ = [
     "output",
 ]
 
+_MOST_CHARACTERS = 10_000
+_MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
+
 
 def output(metavar: str, help: str) -> Option:
     """Return the option that says where a command writes."""
@@ -76,6 +81,22 @@ def _refuse_no_date(value: str, field: str) -> None:
         is_date = False
     if not is_date:
         raise UsageError(f"{value!r} is no date", hint="write YYYY-MM-DD", field=field)
+
+
+def _refuse_unwritable(value: str | tuple[str, ...], field: str) -> None:
+    """Refuse words about a bundle that no manifest can hold."""
+    for text in (value,) if isinstance(value, str) else value:
+        if len(text) > _MOST_CHARACTERS:
+            raise UsageError(f"has {len(text)} characters; expected at most {_MOST_CHARACTERS}", field=field)
+        for character in text:
+            if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\r\t":
+                raise UsageError(f"holds {character!a}, which is no character of a text", field=field)
+
+
+def _refuse_too_many(value: int, field: str) -> None:
+    if value > _MOST_THREADS:
+        hint = f"this machine has {os.cpu_count()} processors"
+        raise UsageError(f"{value} is above {_MOST_THREADS}", hint=hint, field=field)
 
 
 # Text.
@@ -122,7 +143,7 @@ MaxSteps = Annotated[int | None, flag("N", "Stop after this many optimiser steps
 Lr = Annotated[
     float | None, flag("X", "Peak learning rate (default: scales with the model's width).", TRAINING, above=0)
 ]
-Resume = Annotated[bool, switch("Go on from the last checkpoint.", TRAINING)]
+Resume = Annotated[bool, switch("Go on from the last checkpoint; of a finished run, give its result.", TRAINING)]
 CheckpointSteps = Annotated[int, flag("N", "Write a checkpoint every so many steps.", TRAINING, above=0)]
 
 # Router.
@@ -138,19 +159,23 @@ Tether = Annotated[float, flag("X", "How strongly router rows are held to where 
 Name = Annotated[
     str | None, flag("NAME", "The expert's name (default: made from the folder or file of `data`).", OUTPUT)
 ]
-License = Annotated[str | None, flag("SPDX", "Its license, an SPDX id or text.", RIGHTS)]
-Purpose = Annotated[tuple[str, ...], flag("TEXT", "What the expert may be used for; repeatable.", RIGHTS)]
+License = Annotated[str | None, flag("SPDX", "Its license, an SPDX id or text.", RIGHTS, check=_refuse_unwritable)]
+Purpose = Annotated[
+    tuple[str, ...], flag("TEXT", "What the expert may be used for; repeatable.", RIGHTS, check=_refuse_unwritable)
+]
 Expires = Annotated[
     str | None,
     flag("DATE", "Last day of its use, as 2030-12-31; merge refuses it afterwards.", RIGHTS, check=_refuse_no_date),
 ]
-Label = Annotated[str | None, flag("TEXT", "One line about the data.", RIGHTS)]
-Contact = Annotated[str | None, flag("TEXT", "Whom to ask about the expert.", RIGHTS)]
+Label = Annotated[str | None, flag("TEXT", "One line about the data.", RIGHTS, check=_refuse_unwritable)]
+Contact = Annotated[str | None, flag("TEXT", "Whom to ask about the expert.", RIGHTS, check=_refuse_unwritable)]
 AllowExpired = Annotated[bool, switch("Take experts whose rights have expired.", RIGHTS)]
 
 # The machine.
 Seed = Annotated[int, flag("N", "Seed of everything random.", HARDWARE)]
-Threads = Annotated[int | None, flag("N", "CPU threads (default: torch's choice).", HARDWARE, above=0)]
+Threads = Annotated[
+    int | None, flag("N", "CPU threads (default: torch's choice).", HARDWARE, above=0, check=_refuse_too_many)
+]
 Device = Annotated[str, flag("NAME", "cpu, cuda or auto.", HARDWARE)]
 Dtype = Annotated[str, flag("NAME", "float32, bfloat16 or auto.", HARDWARE)]
 ForwardTokens = Annotated[int, flag("N", "Tokens that go through the model together.", HARDWARE, above=0)]

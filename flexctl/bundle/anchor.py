@@ -157,7 +157,7 @@ def write_anchor(
         public_sample: Tensors of the public sample, written as they are.
         overwrite: Whether an anchor that exists may be replaced.
         license: SPDX id or text of the checkpoint; None is unknown.
-        run: What no digest covers, for run.json: times, machine, losses.
+        run: What no digest covers, for run.json: times, machine, losses. The anchor's digest is added.
 
     Returns:
         The anchor as opened again from disk.
@@ -195,7 +195,7 @@ def write_anchor(
         )
         (folder / MANIFEST_FILE).write_bytes(write_manifest(manifest))
         if run is not None:
-            (folder / "run.json").write_bytes(indented_json(run))
+            (folder / "run.json").write_bytes(indented_json({"digest": manifest.digest, **run}))
         open_anchor(folder)
     return open_anchor(path)
 

@@ -125,6 +125,7 @@ def write_expert(
     privacy: PrivacyInfo | None = None,
     rank: int | None = None,
     parents: Sequence[str] = (),
+    asked: Mapping[str, Any] | None = None,
     advance: Advance = silent,
 ) -> Expert:
     """Write an expert's file, and what varies from run to run beside it.
@@ -143,6 +144,7 @@ def write_expert(
         privacy: The guarantee, where there is one.
         rank: Of a low-rank expert, the highest of its matrices.
         parents: Digests of the experts that this one was made from.
+        asked: What a run asked for, which stands in run.json with the digest of what came of it.
         advance: Told the bytes that are written and proven.
 
     Returns:
@@ -183,8 +185,9 @@ def write_expert(
         for tensor_name, found, finite in hash_spans(temporary, open_expert(temporary).spans, advance):
             if found != infos[tensor_name] or not finite:
                 raise _broken(tensors[tensor_name], f"{path}: tensor {tensor_name}", finite)
+    bound = {} if asked is None else {"digest": manifest.digest, "asked": asked}
     with new_file(path.with_suffix(".run.json"), overwrite=True) as temporary:
-        temporary.write_bytes(indented_json(run))
+        temporary.write_bytes(indented_json({**run, **bound}))
     return open_expert(path)
 
 

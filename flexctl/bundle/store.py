@@ -2,6 +2,10 @@
 
 Everything is written into a hidden sibling, flushed to disk, and moved over the target in one step. A sibling's name
 carries its machine and process, so that what a killed process left behind is swept by the next one.
+
+One exception: an empty folder that cannot be replaced (a mount point, a folder in one that may not be written to, the
+current folder) is filled. What goes into it is written in a hidden folder inside, and its files move out one after the
+other, the manifest last: whoever is killed in that moment leaves a folder that is no bundle yet.
 """
 
 from __future__ import annotations
@@ -23,15 +27,18 @@ from typing import BinaryIO
 from flexctl import workspace
 from flexctl.bundle.codec import parse_json, read_bytes
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED
+from flexctl.bundle.names import shown
 from flexctl.errors import BundleError, FlexctlError, UsageError
 
 __all__ = [
     "append_range",
     "check_directory_target",
+    "check_file_target",
     "copy_range",
     "new_directory",
     "new_file",
     "place_of_change",
+    "place_of_work",
     "require_space",
 ]
 
@@ -42,6 +49,12 @@ _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, err
 _WEIGHTS = ("model*.safetensors", "router-*.safetensors", "model.safetensors.index.json")
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 _counter = itertools.count()
+# The most that a sibling's name, and that of NAME.run.json, has beyond the target's.
+_AFFIX = "-" * 40
+_MAKE = os.W_OK | os.X_OK
+_ELSEWHERE = "choose another place or name with `output`"
+# A full disk, a full quota, a file larger than is allowed.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -58,12 +71,14 @@ def new_file(path: Path, *, overwrite: bool, beside: Path | None = None) -> Iter
         UsageError: The target exists and may not be replaced, or is a directory.
     """
     target = Path(os.path.realpath(path))
+    place = target if beside is None else Path(os.path.realpath(beside))
     if target.is_dir():
         raise UsageError(f"{path}: is a directory; expected a file to write")
     _refuse_existing(target, overwrite)
-    with _parents(target), _sibling(Path(os.path.realpath(beside or target))) as temporary:
-        yield temporary
-        _flush(temporary)
+    with _parents(target), _sibling(place if _may_have_siblings(place) else target) as temporary:
+        with _named(target):
+            yield temporary
+            _flush(temporary)
         _refuse_existing(target, overwrite)
         os.replace(temporary, target)
         _flush(target.parent)
@@ -74,7 +89,8 @@ def new_directory(path: Path, *, kind: str, overwrite: bool) -> Iterator[Path]:
     """Give a temporary sibling directory to fill, and make it ``path`` when the block ends without an error.
 
     Args:
-        path: Target; missing parents are made. A symbolic link stays, what it points to is replaced.
+        path: Target; missing parents are made. A symbolic link stays, what it points to is replaced. An empty folder
+            is as good as none; where it cannot be replaced, it is filled.
         kind: What the directory will be, ``anchor`` or ``merged``. Only a bundle of the same kind is ever replaced.
         overwrite: Whether a bundle that exists may be replaced. It is deleted after the swap.
 
@@ -83,19 +99,30 @@ def new_directory(path: Path, *, kind: str, overwrite: bool) -> Iterator[Path]:
         FlexctlError: The platform or the file system cannot swap two directories in one step.
     """
     target = check_directory_target(path, kind=kind, overwrite=overwrite)
-    replaces = os.path.lexists(target)
-    with _parents(target), _sibling(target) as temporary:
-        temporary.mkdir()
-        if replaces:
-            _try_exchange(temporary)
+    fills = _is_vacant(target) and not (_may_have_siblings(target) and target != Path(os.path.realpath(os.curdir)))
+    with (_filled if fills else _swapped)(target) as temporary, _named(target):
         yield temporary
         for item in temporary.iterdir():
             _flush(item)
         _flush(temporary)
+
+
+@contextmanager
+def _swapped(target: Path) -> Iterator[Path]:
+    """Give a sibling, and move it to ``target`` in one step."""
+    replaces = os.path.lexists(target) and not _is_vacant(target)
+    with _parents(target), _sibling(target) as temporary:
+        temporary.mkdir()
+        if replaces:
+            _try_exchange(temporary)
+        elif target.is_dir():
+            shutil.copymode(target, temporary)
+        yield temporary
         if replaces:
             _exchange(temporary, target)
         else:
-            _refuse_existing(target, overwrite=False)
+            if not _is_vacant(target):
+                _refuse_existing(target, overwrite=False)
             os.rename(temporary, target)
         _flush(target.parent)
         if replaces:
@@ -103,14 +130,50 @@ def new_directory(path: Path, *, kind: str, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(temporary)
 
 
+@contextmanager
+def _filled(target: Path) -> Iterator[Path]:
+    """Give a folder inside ``target``, and move its files out, the manifest last."""
+    with _sibling(target / target.name) as temporary:
+        temporary.mkdir()
+        yield temporary
+        names = sorted((item.name for item in temporary.iterdir()), key=lambda name: name == MANIFEST_FILE)
+        moved: list[str] = []
+        try:
+            for name in names:
+                _refuse_existing(target / name, overwrite=False)
+                os.rename(temporary / name, target / name)
+                moved.append(name)
+        finally:
+            for name in moved if moved != names else ():
+                (target / name).unlink()
+        _flush(target)
+
+
+def check_file_target(path: Path, *, overwrite: bool) -> Path:
+    """Return ``path`` with symbolic links resolved, if ``new_file`` can write there: asked before any work.
+
+    Raises:
+        UsageError: It exists and may not be replaced, is a directory, has too long a name, or lies in a folder that
+            may not be written to.
+    """
+    target = _possible(path)
+    if target.is_dir():
+        raise UsageError(f"{path}: is a directory; expected a file to write")
+    if os.path.lexists(target) and not overwrite:
+        raise UsageError(f"{path} exists already", hint="give another `output`, or `overwrite` to replace it")
+    return target
+
+
 def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
-    """Return ``path`` with symbolic links resolved, if ``new_directory`` may write there.
+    """Return ``path`` with symbolic links resolved, if ``new_directory`` may write there: asked before any work.
 
     Raises:
         UsageError: It exists and may not be replaced, or it holds something that is no part of such a bundle and
-            would be deleted with it.
+            would be deleted with it. It has too long a name, or lies in a folder that may not be written to.
     """
-    target = Path(os.path.realpath(path))
+    target = _possible(path)
+    if _is_vacant(target):
+        return target
     _refuse_existing(target, overwrite)
     if not os.path.lexists(target):
         return target
@@ -127,6 +190,8 @@ def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
     for item in sorted(target.iterdir()):
         if item.is_dir() or not any(fnmatch.fnmatchcase(item.name, pattern) for pattern in known):
             raise UsageError(f"{item}: would be deleted with the bundle that is replaced", hint="move it away first")
+    if not _may_have_siblings(target):
+        raise UsageError(f"{target}: is a mount point, which cannot be replaced in one step", hint=_ELSEWHERE)
     return target
 
 
@@ -145,6 +210,16 @@ def place_of_change(source: Path, output: Path | None) -> tuple[Path, bool]:
     place = os.path.realpath(source)
     own = [workspace.find().merged, workspace.find(Path(place).parent).merged]
     return target, os.path.realpath(target) == place and place in map(os.path.realpath, own)
+
+
+def place_of_work(target: Path, ending: str) -> Path:
+    """Return the hidden folder for what a run needs on its way to a directory, ``.NAME.ending``.
+
+    It is beside the target, or inside one that is there and can have no siblings, as a mount point.
+    """
+    place = Path(os.path.realpath(target))
+    inside = os.path.isdir(place) and not _may_have_siblings(place)
+    return (place if inside else place.parent) / f".{place.name}.{ending}"
 
 
 def require_space(path: Path, needed: int) -> None:
@@ -211,6 +286,63 @@ def _copy_in_kernel(source: int, source_start: int, target: int, target_start: i
         if error.errno not in _NOT_IN_KERNEL:
             raise
         return 0
+
+
+def _possible(path: Path) -> Path:
+    """Return ``path`` with symbolic links resolved, where something can be made under that name.
+
+    Raises:
+        UsageError: The name is too long, for its siblings too, or the folder that it must be made in may not be written
+            to, or is none.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        places = (target, *target.parents) if _is_vacant(target) else target.parents
+        folder = next(place for place in places if os.path.lexists(place))
+        if folder.is_dir():
+            for name in target.relative_to(folder).parts:
+                with suppress(FileNotFoundError):
+                    os.lstat(folder / f".{name}{_AFFIX}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{shown(os.fspath(path))}: cannot be written ({reason})", hint=_ELSEWHERE) from error
+    if not folder.is_dir():
+        raise UsageError(f"{path}: cannot be written, as {folder} is no folder", hint=_ELSEWHERE)
+    if not os.access(folder, _MAKE):
+        raise UsageError(f"{path}: cannot be written, as nothing may be made in {folder}", hint=_ELSEWHERE)
+    return target
+
+
+def _is_vacant(target: Path) -> bool:
+    """Return whether this is a folder with nothing in it, but for hidden ones that flexctl works in."""
+    return os.path.isdir(target) and all(item.name.startswith(f".{target.name}.") for item in target.iterdir())
+
+
+def _may_have_siblings(target: Path) -> bool:
+    """Return whether what is written beside a folder or file can be moved over it."""
+    return not _is_mount(target) and os.access(target.parent, _MAKE)
+
+
+def _is_mount(path: Path) -> bool:
+    """Return whether a file system is mounted at ``path``; one that is bound there from the same disk counts, too."""
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    return any(line.split()[4].replace("\\040", " ") == str(path) for line in mounts)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give an error of a disk without room the name of what was being written; the system does not know it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:

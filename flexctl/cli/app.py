@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from flexctl.cli.output import Output
 from flexctl.cli.parsing import Call, make_app
 from flexctl.commands import COMMANDS
 from flexctl.config import resolve
-from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError
+from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError, system_error
 from flexctl.options import shown_names
 
 __all__ = ["main", "run"]
@@ -24,6 +25,14 @@ __all__ = ["main", "run"]
 _BROKEN_PIPE = 141
 _COMPLETING = "_FLEXCTL_COMPLETE"
 """Variable with which a shell asks what may come next."""
+
+_HINTS = {
+    errno.ENOSPC: "free some space, or write to another disk with -o",
+    errno.EDQUOT: "your quota is used up: free some space, or write to another disk with -o",
+    errno.EFBIG: "the file system or ulimit -f allows no larger file; write to another place with -o",
+    errno.EROFS: "write to another place with -o",
+    errno.EACCES: "choose a place with -o that you may write to",
+}
 
 # The libraries beneath talk to the terminal by themselves, and phone home, unless told before import.
 _QUIET_LIBRARIES = {
@@ -114,9 +123,10 @@ def _explain(error: BaseException) -> tuple[str, FlexctlError]:
         return "Interrupted", Interrupted("interrupted")
     if isinstance(error, typer.TyperException):
         return "UsageError", _usage_error(error)
+    error = system_error(error) or error
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
-        return type(error).__name__, FlexctlError(f"{error.strerror}{place}")
+        return type(error).__name__, FlexctlError(f"{error.strerror}{place}", _HINTS.get(error.errno or 0))
     message = f"unexpected {type(error).__name__}: {error}"
     return type(error).__name__, FlexctlError(message, hint="set FLEXCTL_DEBUG=1 to see where it comes from")
 

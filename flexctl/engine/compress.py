@@ -21,6 +21,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.hashing import check_tensors
 from flexctl.bundle.lowrank import most_rank, refuse_useless_rank
+from flexctl.bundle.store import check_file_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import feed_forward_names
 from flexctl.hub import localise
@@ -183,10 +184,11 @@ def _way(config: CompressConfig) -> str:
 
 def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Path) -> Weights:
     """Return the weights of the pair after refusing what cannot be done."""
+    from flexctl.model.building import pick_device, pick_dtype
     from flexctl.training.documents import text_files
 
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
+    check_file_target(target, overwrite=config.overwrite)
+    pick_dtype(config.dtype, pick_device(config.device))
     if config.size is not None and config.rank != "auto":
         raise UsageError(f"rank {config.rank} decides the size", hint="give one of `rank` and `size`", field="size")
     if isinstance(config.rank, int):

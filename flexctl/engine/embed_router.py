@@ -21,6 +21,7 @@ from flexctl.bundle import (
     write_router_file,
 )
 from flexctl.bundle.expert import check_fits
+from flexctl.bundle.store import check_file_target
 from flexctl.errors import UsageError
 from flexctl.hub import localise
 from flexctl.options import ROUTER, Config, flag
@@ -138,6 +139,7 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
     others = [_expert_of(localise(path, reporter), anchor) for path in config.against]
     target = _target(config)
+    name = expert.manifest.name if expert is not None else slug(target.stem)
     rows, samples, layers = _measure(config, anchor, others, reporter)
     warnings = _warnings(layers)
     for warning in warnings:
@@ -150,7 +152,6 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
         bias=tuple(float(b) for b in rows.bias),
     )
     raw = RawTensor(*to_bytes(rows.rows))
-    name = expert.manifest.name if expert is not None else slug(target.stem)
     digest = None if config.dry_run else _write(config, anchor, expert, name, target, raw, info)
     return EmbedRouterResult(
         path=target,
@@ -189,8 +190,7 @@ def _target(config: EmbedRouterConfig) -> Path:
     if config.expert is not None and config.output is None:
         raise UsageError("no `output` given for the copy", hint="add `output`", field="expert")
     target = config.output or Path("router.st")
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
+    check_file_target(target, overwrite=config.overwrite)
     return target
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from flexctl import flags, hub, workspace
 from flexctl.bundle.checks import prove
 from flexctl.bundle.runnable import Runnable
+from flexctl.bundle.store import check_file_target
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
@@ -278,7 +279,10 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
         if getattr(config, name):
             raise UsageError("there is no text to score", hint="add `data`", field=name)
     for name, path in (("samples", config.samples), ("report", config.report)):
-        if path and path.exists() and not config.overwrite:
+        if path is None:
+            continue
+        check_file_target(path, overwrite=True)
+        if path.exists() and not config.overwrite:
             raise UsageError(f"{path} exists", hint="give another file, or `overwrite` to replace it", field=name)
     if config.report:
         require_matplotlib()

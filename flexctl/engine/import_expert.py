@@ -28,6 +28,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.manifest import has_expired
 from flexctl.bundle.names import check_expert_name
+from flexctl.bundle.store import check_file_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint, localise
 from flexctl.options import MODEL, Config, argument, switch
@@ -174,8 +175,7 @@ def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Pat
     from flexctl.embedding import check_kind, names_a_file
     from flexctl.model.building import pick_device, pick_dtype, set_threads
 
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another `name` or `output`, or `overwrite` to replace it")
+    check_file_target(target, overwrite=config.overwrite)
     pick_dtype(config.dtype, pick_device(config.device))
     set_threads(config.threads)
     if names_a_file(config.router):

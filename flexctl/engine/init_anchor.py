@@ -16,12 +16,16 @@ from flexctl.bundle import (
     head_differs,
     left_out,
     named_code,
+    open_anchor,
     read_checkpoint,
     read_dense_config,
     unread_weights,
     write_anchor,
 )
-from flexctl.bundle.names import shown
+from flexctl.bundle.checks import prove
+from flexctl.bundle.manifest import MANIFEST_FILE
+from flexctl.bundle.names import check_anchor_name, shown
+from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
@@ -137,31 +141,76 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         BundleError: The source is no checkpoint of a supported family.
     """
     from flexctl.model.building import set_threads
-    from flexctl.training.checkpoints import working_folder
     from flexctl.training.documents import pinned
+    from flexctl.training.work import refuse_busy, working_folder
 
     target = config.output or workspace.find().anchor
-    _refuse_bad_settings(config, target)
+    work_path = place_of_work(target, "work")
+    ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
+    _refuse_bad_settings(config, target, exists=ends)
+    refuse_busy(work_path)
     config = replace(config, data=pinned(config.data))
     set_threads(config.threads)
     source = _source_directory(config)
+    if ends:
+        return _finished(config, source, target, work_path, reporter)
     if source is not None:
         _warn_of_source(source, config, reporter)
     if config.dry_run:
         return _planned(config, target, source)
-    with working_folder(target.parent / f".{target.name}.work") as work:
+    with working_folder(work_path, reporter) as work:
+        # Once more, as a run that ended in this moment may have written it.
+        check_directory_target(target, kind="anchor", overwrite=config.overwrite)
+        asked = _asked(config, source)
         checkpoint, trained = _checkpoint(config, source, work, reporter)
-        result = _calibrate_and_write(config, checkpoint, target, trained, reporter)
+        result = _calibrate_and_write(config, checkpoint, target, trained, asked, reporter)
     if config.output is None:
         workspace.ensure(target.parent)
     return result
 
 
-def _refuse_bad_settings(config: InitAnchorConfig, target: Path) -> None:
+def _finished(
+    config: InitAnchorConfig, source: Path | None, target: Path, work_path: Path, reporter: Reporter
+) -> InitAnchorResult:
+    """Return the result of a run that finished before, and clear up what it left."""
+    from flexctl.training.finished import refuse_other_request, say_done
+
+    anchor = open_anchor(target)
+    run = refuse_other_request(target, target / "run.json", anchor.digest, _asked(config, source))
+    prove(anchor, reporter)
+    say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
+    sizes = anchor.manifest.architecture
+    return InitAnchorResult(
+        path=target,
+        digest=anchor.digest,
+        name=anchor.manifest.name,
+        model_type=anchor.manifest.model_type,
+        num_parameters=run["num_parameters"],
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        tokens=run["tokens"],
+        loss=run["loss"],
+        constant_std=run["constant_std"],
+        sample_tokens=anchor.public_sample()["tokens"].shape[0],
+        dry_run=config.dry_run,
+    )
+
+
+def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
+    """Return what decides the result."""
+    from flexctl.training.corpus import text_digest
+    from flexctl.training.finished import asked_for, folder_digest
+
+    text = text_digest(config.data, config.text_field, config.seed)
+    return asked_for(config, name=_name(config), text=text, source=source and folder_digest(source))
+
+
+def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
     from flexctl.model.building import autocast_dtype, pick_device
 
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
+    check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
+    check_anchor_name(_name(config), "`name`")
     autocast_dtype(config.dtype, pick_device(config.device))
 
 
@@ -347,6 +396,7 @@ def _calibrate_and_write(
     checkpoint: Path,
     target: Path,
     trained: tuple[int, float | None],
+    asked: Mapping[str, Any],
     reporter: Reporter,
 ) -> InitAnchorResult:
     from flexctl.model.building import load_dense, load_tokenizer
@@ -375,6 +425,8 @@ def _calibrate_and_write(
         router_space={name: RawTensor(*to_bytes(tensor)) for name, tensor in space.to_tensors().items()},
         public_sample={name: RawTensor(*to_bytes(tensor)) for name, tensor in sample_tensors.items()},
         run={
+            "asked": asked,
+            "num_parameters": num_parameters,
             "constant_std": spread,
             "tokens": trained[0],
             "loss": trained[1],

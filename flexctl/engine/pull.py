@@ -12,7 +12,14 @@ from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.checks import check_bundle
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, Manifest, MergedManifest
 from flexctl.bundle.merged import CARD_FILE
-from flexctl.bundle.store import check_directory_target, copy_range, new_directory, new_file, require_space
+from flexctl.bundle.store import (
+    check_directory_target,
+    check_file_target,
+    copy_range,
+    new_directory,
+    new_file,
+    require_space,
+)
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import HUB, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter
@@ -83,6 +90,10 @@ def pull(config: PullConfig, reporter: Reporter = SILENT, *, today: datetime.dat
     names = _names(remote, manifest)
     size = sum(remote.sizes[name] for name in names)
     target = config.output or _place(manifest)
+    if isinstance(manifest, (AnchorManifest, MergedManifest)):
+        check_directory_target(target, kind=manifest.kind, overwrite=config.overwrite)
+    else:
+        check_file_target(target, overwrite=config.overwrite)
     if not config.dry_run:
         require_space(target, size)
         _write(target, remote, names, manifest, config, reporter, today)
@@ -139,7 +150,6 @@ def _write(
     """Fetch, copy beside the target, verify, move into place."""
     is_directory = isinstance(manifest, (AnchorManifest, MergedManifest))
     if is_directory:
-        check_directory_target(target, kind=manifest.kind, overwrite=config.overwrite)
         place = new_directory(target, kind=manifest.kind, overwrite=config.overwrite)
     else:
         place = new_file(target, overwrite=config.overwrite)

@@ -11,6 +11,7 @@ from flexctl import flags, workspace
 from flexctl.bundle import Anchor, open_anchor, slug
 from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.proxy import write_proxy
+from flexctl.bundle.store import check_file_target
 from flexctl.errors import UsageError
 from flexctl.hub import localise
 from flexctl.options import DATA, ROUTER, Config, flag
@@ -97,14 +98,15 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
         BundleError: The anchor is not valid.
     """
     from flexctl.embedding import encoder_name
+    from flexctl.model.building import pick_device, pick_dtype
     from flexctl.training.documents import source_name, text_files
 
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
     name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.proxy.json"
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another `output`, or `overwrite` to replace it")
+    check_file_target(target, overwrite=config.overwrite)
+    pick_dtype(config.dtype, pick_device(config.device))
     text_files(config.data)
     if config.public is not None:
         text_files([config.public], "public")

@@ -17,14 +17,18 @@ from flexctl.bundle import (
     RawTensor,
     RouterInfo,
     open_anchor,
+    open_expert,
     open_router_file,
     slug,
     write_expert,
 )
+from flexctl.bundle.checks import prove
+from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.lowrank import refuse_useless_rank
 from flexctl.bundle.manifest import PrivacyInfo, has_expired
 from flexctl.bundle.names import check_expert_name
-from flexctl.errors import FlexctlError, UsageError
+from flexctl.bundle.store import check_file_target
+from flexctl.errors import FlexctlError
 from flexctl.hub import localise
 from flexctl.options import DATA, HARDWARE, ROUTER, TRAINING, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
@@ -184,18 +188,23 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         FlexctlError: Training failed.
     """
     from flexctl.model.configs import warn_of_length
-    from flexctl.training.checkpoints import working_folder
     from flexctl.training.documents import pinned, source_name
+    from flexctl.training.work import refuse_busy, working_folder
 
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
     name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
-    _refuse_bad_settings(config, anchor, target)
+    work_path = target.parent / f".{name}.work"
+    ends = config.resume and not config.overwrite and target.is_file()
+    _refuse_bad_settings(config, anchor, target, exists=ends)
+    refuse_busy(work_path)
+    config = replace(config, data=pinned(config.data))
+    if ends:
+        return _finished(config, anchor, name, target, work_path, reporter)
     warn_of_length(config.seq_len, anchor.config, reporter)
     if has_expired(config.expires, datetime.date.today()):
         reporter.warn(f"`expires`: {config.expires} is past; merge will refuse the expert")
-    config = replace(config, data=pinned(config.data))
     if config.dry_run:
         return TrainExpertResult(
             path=target,
@@ -208,8 +217,58 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
             rank=config.rank,
             dry_run=True,
         )
-    with working_folder(target.parent / f".{name}.work") as work:
+    with working_folder(work_path, reporter) as work:
+        # Once more, as a run that ended in this moment may have written it.
+        check_file_target(target, overwrite=config.overwrite)
         return _run(config, anchor, name, target, work, reporter)
+
+
+def _finished(
+    config: TrainExpertConfig, anchor: Anchor, name: str, target: Path, work_path: Path, reporter: Reporter
+) -> TrainExpertResult:
+    """Return the result of a run that finished before, and clear up what it left."""
+    from flexctl.training.corpus import text_digest
+    from flexctl.training.finished import refuse_other_request, say_done
+
+    expert = open_expert(target)
+    text = text_digest(config.data, config.text_field, config.seed)
+    refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, _asked(config, anchor, name, text))
+    prove(expert, reporter)
+    say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
+    about = expert.manifest.training
+    return TrainExpertResult(
+        path=target,
+        digest=expert.digest,
+        name=name,
+        anchor_digest=anchor.digest,
+        tokens=about["tokens"],
+        public_tokens=about["public_tokens"],
+        steps=about["steps"],
+        final_loss=about["losses"]["final"],
+        held_out=about["losses"]["held_out"],
+        frozen_verified=about["frozen_verified"],
+        bias=list(expert.manifest.router.bias),
+        rank=expert.manifest.rank,
+        bytes_written=target.stat().st_size,
+        peak_rss_bytes=peak_rss_bytes(),
+        dry_run=config.dry_run,
+    )
+
+
+def _asked(config: TrainExpertConfig, anchor: Anchor, name: str, text: str) -> dict[str, Any]:
+    """Return what decides the result; ``text`` is the digest of the owner's."""
+    from flexctl.embedding import names_a_file
+    from flexctl.training.corpus import text_digest
+    from flexctl.training.finished import asked_for
+
+    return asked_for(
+        config,
+        name=name,
+        anchor=anchor.digest,
+        text=text,
+        public=config.public and text_digest([config.public], config.text_field, config.seed),
+        router=hash_file(Path(config.router)) if names_a_file(config.router) else config.router,
+    )
 
 
 def _run(
@@ -221,6 +280,7 @@ def _run(
     from flexctl.training.pair import Pair
 
     setup = _set_up(config, anchor, work, reporter)
+    asked = _asked(config, anchor, name, setup.corpus.survey.digest)
     before = _held_out_losses(setup, reporter)
     tether = None if config.freeze_router else config.tether
     pair = Pair(
@@ -277,6 +337,7 @@ def _run(
             "peak_rss_bytes": peak_rss_bytes(),
             "duplicates": survey.duplicates,
         },
+        asked=asked,
         overwrite=config.overwrite,
         rank=config.rank,
     )
@@ -373,13 +434,12 @@ def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) ->
     return draw_sample(documents, kept["tokens"].shape[0], config.seed)
 
 
-def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path) -> None:
+def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
     from flexctl.embedding import check_kind, names_a_file
     from flexctl.model.building import autocast_dtype, pick_device
     from flexctl.training.documents import text_files
 
-    if target.exists() and not config.overwrite:
-        raise UsageError(f"{target} exists", hint="give another `name` or `output`, or `overwrite` to replace it")
+    check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
     autocast_dtype(config.dtype, pick_device(config.device))
     if names_a_file(config.router):

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from flexctl import flags, workspace
 from flexctl.bundle import PUBLIC, Anchor, Merged, RawTensor, open_anchor, open_merged
 from flexctl.bundle.assembly import assemble
+from flexctl.bundle.codec import indented_json
 from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.proxy import Proxy, open_proxy
-from flexctl.bundle.store import check_directory_target, place_of_change
+from flexctl.bundle.store import check_directory_target, new_file, place_of_change, place_of_work
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.hub import is_remote, localise
 from flexctl.options import DATA, TRAINING, Config, argument, flag
@@ -147,7 +148,8 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
         FlexctlError: The tuned rows are no better on held-out text; nothing is written.
     """
     from flexctl.model.configs import warn_of_length
-    from flexctl.training.checkpoints import working_folder
+    from flexctl.training.finished import say_done
+    from flexctl.training.work import refuse_busy, working_folder
 
     place = workspace.find()
     source = localise(config.merged or place.merged, reporter)
@@ -159,14 +161,68 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     else:
         target, replaces_own = place_of_change(source, config.output)
     config = replace(config, overwrite=config.overwrite or replaces_own)
-    _refuse_bad_settings(config, target)
+    work_path = place_of_work(target, "tuning")
+    _refuse_bad_settings(config)
+    refuse_busy(work_path)
+    asked = _asked(config, merged, anchor, proxies)
+    if config.resume and (found := _finished(config, target, asked)):
+        say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
+        return found
+    check_directory_target(target, kind="merged", overwrite=config.overwrite)
     warn_of_length(config.seq_len, anchor.config, reporter)
     texts = _texts(config, anchor, proxies)
     documents = {proxy.name: len(proxy.documents) for _, proxy in proxies}
     if config.dry_run:
         return TuneRouterResult(path=target, digest=None, tuned_with=merged.names, documents=documents, dry_run=True)
-    with working_folder(target.parent / f".{target.name}.tuning") as work:
-        return _run(config, merged, anchor, proxies, texts, target, work, reporter)
+    with working_folder(work_path, reporter) as work:
+        # Once more, as a run that ended in this moment may have written it.
+        check_directory_target(target, kind="merged", overwrite=config.overwrite)
+        result = _run(config, merged, anchor, proxies, texts, target, work, reporter)
+        _keep(result, asked)
+    return result
+
+
+def _asked(
+    config: TuneRouterConfig, merged: Merged, anchor: Anchor, proxies: Sequence[tuple[Path, Proxy]]
+) -> dict[str, Any]:
+    """Return what decides the result."""
+    from flexctl.training.corpus import text_digest
+    from flexctl.training.finished import asked_for
+
+    return asked_for(
+        config,
+        anchor=anchor.digest,
+        experts=[entry.digest for entry in merged.manifest.experts],
+        top_k=merged.manifest.num_experts_per_tok_requested,
+        proxies=[proxy.digest for _, proxy in proxies],
+        public=config.public and text_digest([config.public], config.text_field, config.seed),
+    )
+
+
+def _finished(config: TuneRouterConfig, target: Path, asked: Mapping[str, Any]) -> TuneRouterResult | None:
+    """Return the result of a run that finished before; None where there was none, or another that may be replaced."""
+    from flexctl.training.finished import refuse_other_request
+
+    run = target / "run.json"
+    if not run.is_file():
+        return None
+    digest = open_merged(target).manifest.digest
+    try:
+        about = refuse_other_request(target, run, digest, asked)["result"]
+    except UsageError:
+        if config.overwrite:
+            return None
+        raise
+    return TuneRouterResult(
+        path=target, digest=digest, tuned_with=tuple(about["documents"]), **about, dry_run=config.dry_run
+    )
+
+
+def _keep(result: TuneRouterResult, asked: Mapping[str, Any]) -> None:
+    """Write the model's run.json: what was asked for, and what came of it on any machine."""
+    about = {name: getattr(result, name) for name in ("documents", "tokens", "steps", "final_loss", "held_out")}
+    with new_file(result.path / "run.json", overwrite=True, beside=result.path) as temporary:
+        temporary.write_bytes(indented_json({"digest": result.digest, "asked": asked, "result": about}))
 
 
 def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[tuple[Path, Proxy]]:
@@ -199,12 +255,11 @@ def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[t
     return [found[name] for name in merged.names]
 
 
-def _refuse_bad_settings(config: TuneRouterConfig, target: Path) -> None:
+def _refuse_bad_settings(config: TuneRouterConfig) -> None:
     from flexctl.model.building import autocast_dtype, pick_device
     from flexctl.training.documents import text_files
 
     autocast_dtype(config.dtype, pick_device(config.device))
-    check_directory_target(target, kind="merged", overwrite=config.overwrite)
     if config.public is not None:
         text_files([config.public], "public")
 

@@ -66,10 +66,10 @@ class WeightSource(Protocol):
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``auto`` takes CUDA when there is one.
+    """Return the device called ``name``: cpu, cuda or cuda:N; ``auto`` takes CUDA when there is one.
 
     Raises:
-        UsageError: There is no such device here.
+        UsageError: It is another kind of device, or there is no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,8 +77,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"{name!r} is no device", hint="use auto, cpu or cuda", field="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{name!r} is not supported", hint="use auto, cpu or cuda", field="device")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("cuda was asked for and torch sees none", hint="use cpu", field="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"{name!r} is beyond the {torch.cuda.device_count()} that torch sees", field="device")
     return device
 
 

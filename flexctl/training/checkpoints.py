@@ -7,10 +7,7 @@ exists under its name is either whole or recognised as broken and passed over.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexctl.errors import FlexctlError, UsageError
+from flexctl.bundle.store import new_file
+from flexctl.errors import UsageError, system_error
 from flexctl.model.tensors import tensors_digest
 from flexctl.runtime import Reporter
 
-__all__ = ["Checkpoints", "TrainingState", "working_folder"]
+__all__ = ["Checkpoints", "TrainingState"]
 
 _KEPT = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -52,22 +50,6 @@ class TrainingState:
                 for name in _MOMENTS
                 if f"{i}.{name}" in tensors  # an expert that no token chose yet has none
             }
-
-
-@contextmanager
-def working_folder(path: Path) -> Iterator[Path]:
-    """Make ``path`` for what a run needs on the way, its checkpoints in ``path``/checkpoints.
-
-    The folder goes when the run is done, and when it fails with nothing that ``resume`` could go on from.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield path
-    except FlexctlError:
-        if not any(path.glob("checkpoints/*")):
-            shutil.rmtree(path)
-        raise
-    shutil.rmtree(path)
 
 
 class Checkpoints:
@@ -126,9 +108,13 @@ class Checkpoints:
                     hint="use the same settings and data, or start again without `resume`",
                 )
 
+    def is_due(self, step: int, steps: int) -> bool:
+        """Return whether a checkpoint belongs after ``step`` of ``steps`` steps."""
+        return self._every is not None and step != steps and step % self._every == 0
+
     def save_when_due(self, step: int, steps: int, state: TrainingState, losses: Sequence[float]) -> None:
         """Write a checkpoint after ``step`` steps if one is due, and drop the oldest."""
-        if self._every is None or step == steps or step % self._every:
+        if not self.is_due(step, steps):
             return
         _write(self._folder / f"checkpoint-{step:08d}.safetensors", self._settings, state.tensors(), losses)
         for path in self._paths()[:-_KEPT]:
@@ -136,14 +122,16 @@ class Checkpoints:
 
 
 def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], losses: Sequence[float]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     about = {"settings": settings, "losses": list(losses), "sha256": tensors_digest(tensors)}
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"run": json.dumps(about)})
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    with new_file(path, overwrite=True) as temporary:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(whole, temporary, {"run": json.dumps(about)})
+        except SafetensorError as error:
+            raise system_error(error) or error from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

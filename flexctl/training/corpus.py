@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from flexctl.bundle.store import new_file
 from flexctl.errors import UsageError
 from flexctl.runtime import Reporter
 from flexctl.training.documents import read_documents
 from flexctl.training.sample import draw_sample
 from flexctl.training.tokens import Framed, TokenStream, frame_documents, pack
 
-__all__ = ["Corpus", "Split", "Survey", "prepare_corpus"]
+__all__ = ["Corpus", "Split", "Survey", "prepare_corpus", "text_digest"]
 
 Array = np.ndarray[Any, Any]
 
@@ -132,8 +133,8 @@ def prepare_corpus(
         reporter.note(f"{survey.duplicates} of {total} documents are copies of others; copies are held out together")
     file, mark = work / "own.tokens", work / "own.json"
     identity = json.dumps({**asdict(survey), "vocabulary": _vocabulary(tokenizer), "seed": seed}, sort_keys=True)
-    if not (file.exists() and mark.exists() and mark.read_text() == identity):
-        mark.unlink(missing_ok=True)
+    stream = _packed(file, mark, identity)
+    if stream is None:
         with reporter.progress("tokenising", survey.num_bytes, "bytes") as bar:
 
             def counted() -> Iterator[str]:
@@ -141,9 +142,26 @@ def prepare_corpus(
                     bar.advance(len(text.encode()))
                     yield text
 
-            pack(file, frame_documents(tokenizer, counted()))
-        mark.write_text(identity)
-    return Corpus(survey=survey, stream=TokenStream.open(file), held_out=held_out, read=read, split=split)
+            stream = pack(file, frame_documents(tokenizer, counted()))
+        with new_file(mark, overwrite=True) as temporary:
+            temporary.write_text(json.dumps({"of": identity, "tokens": stream.digest}))
+    return Corpus(survey=survey, stream=stream, held_out=held_out, read=read, split=split)
+
+
+def text_digest(paths: Sequence[Path], text_field: str, seed: int) -> str:
+    """Return the digest that ``Survey`` has of the same text, after one pass over it."""
+    survey, _ = _survey(read_documents(paths, text_field), seed)
+    return survey.digest
+
+
+def _packed(file: Path, mark: Path, identity: str) -> TokenStream | None:
+    """Return the tokens of an earlier run over the same text; None where there are none, or they are others."""
+    try:
+        kept = json.loads(mark.read_text())
+        stream = TokenStream.open(file, kept["tokens"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+    return stream if kept["of"] == identity and stream.is_whole else None
 
 
 def _survey(documents: Iterable[str], seed: int) -> tuple[Survey, Split]:

@@ -102,7 +102,8 @@ def train(
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
 
     Raises:
-        FlexctlError: The loss is not finite.
+        FlexctlError: The loss is not finite, or a file of tokens is not what it was when it was written. That is
+            looked at when training starts, before each checkpoint, and when it ends.
     """
     parameters = [parameter for group in groups for parameter in group.parameters]
     optimiser = torch.optim.AdamW(
@@ -113,6 +114,7 @@ def train(
         fused=True,
     )
     state = TrainingState(parameters=parameters, optimiser=optimiser)
+    data.refuse_change()
     losses = checkpoints.restore(state) if checkpoints is not None else []
     started, first = time.monotonic(), len(losses)
     per_step = data.batch_size * data.seq_len
@@ -126,7 +128,10 @@ def train(
                 after_step()
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
             if checkpoints is not None:
+                if checkpoints.is_due(step + 1, settings.steps):
+                    data.refuse_change()
                 checkpoints.save_when_due(step + 1, settings.steps, state, losses)
+    data.refuse_change()
     seconds = time.monotonic() - started
     done = (settings.steps - first) * per_step
     return Outcome(losses=losses, tokens_per_s=done / seconds if done > 0 else None)

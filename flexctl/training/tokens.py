@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from flexctl.bundle.names import PUBLIC
-from flexctl.errors import UsageError
+from flexctl.bundle.store import new_file
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.training.encoding import encoded
 
 __all__ = [
@@ -82,15 +83,25 @@ class TokenStream:
 
     Args:
         ids: (n,), int32; usually a memory map, so that memory stays flat.
+        file: Where they lie; None is in memory.
+        digest: Of the tokens that were written into it.
     """
 
-    def __init__(self, ids: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        self._ids = ids
+    def __init__(
+        self, ids: np.ndarray[Any, np.dtype[np.int32]], *, file: Path | None = None, digest: str | None = None
+    ) -> None:
+        self._ids, self._file, self._digest = ids, file, digest
 
     @classmethod
-    def open(cls, path: Path) -> TokenStream:
-        """Return the stream in a file that ``pack`` wrote."""
-        return cls(np.memmap(path, dtype="<i4", mode="r")) if path.stat().st_size else cls.empty()
+    def open(cls, path: Path, digest: str | None = None) -> TokenStream:
+        """Return the stream in a file that ``pack`` wrote.
+
+        Args:
+            path: The file.
+            digest: Of what was written; None takes what is there.
+        """
+        ids = np.memmap(path, dtype="<i4", mode="r") if path.stat().st_size else np.zeros(0, dtype="<i4")
+        return cls(ids, file=path, digest=digest or _digest(ids))
 
     @classmethod
     def empty(cls) -> TokenStream:
@@ -102,8 +113,25 @@ class TokenStream:
 
     @property
     def digest(self) -> str:
-        """A digest of all tokens."""
-        return hashlib.sha256(np.ascontiguousarray(self._ids).data).hexdigest()
+        """A digest of all tokens, of a file those that were written into it."""
+        return self._digest or _digest(self._ids)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tokens are those of ``digest``; what is in memory always is."""
+        return self._digest is None or self._digest == _digest(self._ids)
+
+    def refuse_change(self) -> None:
+        """Refuse to go on with a file that was written over: nobody knows whose text was trained on.
+
+        Raises:
+            FlexctlError: It was.
+        """
+        if not self.is_whole:
+            raise FlexctlError(
+                f"{self._file}: was changed while a run used it; nothing was written",
+                hint="start again, and let nothing else write there",
+            )
 
     def num_sequences(self, seq_len: int) -> int:
         """Return how many sequences of ``seq_len`` targets there are."""
@@ -115,6 +143,10 @@ class TokenStream:
         return np.asarray(self._ids[start : start + seq_len + 1], dtype=np.int64)
 
 
+def _digest(ids: np.ndarray[Any, np.dtype[np.int32]]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
+
+
 def joined(documents: Iterable[Framed]) -> Iterator[Tokens]:
     """Yield each document's tokens without its first when the document before already ended with that token."""
     last = None
@@ -124,11 +156,17 @@ def joined(documents: Iterable[Framed]) -> Iterator[Tokens]:
 
 
 def pack(path: Path, documents: Iterable[Framed]) -> TokenStream:
-    """Write framed documents to ``path`` one after the other and return them as a ``TokenStream``."""
-    with path.open("wb") as stream:
+    """Write framed documents to ``path`` one after the other and return them as a ``TokenStream``.
+
+    A file that is there is replaced and never written into: another process may have it mapped.
+    """
+    digest = hashlib.sha256()
+    with new_file(path, overwrite=True) as temporary, temporary.open("xb") as stream:
         for piece in joined(documents):
-            stream.write(piece.astype("<i4").tobytes())
-    return TokenStream.open(path)
+            data = piece.astype("<i4").tobytes()
+            digest.update(data)
+            stream.write(data)
+    return TokenStream.open(path, digest.hexdigest())
 
 
 class Batches(Protocol):
@@ -143,13 +181,16 @@ class Batches(Protocol):
     def is_public(self, step: int) -> Tensor:
         """Return which sequences of one step are public, (batch_size,), bool."""
 
+    def refuse_change(self) -> None:
+        """Refuse to go on where a file of tokens was changed: ``TokenStream.refuse_change``."""
+
 
 class _Shuffled:
     """Sequences of a stream in a seeded order, a new one each time it is gone through."""
 
     def __init__(self, source: TokenStream, seq_len: int, seed: Sequence[int]) -> None:
         self.count = source.num_sequences(seq_len)
-        self._source, self._seq_len, self._seed = source, seq_len, [part % 2**64 for part in seed]
+        self.source, self._seq_len, self._seed = source, seq_len, [part % 2**64 for part in seed]
         self._order: tuple[int, np.ndarray[Any, Any]] = (-1, np.zeros(0))
 
     def pick(self, position: int) -> Tokens:
@@ -158,7 +199,7 @@ class _Shuffled:
         if self._order[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([*self._seed, epoch]))
             self._order = (epoch, generator.permutation(self.count))
-        return self._source.sequence(int(self._order[1][offset]), self._seq_len)
+        return self.source.sequence(int(self._order[1][offset]), self._seq_len)
 
 
 class EqualShares:
@@ -193,6 +234,11 @@ class EqualShares:
     def is_public(self, step: int) -> Tensor:
         """Return which sequences of one step are public, (batch_size,), bool."""
         return torch.tensor([number % len(self._texts) == self._public for number in self._numbers(step)])
+
+    def refuse_change(self) -> None:
+        """Refuse to go on where a file of tokens was changed: ``TokenStream.refuse_change``."""
+        for text in self._texts:
+            text.source.refuse_change()
 
     def _numbers(self, step: int) -> range:
         return range(step * self.batch_size, (step + 1) * self.batch_size)
@@ -265,3 +311,9 @@ class Mixture:
         """Return which sequences of one step are public, (batch_size,), bool."""
         count = self.public_before(step + 1) - self.public_before(step)
         return torch.arange(self.batch_size) >= self.batch_size - count
+
+    def refuse_change(self) -> None:
+        """Refuse to go on where a file of tokens was changed: ``TokenStream.refuse_change``."""
+        for part in (self._own, self._public):
+            if part is not None:
+                part.source.refuse_change()

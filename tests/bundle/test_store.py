@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from flexctl.bundle import store
-from flexctl.bundle.store import copy_range, new_directory, new_file, place_of_change, require_space
+from flexctl.bundle.store import (
+    check_directory_target,
+    copy_range,
+    new_directory,
+    new_file,
+    place_of_change,
+    require_space,
+)
 from flexctl.errors import BundleError, FlexctlError, UsageError
 
 
@@ -117,6 +124,7 @@ def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path: Path) -> Non
 
 def test_only_bundles_of_the_same_kind_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/one.jpg").write_text("x")
     (tmp_path / "file").write_text("x")
     make_bundle(tmp_path / "anchor", kind="anchor")
     for name in ("photos", "file", "anchor"):
@@ -223,3 +231,136 @@ def test_a_workspace_s_own_model_changes_in_place(in_empty_folder: Path) -> None
     assert place_of_change(Path("merged"), Path("new")) == (Path("new"), False)
     assert place_of_change(elsewhere, None) == (elsewhere, False)
     assert place_of_change(elsewhere.with_name("merged"), None) == (elsewhere.with_name("merged"), True)
+
+
+def fill(target: Path, *, overwrite: bool = False) -> None:
+    with new_directory(target, kind="merged", overwrite=overwrite) as temporary:
+        for name in ("config.json", "flexctl.json", "model.safetensors"):
+            (temporary / name).write_text("x")
+
+
+FILES = ["config.json", "flexctl.json", "model.safetensors"]
+
+
+def test_an_empty_folder_is_as_good_as_none_and_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir(mode=0o700)
+    assert check_directory_target(tmp_path / "merged", kind="anchor", overwrite=False) == tmp_path / "merged"
+    with new_directory(tmp_path / "merged", kind="merged", overwrite=False) as temporary:
+        assert temporary.parent == tmp_path
+        assert os.listdir(tmp_path / "merged") == []
+    assert stat.S_IMODE((tmp_path / "merged").stat().st_mode) == 0o700
+    fill(tmp_path / "merged")
+    assert sorted(os.listdir(tmp_path / "merged")) == FILES
+    with pytest.raises(UsageError, match="exists already"):
+        fill(tmp_path / "merged")
+
+
+def test_an_empty_folder_that_is_filled_meanwhile_is_not_lost(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+
+    def race() -> None:
+        with new_directory(tmp_path / "merged", kind="merged", overwrite=False):
+            (tmp_path / "merged/theirs").write_text("x")
+
+    with pytest.raises(UsageError, match="exists already"):
+        race()
+    assert os.listdir(tmp_path / "merged") == ["theirs"]
+    assert os.listdir(tmp_path) == ["merged"]
+
+
+@pytest.fixture(params=["mount", "closed", "here"])
+def fixed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that must stay the folder that it is."""
+    target = tmp_path / "merged"
+    target.mkdir()
+    if request.param == "mount":
+        monkeypatch.setattr(store, "_is_mount", lambda path: path == target)
+    elif request.param == "closed":
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    else:
+        monkeypatch.chdir(target)
+    return target
+
+
+def test_a_folder_that_cannot_be_replaced_is_filled(fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename, moved = fixed.stat().st_ino, os.rename, []
+
+    def watching(source: Path, target: Path) -> None:
+        moved.append(Path(target).name)
+        assert not (fixed / "flexctl.json").exists()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", watching)
+    fill(fixed)
+    assert (fixed.stat().st_ino, sorted(os.listdir(fixed))) == (folder, FILES)
+    assert moved[-1] == "flexctl.json"
+    assert os.listdir(fixed.parent) == ["merged"]
+
+
+def test_what_fails_in_a_folder_that_is_filled_leaves_it_empty(fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> None:
+        with new_directory(fixed, kind="merged", overwrite=False) as temporary:
+            (temporary / "x").write_text("x")
+            raise BundleError("no")
+
+    with pytest.raises(BundleError):
+        failing()
+    assert os.listdir(fixed) == []
+    rename = os.rename
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == "flexctl.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        fill(fixed)
+    assert os.listdir(fixed) == []
+
+
+def test_what_a_killed_process_left_inside_is_swept(fixed: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = fixed / f".merged.{store._MACHINE}-{int(done.stdout)}-0.tmp"
+    left.mkdir()
+    (left / "x").write_text("x")
+    fill(fixed)
+    assert sorted(os.listdir(fixed)) == FILES
+
+
+MOUNTED = """
+import os, sys
+from pathlib import Path
+from flexctl.bundle.store import check_directory_target, new_directory, new_file
+from flexctl.errors import UsageError
+target = Path(sys.argv[1])
+device = target.stat().st_dev
+with new_directory(target, kind="merged", overwrite=False) as temporary:
+    (temporary / "flexctl.json").write_text('{"kind": "merged"}')
+    (temporary / "config.json").write_text("x")
+assert (target.stat().st_dev, sorted(os.listdir(target))) == (device, ["config.json", "flexctl.json"])
+with new_file(target / "results.json", overwrite=True, beside=target) as temporary:
+    temporary.write_text("x")
+assert sorted(os.listdir(target)) == ["config.json", "flexctl.json", "results.json"]
+(target / "config.json").unlink()
+try:
+    check_directory_target(target, kind="merged", overwrite=True)
+except UsageError as error:
+    print(error.message)
+"""
+
+
+@pytest.mark.parametrize("mount", ["-t tmpfs none", "--bind other"])
+def test_a_real_mount_point_is_filled_and_never_replaced(tmp_path: Path, mount: str) -> None:
+    for name in ("a merged", "other"):
+        (tmp_path / name).mkdir()
+    script = f'mount {mount} "$2" && exec "$0" -c "$1" "$2"'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, sys.executable, MOUNTED, "a merged"]
+    try:
+        subprocess.run([*command[:3], "sh", "-c", f'mount {mount} "a merged"'], check=True, cwd=tmp_path)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("nothing can be mounted here")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a merged: is a mount point, which cannot be replaced in one step" in done.stdout
+    assert sorted(os.listdir(tmp_path)) == ["a merged", "other"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from safetensors import SafetensorError
 
 import flexctl
 from flexctl import flags
@@ -178,7 +179,17 @@ def test_unexpected_errors_say_so(
 def test_errors_of_the_machine_name_the_file(engine: Install, capsys: pytest.CaptureFixture[str]) -> None:
     engine(raising(OSError(28, "No space left on device", "merged/x")))
     assert main(["merge"]) == 1
-    assert capsys.readouterr().err == "error: No space left on device: merged/x\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "error: No space left on device: merged/x",
+        "hint: free some space, or write to another disk with -o",
+    ]
+    engine(raising(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")))
+    assert main(["merge", "--json"]) == 1
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert (error["message"], error["hint"]) == (
+        "No space left on device",
+        "free some space, or write to another disk with -o",
+    )
 
 
 def test_interrupted(engine: Install, capsys: pytest.CaptureFixture[str]) -> None:

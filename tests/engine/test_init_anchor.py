@@ -13,8 +13,9 @@ import tiny
 import torch
 import transformers
 
-from flexctl.bundle import open_anchor
+from flexctl.bundle import open_anchor, store
 from flexctl.engine.init_anchor import InitAnchorConfig, InitAnchorResult, init_anchor
+from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.model import presets
 from flexctl.model.building import load_tokenizer
@@ -397,3 +398,38 @@ def test_weights_that_are_not_finite_leave_nothing(tmp_path: Path, texts: Any, s
     with pytest.raises(BundleError):
         make(texts, tmp_path / "anchor", source=str(broken))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "sharded"]
+
+
+@pytest.mark.usefixtures("tiny_preset")
+@pytest.mark.parametrize("way", ["beside", "mount", "here"])
+def test_an_empty_folder_becomes_the_anchor(
+    tmp_path: Path, texts: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Also one that must stay the folder that it is; the work then goes on inside a mount, where the room is."""
+    expected = make(texts, tmp_path / "straight", preset="nano").digest
+    target = tmp_path / "volume"
+    target.mkdir()
+    folder, work = target.stat().st_ino, tmp_path / ".volume.work"
+    if way == "mount":
+        monkeypatch.setattr(store, "_is_mount", lambda path: path == target)
+        work = target / ".volume.work"
+    elif way == "here":
+        monkeypatch.chdir(target)
+    assert make(texts, Path() if way == "here" else target, preset="nano", dry_run=True).dry_run
+    monkeypatch.setattr(whole, "_CHECKPOINT_STEPS", 4)
+    loop_report, steps = whole.train.__globals__["_report"], iter(range(1, 100))
+
+    def stop(*args: Any) -> None:
+        loop_report(*args)
+        if next(steps) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(whole.train.__globals__, "_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(texts, Path() if way == "here" else target, preset="nano")
+    assert (work / "checkpoints").is_dir()
+    found = make(texts, Path() if way == "here" else target, preset="nano", resume=True)
+    assert found.digest == expected
+    assert (target.stat().st_ino == folder) == (way != "beside")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["straight", "volume"]
+    assert all(check["ok"] for check in verify(VerifyConfig(path=target)).checks)

@@ -30,7 +30,7 @@ from flexctl.training import tuning
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
 SMALL = {"max_steps": 10, "seq_len": 32, "batch_tokens": 192, "lr": 0.2, "tether": 0.01, "threads": 1}
-CHANGED = {"README.md", "flexctl.json", "model-router.safetensors", "router-untuned.safetensors"}
+CHANGED = {"README.md", "flexctl.json", "model-router.safetensors", "router-untuned.safetensors", "run.json"}
 
 
 @pytest.fixture(scope="module")

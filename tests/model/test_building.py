@@ -33,6 +33,9 @@ def test_devices_by_name() -> None:
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UsageError, match="device: 'toaster'"):
         pick_device("toaster")
+    for known in ("mps", "meta", "xpu:0"):
+        with pytest.raises(UsageError, match=f"device: '{known}' is not supported"):
+            pick_device(known)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

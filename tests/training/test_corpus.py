@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from flexctl.errors import UsageError
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.runtime import SILENT, SilentReporter
 from flexctl.training import corpus as module
 from flexctl.training.corpus import Corpus, prepare_corpus
@@ -180,3 +180,18 @@ def test_a_token_file_that_was_not_finished_is_made_again(tmp_path: Path, tokeni
     (work / "own.json").unlink()
     (work / "own.tokens").write_bytes(b"\0" * 8)
     assert len(prepare(path, tokenizer, work).stream) == expected
+
+
+def test_a_token_file_of_other_content_is_made_again_beside_the_old_one(tmp_path: Path, tokenizer: Any) -> None:
+    """Of the same length, under a mark that fits; who has the old file mapped goes on with what it was."""
+    path, work = write(tmp_path / "a.jsonl", TEXTS), tmp_path / "work"
+    whole = prepare(path, tokenizer, work).stream
+    expected = whole.sequence(0, len(whole) - 1).copy()
+    (work / "own.tokens").write_bytes(bytes(4 * len(whole)))
+    assert not whole.is_whole
+    with pytest.raises(FlexctlError, match=r"own\.tokens: was changed while a run used it"):
+        whole.refuse_change()
+    again = prepare(path, tokenizer, work).stream
+    again.refuse_change()
+    assert np.array_equal(again.sequence(0, len(again) - 1), expected)
+    assert not whole.sequence(0, len(whole) - 1).any()

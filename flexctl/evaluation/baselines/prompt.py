@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexctl.bundle.store import new_file
 from flexctl.errors import BundleError
 from flexctl.model.space import SHRINKAGE, measure_documents
 from flexctl.training.tokens import Framed
@@ -69,7 +70,8 @@ class PromptClassifier:
         """Write the classifier as safetensors."""
         from safetensors.torch import save_file
 
-        save_file({"rows": self.rows, "offset": self.offset}, path, {"names": json.dumps(self.names)})
+        with new_file(path, overwrite=True) as temporary:
+            save_file({"rows": self.rows, "offset": self.offset}, temporary, {"names": json.dumps(self.names)})
 
     @classmethod
     def load(cls, path: Path) -> PromptClassifier:
