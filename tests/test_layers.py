@@ -17,9 +17,10 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"engine"},
+    {"steps"},
     {"evaluation"},
     {"training", "embedding"},
-    {"hub", "cache"},
+    {"hub", "cache", "routing"},
     {"model", "bundle"},
     {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors", "pointers"},
 )
@@ -35,13 +36,13 @@ ONLY_IMPORTER = {
     "pyarrow": ("training/tables.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "torch": ("model/", "training/", "evaluation/", "engine/", "embedding.py"),
+    "torch": ("model/", "training/", "evaluation/", "engine/", "steps/", "embedding.py"),
     "transformers": ("model/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "engine/generate.py"),
     "click": (),
 }
-WITHOUT_TORCH_AT_TOP = ("cli/", "engine/", "bundle/", "config.py", "workspace.py", "__init__.py")
+WITHOUT_TORCH_AT_TOP = ("cli/", "engine/", "steps/", "bundle/", "config.py", "workspace.py", "__init__.py")
 
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flexctl.bundle.anchor import PUBLIC_SAMPLE_FILE, Anchor
 from flexctl.bundle.expert import Expert, check_fits
 from flexctl.bundle.hashing import Piece
@@ -122,6 +124,15 @@ class Composition:
             return OTHER_LICENSE
         same = all((part.entry.license or "").lower() == first.lower() for part in self.parts)
         return first if same else OTHER_LICENSE
+
+    def closed_rows(self) -> dict[str, RawTensor]:
+        """Return each closed expert's router rows, as its owner made them, (num_hidden_layers, hidden_size), F32."""
+        shape = (self.architecture.num_hidden_layers, self.architecture.hidden_size)
+        return {
+            part.entry.name: RawTensor("F32", shape, np.concatenate([span.read().data for span in part.rows]))
+            for part in self.parts
+            if part.rows is not None
+        }
 
     def adding(self, experts: Iterable[Expert]) -> Composition:
         """Return this with more experts.

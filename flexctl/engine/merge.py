@@ -18,7 +18,9 @@ from flexctl.bundle.store import place_of_change
 from flexctl.errors import BundleError
 from flexctl.hub import is_remote, localise
 from flexctl.options import MODEL, Config, argument, flag
+from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.overlap import expected_between, warn_of_overlaps
 
 __all__ = ["MergeConfig", "MergeResult", "MergedExpert", "merge"]
 
@@ -76,6 +78,8 @@ class MergeResult:
         experts: ``public`` first, then by name.
         license: What all inputs share, else ``other``.
         bytes_written: Bytes copied or made; after a dry run, what the weights would take.
+        expected_routing: Text of whom -> expert -> share of the router's probability that is expected, from router
+            rows alone; None where the anchor is not at hand.
         peak_rss_bytes: The process's largest resident size.
         dry_run: Whether nothing was written.
     """
@@ -87,6 +91,7 @@ class MergeResult:
     experts: tuple[MergedExpert, ...]
     license: str
     bytes_written: int
+    expected_routing: Routing | None
     peak_rss_bytes: int
     dry_run: bool
 
@@ -112,6 +117,7 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
     _warn(composition, config, reporter)
+    routing = _expected_routing(composition, config, reporter)
     digest, written = assemble(
         target,
         composition,
@@ -131,6 +137,7 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         ),
         license=composition.license,
         bytes_written=written,
+        expected_routing=routing,
         peak_rss_bytes=peak_rss_bytes(),
         dry_run=config.dry_run,
     )
@@ -158,6 +165,16 @@ def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Compos
     if merged.manifest.router.tuned_with is not None:
         reporter.warn(f"{base}: its router was tuned; the result has the owners' own rows again")
     return compose_merged(merged)
+
+
+def _expected_routing(composition: Composition, config: MergeConfig, reporter: Reporter) -> Routing | None:
+    """Return who is expected to answer whose text, and warn of experts that will take each other's."""
+    path = localise(config.anchor, reporter) if config.anchor else workspace.find().anchor
+    if not path.is_dir() or (anchor := open_anchor(path)).digest != composition.anchor.digest:
+        return None
+    routing = expected_between(anchor, composition.closed_rows())
+    warn_of_overlaps(routing, reporter)
+    return routing
 
 
 def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> None:

@@ -1,0 +1,1 @@
+"""Which expert answers: what router rows say before a model runs."""

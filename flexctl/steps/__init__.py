@@ -1,0 +1,1 @@
+"""What several commands do, above the libraries and below the engine."""

@@ -1,0 +1,52 @@
+"""What router rows say of who will answer whose text, before any model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from flexctl.bundle import Anchor, RawTensor
+from flexctl.bundle.tensors import to_float32
+from flexctl.routing.overlap import Routing, expected_routing, overlaps
+from flexctl.runtime import Reporter
+
+__all__ = ["expected_between", "warn_of_overlaps"]
+
+
+def expected_between(anchor: Anchor, rows: Mapping[str, RawTensor]) -> Routing:
+    """Return what share of each expert's text is expected to go to whom, from the anchor's space and rows alone.
+
+    Args:
+        anchor: The experts' anchor.
+        rows: Closed expert -> its router rows, (num_hidden_layers, hidden_size), F32.
+    """
+    space = {name: _numbers(tensor) for name, tensor in anchor.router_space().items()}
+    sizes = anchor.manifest.architecture
+
+    def stacked(part: str) -> np.ndarray:
+        return np.stack([space[f"layers.{layer}.{part}"] for layer in range(sizes.num_hidden_layers)])
+
+    every_row = np.array([_numbers(tensor) for tensor in rows.values()])
+    return expected_routing(
+        list(rows),
+        every_row.reshape(len(rows), sizes.num_hidden_layers, sizes.hidden_size),
+        mean=stacked("mean"),
+        factor=stacked("covariance_factor"),
+        diagonal=stacked("covariance_diagonal"),
+    )
+
+
+def warn_of_overlaps(routing: Routing, reporter: Reporter) -> list[str]:
+    """Tell the reporter which experts are expected to take each other's text, and return what was told."""
+    told = [
+        f"{found.taker} is expected to take {found.share:.0%} of {found.text}'s text (from router rows alone)"
+        for found in overlaps(routing)
+    ]
+    for line in told:
+        reporter.warn(line)
+    return told
+
+
+def _numbers(tensor: RawTensor) -> np.ndarray:
+    return to_float32(tensor.dtype, tensor.data).reshape(tensor.shape).astype(np.float64)
