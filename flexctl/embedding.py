@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,19 +17,18 @@ from torch import Tensor, nn
 from flexctl import cache
 from flexctl.errors import UsageError
 from flexctl.model.building import silenced
-from flexctl.model.rows import ROUTER_KINDS, Domain, Rows, direction, finish_rows
-from flexctl.model.space import RouterSpace, measure_documents
+from flexctl.model.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
+from flexctl.model.space import RouterSpace, measure_documents, measure_passages
 from flexctl.model.tensors import tensors_digest
 from flexctl.runtime import Reporter, counted, software_versions
 
 __all__ = [
     "PASSAGES",
     "Encoder",
-    "check_kind",
+    "RowRecipe",
     "embed_rows",
     "encoder_direction",
     "encoder_name",
-    "names_a_file",
 ]
 
 PASSAGES = 512
@@ -43,44 +43,80 @@ RIDGE = 1.0
 """Ridge penalty of the map from embeddings to router inputs, in units of documents; embeddings have length 1."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRecipe:
+    """How router rows are made.
+
+    Attributes:
+        kind: ``discriminant``, ``hidden`` or ``encoder``.
+        own_covariance: Share of the owner's own covariance beside public text's, for the discriminant.
+        encoder: sentence-transformers model, a directory or Hub id; needed by the encoder kind alone.
+    """
+
+    kind: str
+    own_covariance: float
+    encoder: str | None
+
+    def check(self) -> None:
+        """Refuse a kind that there is not, or an encoder kind without an encoder.
+
+        Raises:
+            UsageError: Likewise.
+        """
+        if self.kind not in ROUTER_KINDS:
+            raise UsageError(
+                f"{self.kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file", field="router"
+            )
+        if self.kind == "encoder" and self.encoder is None:
+            raise UsageError(
+                "encoder: no sentence encoder given", hint="add `encoder`, a directory or Hub id", field="router"
+            )
+
+    @property
+    def encoder_name(self) -> str | None:
+        """What a manifest says of the encoder; None for other kinds."""
+        return None if self.kind != "encoder" or self.encoder is None else encoder_name(self.encoder)
+
+
 def embed_rows(
-    kind: str,
+    recipe: RowRecipe,
     model: nn.Module,
     space: RouterSpace,
     own: Sequence[str],
     public: Sequence[str],
     frame: Callable[[Sequence[str]], Sequence[Tensor]],
-    encoder: str | None,
     reporter: Reporter,
 ) -> Rows:
     """Return calibrated router rows for an owner's sample.
 
     Args:
-        kind: ``discriminant``, ``hidden`` or ``encoder``.
+        recipe: How to make them.
         model: The anchor.
         space: Its router space.
         own: The owner's passages.
         public: Public passages; only the encoder kind reads them.
         frame: Turns passages into token ids, (S,), int64 each.
-        encoder: sentence-transformers model, a directory or Hub id; needed by the encoder kind alone.
         reporter: Hears of progress.
 
     Raises:
-        UsageError: The kind is unknown, there are fewer than two passages, or the encoder is missing or cannot be
-            loaded.
+        UsageError: The recipe is wrong, there are fewer than two passages, or the encoder cannot be loaded.
 
     Source: docs/how-it-works.md, section 4.
     """
-    check_kind(kind, encoder)
+    recipe.check()
     if len(own) < 2:
         raise UsageError(f"{len(own)} passages are too few for router rows", hint="give more text", field="data")
-    loaded = Encoder(encoder) if kind == "encoder" and encoder is not None else None
-    domain = Domain.from_documents(_measure(model, frame(own), reporter), space)
-    if loaded is None:
-        return finish_rows(space, domain, direction(kind, space, domain.mean))
-    embedded, inputs = _measured_public(model, space, public, frame, loaded, reporter)
-    directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
-    return finish_rows(space, domain, directions)
+    loaded = Encoder(recipe.encoder) if recipe.kind == "encoder" and recipe.encoder is not None else None
+    with reporter.progress("measuring router inputs", len(own), "passages") as bar:
+        owner = OwnerInputs.of(measure_passages(model, counted(frame(own), bar)), space)
+    if loaded is not None:
+        embedded, inputs = _measured_public(model, space, public, frame, loaded, reporter)
+        directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
+    elif recipe.kind == "discriminant":
+        directions = discriminant(space, owner, recipe.own_covariance)
+    else:
+        directions = owner.mean - space.mean.double()
+    return finish_rows(space, owner, directions)
 
 
 def _measured_public(
@@ -104,41 +140,16 @@ def _measured_public(
     }
     known = cache.recall(_PUBLIC_PASSAGES, identity)
     if known is None:
-        inputs, embedded = _measure(model, frame(public), reporter), _embed(encoder, public, reporter)
+        with reporter.progress("measuring router inputs", len(public), "passages") as bar:
+            inputs = measure_documents(model, counted(frame(public), bar))
+        embedded = _embed(encoder, public, reporter)
         known = {"embedded": embedded.numpy(), "inputs": inputs.numpy()}
         cache.remember(_PUBLIC_PASSAGES, identity, known)
     return torch.from_numpy(known["embedded"]), torch.from_numpy(known["inputs"])
 
 
-def _measure(model: nn.Module, passages: Sequence[Tensor], reporter: Reporter) -> Tensor:
-    """Return the mean router inputs of passages, (D, L, H), float32."""
-    with reporter.progress("measuring router inputs", len(passages), "passages") as bar:
-        return measure_documents(model, counted(passages, bar))
-
-
-def check_kind(kind: str, encoder: str | None) -> None:
-    """Refuse a kind of router row that there is not, or that has no encoder to work with.
-
-    Raises:
-        UsageError: The kind is unknown, or is ``encoder`` and no encoder is given.
-    """
-    if kind not in ROUTER_KINDS:
-        raise UsageError(f"{kind!r} is no kind", hint=f"use {', '.join(ROUTER_KINDS)}, or a .st file", field="router")
-    if kind == "encoder" and encoder is None:
-        raise UsageError(
-            "encoder: no sentence encoder given", hint="add `encoder`, a directory or Hub id", field="router"
-        )
-
-
-def names_a_file(router: str) -> bool:
-    """Return whether what ``router`` names is a file with rows rather than a kind."""
-    return router.endswith(".st") or Path(router).exists()
-
-
-def encoder_name(kind: str, encoder: str | None) -> str | None:
-    """Return what a manifest says of the encoder: its id or folder name, never a path; None for other kinds."""
-    if kind != "encoder" or encoder is None:
-        return None
+def encoder_name(encoder: str) -> str:
+    """Return what a manifest says of a sentence encoder: its id or folder name, never a path."""
     return Path(encoder).resolve().name if Path(encoder).exists() else encoder
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "Name",
     "OutputElsewhere",
     "Overwrite",
+    "OwnCovariance",
     "Public",
     "Purpose",
     "Resume",
@@ -152,6 +153,10 @@ Router = Annotated[
 ]
 Encoder = Annotated[
     str | None, flag("MODEL", "sentence-transformers model, a directory or Hub id, for `router` encoder.", ROUTER)
+]
+OwnCovariance = Annotated[
+    float,
+    flag("SHARE", "Share of your text's own covariance in discriminant rows.", ROUTER, at_least=0, below=1),
 ]
 Tether = Annotated[float, flag("X", "How strongly router rows are held to where they start.", ROUTER, at_least=0)]
 

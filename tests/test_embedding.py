@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexctl import embedding
-from flexctl.embedding import RIDGE, embed_rows, encoder_direction, encoder_name
+from flexctl.embedding import RIDGE, RowRecipe, embed_rows, encoder_direction
 from flexctl.errors import UsageError
-from flexctl.model.rows import Domain, direction, finish_rows, row_logits
-from flexctl.model.space import RouterSpace, fit_space, measure_documents, measure_inputs
+from flexctl.model.rows import OwnerInputs, Rows, discriminant, finish_rows, row_logits
+from flexctl.model.space import RouterSpace, fit_space, measure_documents, measure_inputs, measure_passages
 from flexctl.runtime import SILENT
 from flexctl.training.tokens import frame_passages
 
@@ -60,14 +60,22 @@ def test_encoder_direction_is_the_ridge_regression_of_router_inputs_on_embedding
     assert np.abs(found.numpy() - expected).max() < 1e-6
 
 
+def rows_of(
+    kind: str, model: Any, space: RouterSpace, own: Any, public: Any, frame: Any, encoder: str | None = None
+) -> Rows:
+    recipe = RowRecipe(kind=kind, own_covariance=0.2, encoder=encoder)
+    return embed_rows(recipe, model, space, own, public, frame, SILENT)
+
+
 @pytest.mark.parametrize("kind", ["discriminant", "hidden"])
 def test_kinds_without_encoder_read_the_owner_s_text_alone(
     kind: str, model: Any, space: RouterSpace, tokenizer: Any
 ) -> None:
     frame = partial(frame_passages, tokenizer)
-    found = embed_rows(kind, model, space, OWN, [], frame, None, SILENT)
-    domain = Domain.from_documents(measure_documents(model, frame(OWN)), space)
-    assert torch.equal(found.rows, finish_rows(space, domain, direction(kind, space, domain.mean)).rows)
+    found = rows_of(kind, model, space, OWN, [], frame)
+    owner = OwnerInputs.of(measure_passages(model, frame(OWN)), space)
+    directions = discriminant(space, owner, 0.2) if kind == "discriminant" else owner.mean - space.mean.double()
+    assert torch.equal(found.rows, finish_rows(space, owner, directions).rows)
 
 
 class StandIn:
@@ -101,12 +109,12 @@ def test_encoder_kind_is_the_image_of_the_shift_in_embeddings(
     model: Any, space: RouterSpace, tokenizer: Any, encoders: list[StandIn]
 ) -> None:
     frame = partial(frame_passages, tokenizer)
-    found = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "some/encoder", SILENT)
+    found = rows_of("encoder", model, space, OWN, PUBLIC, frame, "some/encoder")
     assert [encoder.identity for encoder in encoders] == [{"weights": "some/encoder"}]
     own, public = (StandIn("").embed(texts).double() for texts in (OWN, PUBLIC))
     image = encoder_direction(own, public, measure_documents(model, frame(PUBLIC)))
-    domain = Domain.from_documents(measure_documents(model, frame(OWN)), space)
-    assert torch.equal(found.rows, finish_rows(space, domain, image).rows)
+    owner = OwnerInputs.of(measure_passages(model, frame(OWN)), space)
+    assert torch.equal(found.rows, finish_rows(space, owner, image).rows)
     assert found.rows.abs().sum() > 0
 
 
@@ -119,8 +127,8 @@ def test_public_passages_are_measured_once_and_an_owner_s_every_time(
         measured.extend(texts)
         return frame_passages(tokenizer, texts)
 
-    first = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "one", SILENT)
-    again = embed_rows("encoder", model, space, OWN, PUBLIC, frame, "one", SILENT)
+    first = rows_of("encoder", model, space, OWN, PUBLIC, frame, "one")
+    again = rows_of("encoder", model, space, OWN, PUBLIC, frame, "one")
     assert torch.equal(first.rows, again.rows)
     assert measured == [*OWN, *PUBLIC, *OWN]
     assert [encoder.asked for encoder in encoders] == [[*PUBLIC, *OWN], OWN]
@@ -137,28 +145,30 @@ def test_what_is_known_of_public_passages_is_not_taken_for_another_s(
     model: Any, space: RouterSpace, tokenizer: Any, encoders: list[StandIn], other: str
 ) -> None:
     frame = partial(frame_passages, tokenizer)
-    embed_rows("encoder", model, space, OWN, PUBLIC, frame, "one", SILENT)
+    rows_of("encoder", model, space, OWN, PUBLIC, frame, "one")
     public = PUBLIC[1:] if other == "passages" else PUBLIC
     theirs = replace(space, mean=space.mean + 1e-6) if other == "anchor" else space
-    embed_rows("encoder", model, theirs, OWN, public, frame, "two" if other == "encoder" else "one", SILENT)
+    rows_of("encoder", model, theirs, OWN, public, frame, "two" if other == "encoder" else "one")
     assert encoders[-1].asked == [*public, *OWN]
 
 
 def test_unknown_kind_and_missing_encoder_are_refused(model: Any, space: RouterSpace, tokenizer: Any) -> None:
     frame = partial(frame_passages, tokenizer)
     with pytest.raises(UsageError, match="router: 'magic'"):
-        embed_rows("magic", model, space, OWN, PUBLIC, frame, None, SILENT)
+        rows_of("magic", model, space, OWN, PUBLIC, frame, None)
     with pytest.raises(UsageError, match="no sentence encoder") as caught:
-        embed_rows("encoder", model, space, OWN, PUBLIC, frame, None, SILENT)
+        rows_of("encoder", model, space, OWN, PUBLIC, frame, None)
     assert "`encoder`" in str(caught.value.hint)
 
 
 def test_manifest_names_an_encoder_by_id_or_folder_and_never_by_path(tmp_path: Path) -> None:
     (tmp_path / "my-encoder").mkdir()
-    assert encoder_name("encoder", str(tmp_path / "my-encoder")) == "my-encoder"
-    assert encoder_name("encoder", "org/model") == "org/model"
-    assert encoder_name("hidden", "org/model") is None
-    assert encoder_name("encoder", None) is None
+    assert (
+        RowRecipe(kind="encoder", own_covariance=0, encoder=str(tmp_path / "my-encoder")).encoder_name == "my-encoder"
+    )
+    assert RowRecipe(kind="encoder", own_covariance=0, encoder="org/model").encoder_name == "org/model"
+    assert RowRecipe(kind="hidden", own_covariance=0, encoder="org/model").encoder_name is None
+    assert RowRecipe(kind="encoder", own_covariance=0, encoder=None).encoder_name is None
 
 
 def minilm() -> str:
@@ -181,7 +191,7 @@ def test_real_encoder_tells_code_from_prose(
     assert torch.allclose(own.norm(dim=1), torch.ones(20), atol=1e-5)
     assert (own @ own.mean(dim=0)).min() > (public[:20] @ own.mean(dim=0)).max()
 
-    rows = embed_rows("encoder", model, space, OWN, PUBLIC, frame, encoder, SILENT).rows
+    rows = rows_of("encoder", model, space, OWN, PUBLIC, frame, encoder).rows
     mean = [float(row_logits(model, [rows], frame(texts))[1].mean()) for texts in (OWN, PUBLIC[:20])]
     assert mean[0] > 0 > mean[1]
     assert capfd.readouterr() == ("", "")

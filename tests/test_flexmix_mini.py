@@ -48,9 +48,9 @@ def write_scores(root: Path, found: dict[str, dict[str, float]], seed: int = 0) 
 FOUND = {
     "anchor": {"public": 2.0, "code": 4.0, "math": 3.0},
     "pairs/discriminant": {"code": 3.0, "math": 2.5},
-    "pairs/hidden": {"code": 3.5, "math": 2.5},
+    "pairs/no-pair": {"code": 3.5, "math": 2.5},
     "variants/flexctl": {"public": 2.1, "code": 3.1, "math": 2.8},
-    "variants/hidden-state init": {"public": 2.1, "code": 3.5, "math": 2.5},
+    "variants/no pair training": {"public": 2.1, "code": 3.5, "math": 2.5},
 }
 
 
@@ -58,13 +58,13 @@ def test_table_of_known_scores(tmp_path: Path, example: Any) -> None:
     table = example("table")
     write_scores(tmp_path / "seed-0", FOUND)
     rows = {row.name: row for row in table.rows_of([table.read_scores(tmp_path / "seed-0")], {"flexctl": 3e12})}
-    assert list(rows) == ["anchor", "own pair", "flexctl", "hidden-state init"]
+    assert list(rows) == ["anchor", "own pair", "flexctl", "no pair training"]
     assert rows["flexctl"].bits_per_byte == pytest.approx({"public": 2.1, "code": 3.1, "math": 2.8})
     assert rows["flexctl"].average == pytest.approx(2.95)
     assert rows["flexctl"].gains == pytest.approx({"code": 0.9, "math": 0.4})
     assert rows["flexctl"].retained == pytest.approx((3.5 - 2.95) / (3.5 - 2.75))
     assert rows["own pair"].retained == pytest.approx(1.0)
-    assert rows["hidden-state init"].retained == pytest.approx(1.0)
+    assert rows["no pair training"].retained == pytest.approx(1.0)
     assert rows["anchor"].retained == pytest.approx(0.0)
     low, high = rows["flexctl"].interval
     assert low < 2.95 < high
@@ -93,14 +93,14 @@ def test_seeds_are_averaged_and_their_spread_is_told(tmp_path: Path, example: An
 def test_rows_that_one_seed_has_are_held_against_that_seed(tmp_path: Path, example: Any) -> None:
     table = example("table")
     write_scores(tmp_path / "seed-0", FOUND)
-    main = {name: by for name, by in FOUND.items() if not name.endswith("init") and "hidden" not in name}
+    main = {name: by for name, by in FOUND.items() if "pair training" not in name and "no-pair" not in name}
     better = {name: {domain: bits - 0.2 for domain, bits in by.items()} for name, by in main.items()}
     write_scores(tmp_path / "seed-1", better)
     rows = {row.name: row for row in table.rows_of([table.read_scores(tmp_path / f"seed-{i}") for i in range(2)], {})}
-    assert (rows["flexctl"].seeds, rows["hidden-state init"].seeds) == (2, 1)
+    assert (rows["flexctl"].seeds, rows["no pair training"].seeds) == (2, 1)
     assert rows["flexctl"].average == pytest.approx(2.85)
-    assert rows["hidden-state init"].retained == pytest.approx(1.0)
-    assert rows["hidden-state init"].margin == pytest.approx((2.1 + 3.5 + 2.5 - 2.1 - 3.1 - 2.8) / 3)
+    assert rows["no pair training"].retained == pytest.approx(1.0)
+    assert rows["no pair training"].margin == pytest.approx((2.1 + 3.5 + 2.5 - 2.1 - 3.1 - 2.8) / 3)
 
 
 def test_removal_is_held_against_the_anchor(tmp_path: Path, example: Any) -> None:

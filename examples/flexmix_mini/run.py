@@ -97,11 +97,7 @@ def try_recipe(work: Work, recipe: Recipe) -> None:
 def wanted(work: Work) -> tuple[list[Recipe], list[Variant]]:
     """Return the budget's recipes and variants; those with encoder rows only where there is an encoder."""
     budget = work.budget
-    recipes = [
-        recipe
-        for recipe in RECIPES
-        if (budget.recipes is None or recipe.name in budget.recipes) and (work.encoder or recipe.rows != "encoder")
-    ]
+    recipes = [recipe for recipe in RECIPES if budget.recipes is None or recipe.name in budget.recipes]
     names = {recipe.name for recipe in recipes}
     variants = [
         variant

@@ -20,7 +20,7 @@ from flexctl.evaluation.domains import Domain, score_domain
 from flexctl.evaluation.scoring import Score
 from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype
 from flexctl.model.routed import exclude, set_top_k
-from flexctl.model.rows import bias_of, set_bias, set_public_logits
+from flexctl.model.rows import bias_of, set_bias
 from flexctl.model.space import RouterSpace
 from flexctl.model.tensors import to_bytes, to_torch
 from flexctl.runtime import SILENT
@@ -85,9 +85,9 @@ def edited(work: Work, variant: Variant, name: str, target: Path) -> Path:
     """Return an expert's file, or that of a copy with the rows that the variant asks for."""
     source = work.expert(variant.recipe, name)
     anchor, expert = open_anchor(work.anchor), open_expert(source)
-    trained = to_torch(expert.router())
-    rows = edited_rows(work, variant, name, anchor, trained)
-    if rows is trained:
+    own = to_torch(expert.router())
+    rows = edited_rows(work, variant, name, anchor, own)
+    if rows is own:
         return source
     raw = RawTensor(*to_bytes(rows))
     reroute_expert(target, anchor=anchor, expert=expert, rows=raw, router=expert.manifest.router, overwrite=True)
@@ -106,8 +106,6 @@ def edited_rows(work: Work, variant: Variant, name: str, anchor: Anchor, rows: T
         rows = set_bias(rows, space, 0.0)
     if variant.shift:
         rows = set_bias(rows, space, bias_of(rows, space) + variant.shift)
-    if variant.public_logits:
-        rows = set_public_logits(rows, space, *variant.public_logits)
     return rows
 
 

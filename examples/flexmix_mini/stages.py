@@ -58,15 +58,17 @@ def make_anchor(work: Work) -> None:
 
 
 def make_rows(work: Work, kind: str, name: str) -> None:
-    """Write the rows that an expert starts from, so that they can be put back after training."""
+    """Write a set's router rows of a kind: see ``Recipe.rows``."""
     path = work.rows(kind, name)
     if kind == "random":
         work.stage(path, lambda: random_rows(work, name, path))
         return
+    router, _, share = kind.partition("-")
     config = flexctl.EmbedRouterConfig(
         data=(work.train(name),),
         anchor=work.anchor,
-        router=kind,
+        router=router,
+        **({"own_covariance": float(share)} if share else {}),
         encoder=work.encoder,
         output=path,
         seed=work.seed,
@@ -112,7 +114,6 @@ def make_expert(work: Work, recipe: Recipe, name: str) -> None:
         seq_len=work.budget.seq_len,
         batch_tokens=work.budget.batch_tokens,
         public_mix=recipe.public_mix,
-        freeze_router=recipe.frozen,
         dtype=work.budget.dtype,
         seed=work.seed,
         resume=True,

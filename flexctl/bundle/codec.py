@@ -17,7 +17,10 @@ from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
 from flexctl.pointers import refuse_pointer
 
-__all__ = ["canonical_json", "decode", "encode", "indented_json", "parse_json", "read_bytes"]
+__all__ = ["OPTIONAL", "canonical_json", "decode", "encode", "indented_json", "parse_json", "read_bytes"]
+
+OPTIONAL: Mapping[str, Any] = {"optional": True}
+"""Metadata of a dataclass field that stands in the JSON only where it is not None: one that came later."""
 
 MAX_JSON_BYTES = 100_000_000
 _PLAIN = {str: "text", int: "a whole number", bool: "true or false"}
@@ -91,7 +94,8 @@ def read_bytes(path: Path) -> bytes:
 def encode(value: Any) -> Any:
     """Return dataclasses, mappings and tuples as the dictionaries and lists that JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        named = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return {field.name: encode(item) for field, item in named if item is not None or field.metadata != OPTIONAL}
     if isinstance(value, Mapping):
         return {name: encode(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -132,13 +136,14 @@ def decode(kind: Any, value: Any, where: str, field: str = "") -> Any:
 
 def _decode_fields(kind: Any, value: dict[str, Any], where: str, field: str) -> Any:
     hints = typing.get_type_hints(kind)
+    optional = {item.name for item in dataclasses.fields(kind) if item.metadata == OPTIONAL}
     for name in hints:
-        if name not in value:
+        if name not in value and name not in optional:
             raise BundleError(f"{where}: {_join(field, name)} is missing")
     for name in value:
         if name not in hints:
             raise BundleError(f"{where}: {_join(field, shown(name))} is no field that this version knows")
-    return kind(**{name: decode(hint, value[name], where, _join(field, name)) for name, hint in hints.items()})
+    return kind(**{name: decode(hints[name], item, where, _join(field, name)) for name, item in value.items()})
 
 
 def _join(field: str, name: str) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from flexctl.bundle.codec import canonical_json, encode
+from flexctl.bundle.codec import OPTIONAL, canonical_json, encode
 
 __all__ = [
     "MANIFEST_FILE",
@@ -110,10 +110,12 @@ class RouterInfo:
 
     Attributes:
         kind: ``discriminant``, ``hidden`` or ``encoder``.
-        samples: Documents behind them.
+        samples: Passages behind them.
         encoder: The sentence encoder's name, for that kind.
-        trained: Whether they trained with the expert afterwards.
+        trained: Whether they trained with the expert afterwards, as they did in early versions.
         bias: Mean logit on public text of each layer's row, (num_hidden_layers,), at most 0.
+        own_covariance: Share of the owner's own covariance beside public text's; None, and not written, for kinds
+            without, and for rows of early versions, which had none.
     """
 
     kind: str
@@ -121,6 +123,7 @@ class RouterInfo:
     encoder: str | None
     trained: bool
     bias: tuple[float, ...]
+    own_covariance: float | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -125,6 +125,12 @@ def _check(manifest: Manifest, where: str) -> None:
             raise BundleError(f"{where}: rank is {manifest.rank}; expected null or at least 1")
         if len(manifest.router.bias) != manifest.architecture.num_hidden_layers:
             raise BundleError(f"{where}: router.bias has {len(manifest.router.bias)} entries; expected one a layer")
+    _check_own_covariance(manifest.router.own_covariance, where)
+
+
+def _check_own_covariance(share: float | None, where: str) -> None:
+    if share is not None and not 0 <= share < 1:
+        raise BundleError(f"{where}: router.own_covariance is {share}; expected from 0 to below 1")
 
 
 def _check_merged(manifest: MergedManifest, where: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +24,10 @@ from flexctl.bundle.store import check_file_target
 from flexctl.errors import UsageError
 from flexctl.hub import localise
 from flexctl.options import ROUTER, Config, flag
+from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps.overlap import expected_between, warn_of_overlaps
+from flexctl.steps.start_rows import measured_rows, recipe_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,6 +68,7 @@ class EmbedRouterConfig(Config):
     text_field: flags.TextField = "text"
     router: Annotated[str, flag("KIND", "How rows are made: discriminant, hidden or encoder.", ROUTER)] = "discriminant"
     encoder: flags.Encoder = None
+    own_covariance: flags.OwnCovariance = 0.1
     seed: flags.Seed = 0
     threads: flags.Threads = None
     device: flags.Device = "auto"
@@ -103,6 +106,8 @@ class EmbedRouterResult:
         documents: Passages that the rows were made from.
         router: Kind of row.
         layers: A report a layer.
+        expected_routing: Text of whom -> expert -> share of the router's probability that is expected, from the rows
+            of ``against`` and the new ones alone.
         warnings: What a person should look at, also told to the reporter.
     """
 
@@ -114,6 +119,7 @@ class EmbedRouterResult:
     encoder: str | None
     hidden_size: int
     layers: list[LayerReport] = field(default_factory=list)
+    expected_routing: Routing = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     dry_run: bool = False
 
@@ -132,7 +138,6 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor or an expert is not valid, or they do not belong together.
     """
-    from flexctl.embedding import encoder_name
     from flexctl.model.tensors import to_bytes
 
     anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
@@ -140,28 +145,25 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     others = [_expert_of(localise(path, reporter), anchor) for path in config.against]
     target = _target(config)
     name = expert.manifest.name if expert is not None else slug(target.stem)
-    rows, samples, layers = _measure(config, anchor, others, reporter)
+    rows, info, layers = _measure(config, anchor, others, reporter)
+    raw = RawTensor(*to_bytes(rows.rows))
     warnings = _warnings(layers)
     for warning in warnings:
         reporter.warn(warning)
-    info = RouterInfo(
-        kind=config.router,
-        samples=samples,
-        encoder=encoder_name(config.router, config.encoder),
-        trained=False,
-        bias=tuple(float(b) for b in rows.bias),
-    )
-    raw = RawTensor(*to_bytes(rows.rows))
+    everyone = {other.manifest.name: other.router() for other in others} | {name: raw}
+    routing = expected_between(anchor, everyone)
+    warnings += warn_of_overlaps(routing, reporter)
     digest = None if config.dry_run else _write(config, anchor, expert, name, target, raw, info)
     return EmbedRouterResult(
         path=target,
         digest=digest,
         name=name,
-        documents=samples,
+        documents=info.samples,
         router=config.router,
         encoder=info.encoder,
         hidden_size=rows.rows.shape[1],
         layers=layers,
+        expected_routing=routing,
         warnings=warnings,
         dry_run=config.dry_run,
     )
@@ -202,29 +204,27 @@ def _expert_of(path: Path, anchor: Anchor) -> Expert:
 
 def _measure(
     config: EmbedRouterConfig, anchor: Anchor, others: Sequence[Expert], reporter: Reporter
-) -> tuple[Rows, int, list[LayerReport]]:
-    from flexctl.embedding import PASSAGES, embed_rows
+) -> tuple[Rows, RouterInfo, list[LayerReport]]:
+    from flexctl.embedding import PASSAGES
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.model.space import RouterSpace
     from flexctl.model.tensors import to_torch
     from flexctl.training.documents import read_documents, sample_halves
     from flexctl.training.sample import PublicSample
     from flexctl.training.tokens import frame_passages
 
     set_threads(config.threads)
+    recipe_of(config)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(anchor.path)
-    frame = partial(frame_passages, tokenizer)
     model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
-    space = RouterSpace.from_tensors(anchor.router_space())
     sample = PublicSample.from_tensors(anchor.public_sample())
     reporter.note(f"measuring router inputs for {config.router} rows")
     own, own_unseen = sample_halves(read_documents(config.data, config.text_field), PASSAGES, config.seed)
     public, public_unseen = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
-    rows = embed_rows(config.router, model, space, own, public, frame, config.encoder, reporter)
+    rows, info = measured_rows(config, anchor, model, tokenizer, own, public, reporter)
     rivals = {expert.manifest.name: to_torch(expert.router()) for expert in others}
-    layers = _report(model, rows, frame(own_unseen), frame(public_unseen), rivals)
-    return rows, len(own), layers
+    ours, theirs = (frame_passages(tokenizer, passages) for passages in (own_unseen, public_unseen))
+    return rows, info, _report(model, rows, ours, theirs, rivals)
 
 
 def _report(

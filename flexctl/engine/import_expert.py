@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +18,6 @@ from flexctl.bundle import (
     compare_dense,
     open_anchor,
     open_dense,
-    open_router_file,
     read_dense_config,
     slug,
     unread_weights,
@@ -33,6 +31,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint, localise
 from flexctl.options import MODEL, Config, argument, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.start_rows import given_rows, measured_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,6 +74,7 @@ class ImportExpertConfig(Config):
     text_field: flags.TextField = "text"
     router: flags.Router = "discriminant"
     encoder: flags.Encoder = None
+    own_covariance: flags.OwnCovariance = 0.1
     license: flags.License = None
     purpose: flags.Purpose = ()
     expires: flags.Expires = None
@@ -172,16 +172,12 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
 
 
 def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Path) -> None:
-    from flexctl.embedding import check_kind, names_a_file
     from flexctl.model.building import pick_device, pick_dtype, set_threads
 
     check_file_target(target, overwrite=config.overwrite)
     pick_dtype(config.dtype, pick_device(config.device))
     set_threads(config.threads)
-    if names_a_file(config.router):
-        open_router_file(Path(config.router), anchor)
-    else:
-        check_kind(config.router, config.encoder)
+    given_rows(config, anchor)
 
 
 def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpoint:
@@ -292,33 +288,21 @@ def _rows(
     config: ImportExpertConfig, anchor: Anchor, checkpoint: DenseCheckpoint, tokenizer: Any, reporter: Reporter
 ) -> tuple[RawTensor, RouterInfo, dict[str, float] | None]:
     """Return router rows, how they came about, and the losses where models were built for them."""
-    from flexctl.embedding import PASSAGES, embed_rows, encoder_name, names_a_file
-    from flexctl.model.space import RouterSpace
+    from flexctl.embedding import PASSAGES
     from flexctl.model.tensors import to_bytes
     from flexctl.training.documents import read_documents, sample_halves
     from flexctl.training.sample import PublicSample
-    from flexctl.training.tokens import frame_passages
 
-    if names_a_file(config.router):
-        given = open_router_file(Path(config.router), anchor)
-        return given.rows, replace(given.info, trained=False), None
+    if (given := given_rows(config, anchor)) is not None:
+        return given.rows, given.info, None
     own, unseen = sample_halves(read_documents(config.data, config.text_field), PASSAGES, config.seed)
     sample = PublicSample.from_tensors(anchor.public_sample())
     public, _ = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
-    space = RouterSpace.from_tensors(anchor.router_space())
     reporter.note(f"measuring router inputs for {config.router} rows")
     model = _build(config, anchor.weights())
-    frame = partial(frame_passages, tokenizer)
-    found = embed_rows(config.router, model, space, own, public, frame, config.encoder, reporter)
+    found, info = measured_rows(config, anchor, model, tokenizer, own, public, reporter)
     del model
     rows = RawTensor(*to_bytes(found.rows))
-    info = RouterInfo(
-        kind=config.router,
-        samples=len(own),
-        encoder=encoder_name(config.router, config.encoder),
-        trained=False,
-        bias=tuple(float(b) for b in found.bias),
-    )
     return rows, info, _losses(config, anchor, checkpoint, rows, tokenizer, unseen[:_SCORED_PASSAGES], reporter)
 
 

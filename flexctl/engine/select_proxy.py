@@ -117,7 +117,7 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
         reporter.warn(
             f"the classifier hardly tells this text from public text ({ranking.accuracy:.2f} of passages right)"
         )
-    encoder = encoder_name("encoder", config.encoder)
+    encoder = None if config.encoder is None else encoder_name(config.encoder)
     proxy = write_proxy(
         target,
         name=name,

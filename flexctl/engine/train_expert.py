@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,6 @@ from flexctl.bundle import (
     RouterInfo,
     open_anchor,
     open_expert,
-    open_router_file,
     slug,
     write_expert,
 )
@@ -30,13 +28,13 @@ from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
 from flexctl.hub import localise
-from flexctl.options import DATA, HARDWARE, ROUTER, TRAINING, Config, flag, switch
+from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.start_rows import given_rows, measured_rows, names_a_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flexctl.model.space import RouterSpace
     from flexctl.training.corpus import Corpus
     from flexctl.training.loop import LoopSettings, Outcome
     from flexctl.training.pair import Pair
@@ -96,8 +94,7 @@ class TrainExpertConfig(Config):
     ] = 1.0
     router: flags.Router = "discriminant"
     encoder: flags.Encoder = None
-    freeze_router: Annotated[bool, switch("Leave the router rows as they start.", ROUTER)] = False
-    tether: flags.Tether = 1.0
+    own_covariance: flags.OwnCovariance = 0.1
     resume: flags.Resume = False
     checkpoint_steps: flags.CheckpointSteps = 200
     license: flags.License = None
@@ -153,7 +150,6 @@ class _Setup:
     """Everything a run needs, ready."""
 
     model: nn.Module
-    space: RouterSpace
     corpus: Corpus
     public: PublicSample
     data: Mixture
@@ -257,7 +253,6 @@ def _finished(
 
 def _asked(config: TrainExpertConfig, anchor: Anchor, name: str, text: str) -> dict[str, Any]:
     """Return what decides the result; ``text`` is the digest of the owner's."""
-    from flexctl.embedding import names_a_file
     from flexctl.training.corpus import text_digest
     from flexctl.training.finished import asked_for
 
@@ -275,27 +270,17 @@ def _run(
     config: TrainExpertConfig, anchor: Anchor, name: str, target: Path, work: Path, reporter: Reporter
 ) -> TrainExpertResult:
     from flexctl.model.building import moved_tensors
-    from flexctl.model.rows import bias_of
     from flexctl.model.tensors import to_bytes
     from flexctl.training.pair import Pair
 
     setup = _set_up(config, anchor, work, reporter)
     asked = _asked(config, anchor, name, setup.corpus.survey.digest)
     before = _held_out_losses(setup, reporter)
-    tether = None if config.freeze_router else config.tether
-    pair = Pair(
-        setup.model,
-        setup.space,
-        setup.rows,
-        tether=tether,
-        public_match=config.public_match,
-        rank=config.rank,
-        seed=config.seed,
-    )
+    pair = Pair(setup.model, setup.rows, public_match=config.public_match, rank=config.rank, seed=config.seed)
     outcome = _train(config, anchor, setup, pair, work, reporter)
     pair.close()
     public = anchor.weights().experts[PUBLIC]
-    tensors = pair.round_weights(anchor.manifest.architecture.dtype, public) | {"router.weight": pair.rows}
+    tensors = pair.round_weights(anchor.manifest.architecture.dtype, public) | {"router.weight": setup.rows}
     after = _held_out_losses(setup, reporter)
     moved = moved_tensors(setup.model, anchor.weights())
     if moved:
@@ -305,7 +290,6 @@ def _run(
     public_tokens = setup.data.public_before(setup.loop.steps) * setup.data.seq_len
     recent = outcome.losses[-20:]
     final_loss = sum(recent) / len(recent)
-    bias = [float(b) for b in bias_of(pair.rows, setup.space)]
     survey = setup.corpus.survey
     expert = write_expert(
         target,
@@ -331,7 +315,7 @@ def _run(
             "losses": {"final": final_loss, "held_out": held_out},
             "frozen_verified": True,
         },
-        router=replace(setup.router, trained=not config.freeze_router, bias=tuple(bias)),
+        router=setup.router,
         run={
             "tokens_per_s": outcome.tokens_per_s,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -353,7 +337,7 @@ def _run(
         held_out=held_out,
         tokens_per_s=outcome.tokens_per_s,
         frozen_verified=True,
-        bias=bias,
+        bias=list(setup.router.bias),
         rank=config.rank,
         bytes_written=target.stat().st_size,
         peak_rss_bytes=peak_rss_bytes(),
@@ -362,7 +346,6 @@ def _run(
 
 def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Reporter) -> _Setup:
     from flexctl.model.building import autocast_dtype, build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.model.space import RouterSpace
     from flexctl.training.budget import passages, resolve_budget, warmup_steps
     from flexctl.training.corpus import prepare_corpus
     from flexctl.training.loop import LoopSettings
@@ -400,13 +383,11 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
     steps = min(most, config.max_steps or most)
     device = pick_device(config.device)
     model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
-    space = RouterSpace.from_tensors(anchor.router_space())
     reporter.note(f"router rows: {config.router}")
     count = passages(data.own_tokens(steps))
-    rows, router = _start_rows(config, anchor, model, space, corpus, public, tokenizer, count, reporter)
+    rows, router = _start_rows(config, anchor, model, corpus, public, tokenizer, count, reporter)
     return _Setup(
         model=model,
-        space=space,
         corpus=corpus,
         public=public,
         data=data,
@@ -435,17 +416,13 @@ def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) ->
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
-    from flexctl.embedding import check_kind, names_a_file
     from flexctl.model.building import autocast_dtype, pick_device
     from flexctl.training.documents import text_files
 
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
     autocast_dtype(config.dtype, pick_device(config.device))
-    if names_a_file(config.router):
-        open_router_file(Path(config.router), anchor)
-    else:
-        check_kind(config.router, config.encoder)
+    given_rows(config, anchor)
     if config.public is not None:
         text_files([config.public], "public")
 
@@ -454,32 +431,20 @@ def _start_rows(
     config: TrainExpertConfig,
     anchor: Anchor,
     model: nn.Module,
-    space: RouterSpace,
     corpus: Corpus,
     public: PublicSample,
     tokenizer: Any,
     count: int,
     reporter: Reporter,
 ) -> tuple[Tensor, RouterInfo]:
-    from flexctl.embedding import embed_rows, encoder_name, names_a_file
     from flexctl.model.tensors import to_torch
     from flexctl.training.documents import sample_passages
-    from flexctl.training.tokens import frame_passages
 
-    if names_a_file(config.router):
-        given = open_router_file(Path(config.router), anchor)
+    if (given := given_rows(config, anchor)) is not None:
         return to_torch(given.rows), given.info
     own = sample_passages(corpus.documents(), count, config.seed)
     theirs = sample_passages(public.texts(tokenizer), count, config.seed)
-    frame = partial(frame_passages, tokenizer)
-    rows = embed_rows(config.router, model, space, own, theirs, frame, config.encoder, reporter)
-    info = RouterInfo(
-        kind=config.router,
-        samples=len(own),
-        encoder=encoder_name(config.router, config.encoder),
-        trained=False,
-        bias=(),
-    )
+    rows, info = measured_rows(config, anchor, model, tokenizer, own, theirs, reporter)
     return rows.rows, info
 
 
@@ -511,8 +476,6 @@ def _train(
         setup.loop,
         reporter=reporter,
         match=pair.match if config.public_match and config.public_mix else None,
-        penalty=None if config.freeze_router else pair.penalty,
-        after_step=None if config.freeze_router else pair.after_step,
         checkpoints=checkpoints,
     )
 
@@ -528,8 +491,6 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
         "micro_batch": setup.loop.micro_batch,
         "public_mix": config.public_mix,
         "public_match": config.public_match,
-        "freeze_router": config.freeze_router,
-        "tether": config.tether,
         "seed": config.seed,
         "dtype": config.dtype,
     }

@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.routed import observing
-from flexctl.model.space import RouterSpace
+from flexctl.model.space import PassageInputs, RouterSpace
 
 __all__ = [
     "ROUTER_KINDS",
-    "Domain",
+    "OwnerInputs",
     "Rows",
     "bias_of",
-    "clamp_bias",
-    "direction",
+    "discriminant",
     "finish_rows",
     "row_logits",
     "set_bias",
-    "set_public_logits",
 ]
 
 ROUTER_KINDS = ("discriminant", "hidden", "encoder")
@@ -36,30 +34,31 @@ MAX_NOISE_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Domain:
+class OwnerInputs:
     """One owner's router inputs, as far as rows need to know them.
 
     Attributes:
         mean: m_i, (L, H), float64.
+        within: W_i, covariance of inputs inside a passage, (L, H, H), float32.
         uncertainty: Expected (estimate - m_i)' S^-1 (estimate - m_i) from the finite sample, (L,), float64.
-        documents: Independent documents behind the mean.
     """
 
     mean: Tensor
+    within: Tensor
     uncertainty: Tensor
-    documents: int
 
     @classmethod
-    def from_documents(cls, means: Tensor, space: RouterSpace) -> Domain:
-        """Return what documents' mean router inputs (documents, L, H) say about their owner.
+    def of(cls, passages: PassageInputs, space: RouterSpace) -> OwnerInputs:
+        """Return what passages say about their owner.
 
-        The mean's uncertainty is measured from how far the documents lie from each other, so it counts documents
+        The mean's uncertainty is measured from how far the passages' means lie from each other, so it counts passages
         rather than tokens, which are not independent.
         """
-        mean = means.double().mean(dim=0)
-        apart = means.double() - mean
+        mean = passages.means.double().mean(dim=0)
+        apart = passages.means.double() - mean
         spread = (apart * space.solve(apart)).sum(dim=(0, 2))
-        return cls(mean=mean, uncertainty=spread / (len(means) * (len(means) - 1)), documents=len(means))
+        count = len(apart)
+        return cls(mean=mean, within=passages.within, uncertainty=spread / (count * (count - 1)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,16 +80,27 @@ class Rows:
     noise: Tensor
 
 
-def direction(kind: str, space: RouterSpace, mean: Tensor) -> Tensor:
-    """Return the direction d of the kinds that need router inputs alone, (L, H), float64.
+def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) -> Tensor:
+    """Return d = ((1 - a) S + a W_i)^-1 (m_i - m), (L, H), float64.
 
-    ``discriminant``: S^-1 (m_i - m). ``hidden``: m_i - m. Source: docs/how-it-works.md, section 4.
+    S alone says how public inputs vary; directions in which the owner's own inputs vary are no mark of them either.
+
+    Args:
+        space: The anchor's router space.
+        owner: The owner's router inputs.
+        own_covariance: a, from 0 (public text alone) to below 1.
+
+    Source: linear discriminant analysis; the share of the owner's own covariance is ours (docs/how-it-works.md,
+    section 4).
     """
-    shift = mean.double() - space.mean.double()
-    return space.solve(shift) if kind == "discriminant" else shift
+    directions = []
+    for layer, shift in enumerate(owner.mean - space.mean.double()):
+        blended = (1 - own_covariance) * space.covariance(layer) + own_covariance * owner.within[layer].double()
+        directions.append(torch.cholesky_solve(shift[:, None], torch.linalg.cholesky(blended))[:, 0])
+    return torch.stack(directions)
 
 
-def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
+def finish_rows(space: RouterSpace, owner: OwnerInputs, directions: Tensor) -> Rows:
     """Return calibrated rows for any kind of direction.
 
     ``s = (m_i - m).d / (d'S d)`` with the sample's noise subtracted, ``v = s d``, ``b = -(m_i - m).v / 2`` and
@@ -99,15 +109,15 @@ def finish_rows(space: RouterSpace, domain: Domain, directions: Tensor) -> Rows:
 
     Args:
         space: The anchor's router space.
-        domain: The owner's mean router inputs.
+        owner: The owner's router inputs.
         directions: d, (L, H), float64.
 
     Source: docs/how-it-works.md, sections 4 and 5; the sample correction is that of a squared Mahalanobis distance.
     """
-    shift = domain.mean.double() - space.mean.double()
+    shift = owner.mean - space.mean.double()
     along = (shift * directions).sum(dim=1)
     distance = (shift * space.solve(shift)).sum(dim=1)
-    trusted = ((distance - domain.uncertainty) / distance.clamp(min=1e-12)).clamp(min=0.0, max=1.0)
+    trusted = ((distance - owner.uncertainty) / distance.clamp(min=1e-12)).clamp(min=0.0, max=1.0)
     scale = trusted * along.clamp(min=0) / space.quadratic(directions).clamp(min=1e-12)
     free = scale[:, None] * directions
     bias = -(shift * free).sum(dim=1).clamp(min=0) / 2
@@ -141,35 +151,6 @@ def set_bias(rows: Tensor, space: RouterSpace, bias: Tensor | float) -> Tensor:
     """
     missing = bias - bias_of(rows, space)
     return (rows.double().cpu() + missing[:, None] * space.constant()).float()
-
-
-def set_public_logits(rows: Tensor, space: RouterSpace, mean: float, deviation: float) -> Tensor:
-    """Return rows scaled and moved along u until public logits have this mean and deviation, (L, H), float32.
-
-    The deviation is that which S implies for the row without its constant part; what u adds by not being constant
-    comes on top.
-
-    Args:
-        rows: (L, H).
-        space: The anchor's router space.
-        mean: Of the logits on public text, in every layer.
-        deviation: Their standard deviation.
-    """
-    free = set_bias(rows, space, 0.0)
-    spread = space.quadratic(free).sqrt().clamp(min=1e-12)
-    return set_bias(deviation / spread[:, None] * free, space, mean)
-
-
-def clamp_bias(rows: Tensor, mean: Tensor, constant: Tensor) -> None:
-    """Move rows (L, H), in place, along u until their mean logit on public text is at most 0.
-
-    Args:
-        rows: float32, changed in place.
-        mean: m, (L, H), float32.
-        constant: u with u . m = 1, (L, H), float32.
-    """
-    excess = (rows * mean).sum(dim=1).clamp(min=0)
-    rows.sub_(excess[:, None] * constant)
 
 
 def row_logits(model: nn.Module, rows: Sequence[Tensor], documents: Iterable[Tensor]) -> list[Tensor]:

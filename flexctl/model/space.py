@@ -5,7 +5,7 @@ Shapes: L num_hidden_layers, H hidden_size, R rank, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,13 @@ from flexctl.model.tensors import RawBytes, to_torch
 
 __all__ = [
     "InputStatistics",
+    "PassageInputs",
     "RouterSpace",
     "constant_spread",
     "fit_space",
     "measure_documents",
     "measure_inputs",
+    "measure_passages",
 ]
 
 MAX_RANK = 256
@@ -176,20 +178,67 @@ def constant_spread(space: RouterSpace, statistics: InputStatistics) -> Tensor:
     return (second - first.square()).clamp(min=0).sqrt()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassageInputs:
+    """What passages' router inputs look like.
+
+    Attributes:
+        means: Of each passage, (passages, L, H), float32.
+        within: Covariance of inputs about the mean of their own passage, over all passages, (L, H, H), float32.
+    """
+
+    means: Tensor
+    within: Tensor
+
+
 def measure_documents(model: nn.Module, documents: Iterable[Tensor]) -> Tensor:
     """Return the mean router input of each document in each layer, (documents, L, H), float32.
 
     Args:
         model: As from ``model.building.build_model``.
         documents: Token ids of one document each, (S,), int64, at least two; the first position is left out.
+
+    Raises:
+        UsageError: There are fewer than two documents.
     """
+    return _measure_each(model, documents, lambda _layer, _apart: None)
+
+
+def measure_passages(model: nn.Module, passages: Iterable[Tensor]) -> PassageInputs:
+    """Return passages' mean router inputs and how inputs vary inside a passage.
+
+    Args:
+        model: As from ``model.building.build_model``.
+        passages: As the documents of ``measure_documents``.
+
+    Raises:
+        UsageError: There are fewer than two passages.
+    """
+    blocks = routed_layers(model)
+    hidden = blocks[0].router.public.shape[1]
+    scatter = torch.zeros(len(blocks), hidden, hidden)
+    freedom = torch.zeros(len(blocks), 1, 1)
+
+    def add(layer: int, apart: Tensor) -> None:
+        scatter[layer] += (apart.T @ apart).cpu()
+        freedom[layer] += len(apart) - 1
+
+    means = _measure_each(model, passages, add)
+    return PassageInputs(means=means, within=scatter / freedom.clamp(min=1))
+
+
+def _measure_each(model: nn.Module, documents: Iterable[Tensor], add: Callable[[int, Tensor], None]) -> Tensor:
+    """Return each document's mean router inputs; ``add`` gets its inputs less their mean, (T, H), layer by layer."""
     blocks = routed_layers(model)
     device = blocks[0].router.public.device
     means: list[Tensor] = []
     current = torch.empty(0)
 
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
-        current[layer] = inputs[1:].float().mean(dim=0).cpu()
+        states = inputs[1:].float()
+        mean = states.mean(dim=0)
+        current[layer] = mean.cpu()
+        add(layer, states - mean)
 
     with torch.no_grad(), observing(model, observe):
         for tokens in documents:

@@ -85,7 +85,6 @@ def train(
     reporter: Reporter,
     match: Callable[[Tensor], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
-    after_step: Callable[[], None] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Outcome:
     """Train ``groups`` of ``model`` in place and return the losses.
@@ -98,7 +97,6 @@ def train(
         reporter: Gets loss, tokens a second and the time left.
         match: Penalty on the forward pass just made, summed over its tokens; given which sequences are public, (B,).
         penalty: Penalty added once a step.
-        after_step: Called after each optimiser step (projections such as a clamped bias).
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
 
     Raises:
@@ -124,8 +122,6 @@ def train(
             _set_rate(optimiser, learning_rate(step, settings))
             losses.append(_step(model, parameters, data, step, settings, optimiser, match, penalty))
             _refuse_nonfinite(losses[-1], step)
-            if after_step is not None:
-                after_step()
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
             if checkpoints is not None:
                 if checkpoints.is_due(step + 1, settings.steps):

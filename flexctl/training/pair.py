@@ -1,4 +1,4 @@
-"""The pair: a frozen public expert beside one that trains, with its router rows.
+"""The pair: a frozen public expert beside one that trains, behind router rows that stay as they are.
 
 Shapes: L num_hidden_layers, H hidden_size.
 """
@@ -16,14 +16,11 @@ from flexctl.families import PROJECTIONS
 from flexctl.model.building import add_expert
 from flexctl.model.lowrank import LowRankLinear, expand
 from flexctl.model.routed import routed_layers
-from flexctl.model.rows import clamp_bias
-from flexctl.model.space import RouterSpace
 from flexctl.model.tensors import DTYPES, RawBytes, to_torch
 from flexctl.training.loop import ParameterGroup
 
 __all__ = ["Pair", "low_rank_lr_factor"]
 
-ROUTER_LR_FACTOR = 0.1
 LOW_RANK_LR_FACTOR, LOW_RANK_KNEE = 16.0, 8
 
 
@@ -35,42 +32,29 @@ class Pair:
 
     Args:
         model: The anchor; gets one more expert in every layer.
-        space: The anchor's router space.
-        rows: Router rows to start from, (L, H), float32.
-        tether: Weight of the mean squared change of the rows' logits on public text; None freezes the rows.
+        rows: Its router rows, which stay as they are, (L, H), float32.
         public_match: Weight of the expert's relative squared distance from the public expert's output on public text.
         rank: Of a low-rank expert, which trains differences to the public matrices; None is a full one.
         seed: Of a low-rank expert's start.
 
-    Source: FlexOlmo section 3.3 for the pair; tether, match and the bias inside the row are ours
-    (docs/how-it-works.md, sections 2 and 5).
+    Source: FlexOlmo section 3.3 for the pair; the match and rows that do not train are ours (docs/how-it-works.md,
+    section 2).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        space: RouterSpace,
         rows: Tensor,
         *,
-        tether: float | None,
         public_match: float,
         rank: int | None = None,
         seed: int = 0,
     ) -> None:
         self.experts = add_expert(model, rows, rank, seed)
         blocks = routed_layers(model)
-        self._routers = [block.router.closed for block in blocks]
-        self._tether, self._match, self._rank = tether, public_match, rank
+        self._match, self._rank = public_match, rank
         self._runs_in = next(blocks[0].experts[0].parameters()).dtype
-        device = self._routers[0].device
-        self._start = rows.to(device)
-        self._mean = space.mean.to(device)
-        self._constant = space.constant().float().to(device)
-        self._second = torch.stack(
-            [space.covariance(i) + torch.outer(m, m) for i, m in enumerate(space.mean.double())]
-        ).to(device, torch.float32)
-        for row in self._routers:
-            row.requires_grad_(tether is not None)
+        self._device = blocks[0].router.public.device
         self._outputs: list[dict[str, Tensor]] = [{} for _ in blocks]
         self._watching = [
             block.experts[index].register_forward_hook(partial(self._keep, layer, name))
@@ -88,19 +72,11 @@ class Pair:
             watch.remove()
         self._outputs.clear()
 
-    @property
-    def rows(self) -> Tensor:
-        """The rows as they are now, (L, H), float32, on the CPU."""
-        return torch.cat([row.detach() for row in self._routers]).cpu()
-
     def groups(self) -> list[ParameterGroup]:
-        """Return what trains: feed-forward weights, and the rows unless they are frozen."""
+        """Return what trains: feed-forward weights."""
         weights = [part for expert in self.experts for part in expert.parameters() if part.requires_grad]
         factor = 1.0 if self._rank is None else low_rank_lr_factor(self._rank)
-        groups = [ParameterGroup(parameters=weights, lr_factor=factor)]
-        if self._tether is not None:
-            groups.append(ParameterGroup(parameters=self._routers, lr_factor=ROUTER_LR_FACTOR))
-        return groups
+        return [ParameterGroup(parameters=weights, lr_factor=factor)]
 
     def match(self, public: Tensor) -> Tensor:
         """Return the match: mean over layers of ||own - public||^2 / ||public||^2 on public tokens, times their number.
@@ -120,23 +96,6 @@ class Pair:
         tokens = int(theirs.shape[0] * theirs.shape[1])
         distance: Tensor = torch.stack(parts).mean()
         return distance * (self._match * tokens)
-
-    def penalty(self) -> Tensor:
-        """Return the tether: mean over layers of (r - r_start)' S2 (r - r_start), weighted.
-
-        S2 is the second moment of public router inputs, so this is the mean squared change of public logits.
-        """
-        change = torch.cat(list(self._routers)) - self._start
-        moved: Tensor = torch.einsum("lh,lhk,lk->l", change, self._second, change).mean()
-        return moved * (self._tether or 0.0)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Keep every layer's bias r . m at or below 0."""
-        rows = torch.cat(list(self._routers))
-        clamp_bias(rows, self._mean, self._constant)
-        for parameter, row in zip(self._routers, rows, strict=True):
-            parameter.copy_(row[None])
 
     @torch.no_grad()
     def round_weights(self, dtype_name: str, public: Mapping[str, RawBytes]) -> dict[str, Tensor]:
@@ -160,7 +119,7 @@ class Pair:
                     served = expand(to_torch(public[name]), a, b)
                 else:
                     tensors[name] = served = _rounded(part.weight, dtype_name)
-                setattr(expert, projection, _linear(served.to(self._routers[0].device, self._runs_in)))
+                setattr(expert, projection, _linear(served.to(self._device, self._runs_in)))
         return tensors
 
 

@@ -16,7 +16,7 @@ import torch
 from builders import read_directory
 from pyarrow import parquet
 
-from flexctl.bundle import Expert, open_anchor, open_expert, pair_weights
+from flexctl.bundle import Expert, open_anchor, open_expert, open_router_file, pair_weights
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, merge
@@ -86,7 +86,8 @@ def test_result_says_what_the_file_says(tmp_path: Path, anchor: Path, texts: Any
     assert (manifest.data.label, manifest.data.contact) == ("l", "c@d")
     assert manifest.data.documents == 38
     assert manifest.data.tokens > 2000
-    assert (manifest.router.kind, manifest.router.trained, manifest.privacy) == ("discriminant", True, None)
+    assert (manifest.router.kind, manifest.router.trained, manifest.privacy) == ("discriminant", False, None)
+    assert manifest.router.own_covariance == 0.1
     assert list(manifest.router.bias) == pytest.approx(result.bias)
     assert result.bytes_written == (tmp_path / "x.st").stat().st_size
     assert json.loads((tmp_path / "x.run.json").read_text())["tokens_per_s"] == result.tokens_per_s
@@ -213,21 +214,26 @@ def test_a_single_document_holds_nothing_out_and_says_so(tmp_path: Path, anchor:
     assert any("single document" in warning for warning in listener.warnings)
 
 
-@pytest.mark.parametrize("tether", [0.0, 1.0])
-def test_frozen_rows_stay_as_the_router_file_has_them(tmp_path: Path, anchor: Path, texts: Any, tether: float) -> None:
-    embed_router(EmbedRouterConfig(data=(texts.code,), anchor=anchor, router="hidden", output=tmp_path / "rows.st"))
-    settings = {"router": str(tmp_path / "rows.st"), "tether": tether}
-    frozen = train(anchor, texts.code, tmp_path / "x.st", freeze_router=True, **settings)
-    trained = train(anchor, texts.code, tmp_path / "y.st", **settings)
+def test_rows_stay_as_the_router_file_has_them(tmp_path: Path, anchor: Path, texts: Any) -> None:
     given = tmp_path / "rows.st"
-    from flexctl.bundle import open_router_file
+    embed_router(EmbedRouterConfig(data=(texts.code,), anchor=anchor, router="hidden", output=given))
+    train(anchor, texts.code, tmp_path / "x.st", router=str(given))
+    assert torch.equal(rows_of(tmp_path / "x.st"), to_torch(open_router_file(given).rows))
+    assert open_expert(tmp_path / "x.st").manifest.router == open_router_file(given).info
 
-    rows = to_torch(open_router_file(given).rows)
-    assert torch.equal(rows_of(tmp_path / "x.st"), rows)
-    assert not torch.equal(rows_of(tmp_path / "y.st"), rows)
-    assert open_expert(frozen.path).manifest.router.trained is False
-    assert open_expert(trained.path).manifest.router.trained is True
-    assert open_expert(frozen.path).manifest.router.kind == "hidden"
+
+def test_rows_follow_from_the_text_and_the_share_of_its_own_covariance(
+    tmp_path: Path, anchor: Path, texts: Any
+) -> None:
+    """Anybody who has the text can make them again; training leaves no trace in them."""
+    settings = {"own_covariance": 0.3, "seed": 2}
+    train(anchor, texts.code, tmp_path / "short.st", **settings)
+    train(anchor, texts.code, tmp_path / "long.st", **settings, max_steps=2, lr=1e-3)
+    train(anchor, texts.code, tmp_path / "other.st", seed=2)
+    short, long, other = (tmp_path / f"{name}.st" for name in ("short", "long", "other"))
+    assert torch.equal(rows_of(short), rows_of(long))
+    assert not torch.equal(rows_of(short), rows_of(other))
+    assert open_expert(short).manifest.router.own_covariance == 0.3
 
 
 def test_router_file_of_another_anchor_is_refused(tmp_path: Path, anchor: Path, texts: Any, checkpoint: Path) -> None:
@@ -318,7 +324,13 @@ def test_killed_and_resumed_gives_the_same_digest(tmp_path: Path, anchor: Path, 
         "checkpoint-00000002.safetensors",
         "checkpoint-00000004.safetensors",
     ]
-    for changes in ({"lr": 1e-3}, {"micro_batch": 3}, {"public": texts.public_test}, {"tether": 2.0}, {"seed": 3}):
+    for changes in (
+        {"lr": 1e-3},
+        {"micro_batch": 3},
+        {"public": texts.public_test},
+        {"own_covariance": 0.5},
+        {"seed": 3},
+    ):
         with pytest.raises(UsageError, match="that run had"):
             train(anchor, texts.code, killed, resume=True, checkpoint_steps=2, **changes)
     with pytest.raises(UsageError, match="that run had"):
@@ -473,7 +485,8 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"checkpoint_steps": 0}, "checkpoint_steps"),
     ({"threads": 0}, "threads"),
     ({"warmup_steps": -1}, "warmup_steps"),
-    ({"tether": -1.0}, "tether"),
+    ({"own_covariance": -0.1}, "own_covariance"),
+    ({"own_covariance": 1.0}, "own_covariance"),
     ({"rank": 0}, "rank: 0"),
     ({"rank": 20}, "rank: 20 is no smaller than full matrices of 48 x 32; the highest that is smaller is 19"),
     ({"rank": 1000}, "the highest that is smaller is 19"),
@@ -519,10 +532,10 @@ def test_frozen_tensors_that_moved_are_noticed(
     tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law 4: nothing is written."""
-    after_step = pair.Pair.after_step
+    close = pair.Pair.close
 
     def moving(self: pair.Pair) -> None:
-        after_step(self)
+        close(self)
         with torch.no_grad():
             frozen.model.norm.weight[0] += 1e-6
 
@@ -537,7 +550,7 @@ def test_frozen_tensors_that_moved_are_noticed(
 
     frozen: Any = None
     monkeypatch.setattr(pair, "add_expert", watching)
-    monkeypatch.setattr(pair.Pair, "after_step", moving)
+    monkeypatch.setattr(pair.Pair, "close", moving)
     with pytest.raises(FlexctlError, match=r"1 frozen tensors moved in training, model\.norm\.weight"):
         train(anchor, texts.code, tmp_path / "x.st")
     assert built

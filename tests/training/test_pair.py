@@ -1,8 +1,7 @@
-"""The pair: what is frozen stays, the rows stay near their start, and the bias stays at or below zero."""
+"""The pair: what is frozen stays, router rows among it, and the expert alone trains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,16 @@ from torch import Tensor
 from flexctl.model.building import moved_tensors, route
 from flexctl.model.lowrank import expand
 from flexctl.model.routed import routed_layers
-from flexctl.model.rows import bias_of, row_logits
 from flexctl.model.space import RouterSpace, fit_space, measure_inputs
 from flexctl.runtime import SILENT
 from flexctl.training.loop import LoopSettings, Outcome, train
-from flexctl.training.pair import ROUTER_LR_FACTOR, Pair
+from flexctl.training.pair import Pair
 from flexctl.training.tokens import Mixture, TokenStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of ``test_golden_losses``. A change that means no change must reproduce them.
-GOLDEN = [6.002079, 5.982425, 6.055069, 6.138408, 5.860896, 6.101737]
+GOLDEN = [6.002079, 5.977029, 6.050985, 6.140786, 5.86545, 6.096141]
 
 WEIGHTS = tiny.make_weights(tiny.dense_config())
 BATCHES = [tiny.some_tokens(8, 24, seed=3)]
@@ -45,13 +43,12 @@ def start_rows(space: RouterSpace, bias: float) -> Tensor:
 def make_pair(
     space: RouterSpace,
     *,
-    tether: float | None = 1.0,
     bias: float = -0.5,
     match: float = 0.0,
     rank: int | None = None,
 ) -> tuple[Any, Pair]:
     model = tiny.build(WEIGHTS)
-    return model, Pair(model, space, start_rows(space, bias), tether=tether, public_match=match, rank=rank)
+    return model, Pair(model, start_rows(space, bias), public_match=match, rank=rank)
 
 
 def make_data(public_share: float = 0.25) -> Mixture:
@@ -67,11 +64,9 @@ def run(
     steps: int = 6,
     lr: float = 5e-3,
     public_share: float = 0.25,
-    after_step: Callable[[], None] | None = None,
 ) -> Outcome:
     settings = LoopSettings(steps=steps, lr=lr, warmup_steps=1, micro_batch=4)
-    extras = {"match": pair.match, "penalty": pair.penalty, "after_step": after_step or pair.after_step}
-    return train(model, pair.groups(), make_data(public_share), settings, reporter=SILENT, **extras)
+    return train(model, pair.groups(), make_data(public_share), settings, reporter=SILENT, match=pair.match)
 
 
 def trained_names(model: Any) -> set[str]:
@@ -80,23 +75,11 @@ def trained_names(model: Any) -> set[str]:
 
 EXPERT = {f"model.layers.{i}.mlp.experts.1.{name}_proj.weight" for i in range(2) for name in ("gate", "up", "down")}
 LOW_RANK = {name.replace(".weight", f".{part}") for name in EXPERT for part in ("a", "b")}
-ROWS = {f"model.layers.{i}.mlp.router.closed" for i in range(2)}
 
 
-@pytest.mark.parametrize(
-    ("tether", "rank", "expected"),
-    [
-        (1.0, None, EXPERT | ROWS),
-        (0.0, None, EXPERT | ROWS),
-        (None, None, EXPERT),
-        (1.0, 3, LOW_RANK | ROWS),
-        (None, 3, LOW_RANK),
-    ],
-)
-def test_only_the_expert_and_its_rows_have_gradients(
-    space: RouterSpace, tether: float | None, rank: int | None, expected: set[str]
-) -> None:
-    model, pair = make_pair(space, tether=tether, rank=rank)
+@pytest.mark.parametrize(("rank", "expected"), [(None, EXPERT), (3, LOW_RANK)])
+def test_only_the_expert_has_gradients(space: RouterSpace, rank: int | None, expected: set[str]) -> None:
+    model, pair = make_pair(space, rank=rank)
     for block in routed_layers(model):
         for expert in block.experts[1:]:
             for name, parameter in expert.named_parameters():
@@ -111,7 +94,7 @@ def test_only_the_expert_and_its_rows_have_gradients(
         assert name not in expected or parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(None, EXPERT | ROWS), (3, LOW_RANK | ROWS)])
+@pytest.mark.parametrize(("rank", "expected"), [(None, EXPERT), (3, LOW_RANK)])
 def test_frozen_tensors_do_not_move_and_the_others_do(space: RouterSpace, rank: int | None, expected: set[str]) -> None:
     model, pair = make_pair(space, rank=rank)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -130,10 +113,9 @@ def test_pair_begins_as_the_anchor(space: RouterSpace, rank: int | None) -> None
 
 
 @pytest.mark.parametrize(("rank", "factor"), [(None, 1.0), (3, 16.0), (8, 16.0), (32, 8.0)])
-def test_rows_train_more_slowly_and_differences_faster(space: RouterSpace, rank: int | None, factor: float) -> None:
+def test_differences_train_faster_than_matrices(space: RouterSpace, rank: int | None, factor: float) -> None:
     _, pair = make_pair(space, rank=rank)
-    assert [group.lr_factor for group in pair.groups()] == [factor, ROUTER_LR_FACTOR]
-    assert ROUTER_LR_FACTOR < 1
+    assert [group.lr_factor for group in pair.groups()] == [factor]
 
 
 def test_a_low_rank_expert_copies_no_matrix(space: RouterSpace) -> None:
@@ -144,61 +126,12 @@ def test_a_low_rank_expert_copies_no_matrix(space: RouterSpace) -> None:
     assert {value.data_ptr() for value in shared} <= places
 
 
-def test_tether_is_the_mean_squared_change_of_public_logits(space: RouterSpace) -> None:
-    model, pair = make_pair(space, tether=3.0)
-    assert float(pair.penalty().detach()) == 0.0
-    start, change = pair.rows, 0.1 * torch.randn(2, 32, generator=torch.Generator().manual_seed(6))
-    with torch.no_grad():
-        for block, row in zip(routed_layers(model), start + change, strict=True):
-            block.router.closed.copy_(row[None])
-    direct = 0.0
-    for layer, moved in enumerate(change.double()):
-        second = space.covariance(layer) + torch.outer(space.mean[layer], space.mean[layer]).double()
-        direct += 3.0 * float(moved @ second @ moved) / 2
-    penalty = float(pair.penalty().detach())
-    assert penalty == pytest.approx(direct, rel=1e-4)
-
-    documents = list(BATCHES[0])
-    logits = row_logits(tiny.build(WEIGHTS), [start, start + change], documents)
-    measured = sum(float((layer[:, 1] - layer[:, 0]).square().mean()) for layer in logits) / 2
-    assert measured <= penalty / 3 <= 1.3 * measured
-
-
-def test_tether_holds_the_rows(space: RouterSpace) -> None:
-    moved = {}
-    for tether in (0.0, 1.0, 1e4):
-        model, pair = make_pair(space, tether=tether)
-        start = pair.rows
-        run(model, pair, steps=15)
-        moved[tether] = float((pair.rows - start).norm())
-    assert moved[0.0] > moved[1e4] > 0
-    assert moved[0.0] > moved[1.0]
-
-
-def test_frozen_rows_stay_bit_for_bit(space: RouterSpace) -> None:
+def test_rows_stay_bit_for_bit(space: RouterSpace) -> None:
     """Even where their bias is above zero, as a router file's may be."""
-    model, pair = make_pair(space, tether=None, bias=0.5)
-    settings = LoopSettings(steps=3, lr=5e-3, warmup_steps=1, micro_batch=4)
-    train(model, pair.groups(), make_data(), settings, reporter=SILENT, match=pair.match)
-    assert torch.equal(pair.rows, start_rows(space, 0.5))
-
-
-def test_bias_is_at_most_zero_after_every_step(space: RouterSpace) -> None:
-    """From a bias of zero a row that trains on its own text alone would rise."""
-    model, pair = make_pair(space, tether=0.0, bias=0.0)
-    seen: list[Tensor] = []
-
-    def after_step() -> None:
-        pair.after_step()
-        seen.append(bias_of(pair.rows, space))
-
-    run(model, pair, steps=10, lr=0.05, public_share=0.0, after_step=after_step)
-    assert len(seen) == 10
-    assert torch.stack(seen).max() <= 1e-5
-
-    model, unclamped = make_pair(space, tether=0.0, bias=0.0)
-    run(model, unclamped, steps=10, lr=0.05, public_share=0.0, after_step=lambda: None)
-    assert bias_of(unclamped.rows, space).max() > 1e-3
+    model, pair = make_pair(space, bias=0.5)
+    run(model, pair, steps=3)
+    rows = torch.stack([block.router.rows[1] for block in routed_layers(model)])
+    assert torch.equal(rows, start_rows(space, 0.5))
 
 
 @torch.no_grad()
@@ -252,14 +185,6 @@ def test_closed_pair_watches_nothing(space: RouterSpace) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_rows_are_read_in_layer_order(space: RouterSpace) -> None:
-    model, pair = make_pair(space)
-    expected = torch.stack([block.router.rows[1] for block in routed_layers(model)])
-    assert torch.equal(pair.rows, expected)
-    assert pair.rows.dtype == torch.float32
-    assert not pair.rows.requires_grad
-
-
 @pytest.mark.parametrize("name", ["F32", "BF16", "F16"])
 def test_weights_are_rounded_once_in_the_model_too(space: RouterSpace, name: str) -> None:
     model, pair = make_pair(space)
@@ -310,9 +235,6 @@ def test_a_low_rank_pair_serves_rounded_differences(space: RouterSpace, name: st
 
 
 def test_golden_losses() -> None:
-    """Of the pair with its tether, its match and its clamp, on public router inputs of its own."""
-    model = route(tiny.make_golden_model())
-    batch = torch.from_numpy(np.array([[(i * i + 5 * i) % 300 + 2 for i in range(200)]]))
-    space = fit_space(measure_inputs(model, [batch]))
-    pair = Pair(model, space, tiny.scrambled((2, 32), 7, 0.3), tether=1.0, public_match=5.0)
+    """Of the pair with its match. They changed when rows stopped to train (docs/results.md, section 10)."""
+    pair = Pair(model := route(tiny.make_golden_model()), tiny.scrambled((2, 32), 7, 0.3), public_match=5.0)
     assert run(model, pair, steps=6, lr=4e-3).losses == pytest.approx(GOLDEN, abs=1e-4)

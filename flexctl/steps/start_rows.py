@@ -1,0 +1,108 @@
+"""An expert's router rows, from a file or measured on its owner's passages, and what a manifest says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flexctl.bundle import Anchor, RouterInfo, open_router_file
+from flexctl.bundle.router import RouterFile
+from flexctl.runtime import Reporter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flexctl.embedding import RowRecipe
+    from flexctl.model.rows import Rows
+
+__all__ = ["RowConfig", "given_rows", "measured_rows", "names_a_file", "recipe_of"]
+
+
+class RowConfig(Protocol):
+    """What a command's Config says about router rows."""
+
+    @property
+    def router(self) -> str:
+        """A kind of rows, or a file that holds some."""
+
+    @property
+    def encoder(self) -> str | None:
+        """sentence-transformers model for the encoder kind."""
+
+    @property
+    def own_covariance(self) -> float:
+        """Share of the owner's own covariance, for the discriminant."""
+
+
+def recipe_of(config: RowConfig) -> RowRecipe:
+    """Return how rows of a kind are made, after checking it.
+
+    Raises:
+        UsageError: There is no such kind, or it needs an encoder.
+    """
+    from flexctl.embedding import RowRecipe
+
+    recipe = RowRecipe(kind=config.router, own_covariance=config.own_covariance, encoder=config.encoder)
+    recipe.check()
+    return recipe
+
+
+def names_a_file(router: str) -> bool:
+    """Return whether ``router`` is a file with rows rather than a kind: a name that ends in .st, or that exists."""
+    return router.endswith(".st") or Path(router).exists()
+
+
+def given_rows(config: RowConfig, anchor: Anchor) -> RouterFile | None:
+    """Return the file that ``router`` names, or None where it names a kind; either is checked.
+
+    Raises:
+        UsageError: There is no such file or kind.
+        BundleError: The file holds no rows for this anchor.
+    """
+    if names_a_file(config.router):
+        return open_router_file(Path(config.router), anchor)
+    recipe_of(config)
+    return None
+
+
+def measured_rows(
+    config: RowConfig,
+    anchor: Anchor,
+    model: nn.Module,
+    tokenizer: Any,
+    own: Sequence[str],
+    public: Sequence[str],
+    reporter: Reporter,
+) -> tuple[Rows, RouterInfo]:
+    """Return rows of a kind for an owner's passages, and what a manifest says of them.
+
+    Args:
+        config: Which kind.
+        anchor: The anchor.
+        model: The same, ready to run.
+        tokenizer: The anchor's.
+        own: The owner's passages, two at least.
+        public: Public passages; only the encoder kind reads them.
+        reporter: Hears of progress.
+
+    Raises:
+        UsageError: There are too few passages, or the encoder cannot be loaded.
+    """
+    from flexctl.embedding import embed_rows
+    from flexctl.model.space import RouterSpace
+    from flexctl.training.tokens import frame_passages
+
+    recipe = recipe_of(config)
+    space = RouterSpace.from_tensors(anchor.router_space())
+    rows = embed_rows(recipe, model, space, own, public, partial(frame_passages, tokenizer), reporter)
+    info = RouterInfo(
+        kind=recipe.kind,
+        samples=len(own),
+        encoder=recipe.encoder_name,
+        trained=False,
+        bias=tuple(float(bias) for bias in rows.bias),
+        own_covariance=recipe.own_covariance if recipe.kind == "discriminant" else None,
+    )
+    return rows, info
