@@ -91,7 +91,7 @@ def write_jsonl(path: Path, documents: list[str]) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, one_thread: int) -> Path:
     """A stock OLMo-2-shaped checkpoint with its tokenizer, as save_pretrained writes it, float32."""
-    from flexctl.training.tokenizer import train_tokenizer
+    from flexctl.text.tokenizer import train_tokenizer
 
     assert one_thread == 1
     folder = tmp_path_factory.mktemp("stock") / "tiny-olmo2"

@@ -18,9 +18,10 @@ LAYERS = (
     {"cli"},
     {"engine"},
     {"steps"},
-    {"evaluation"},
-    {"training", "embedding"},
-    {"hub", "cache", "routing"},
+    {"evaluation", "training"},
+    {"routing"},
+    {"text"},
+    {"hub", "cache"},
     {"model", "bundle"},
     {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors", "pointers"},
 )
@@ -29,20 +30,29 @@ DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 SHARED_DEPTH = len(LAYERS) - 1
 
 ONLY_IMPORTER = {
-    "sentence_transformers": ("embedding.py",),
+    "sentence_transformers": ("routing/start_rows.py",),
     "huggingface_hub": ("hub/",),
     "datasets": ("hub/data.py", "evaluation/tasks/"),
     "lm_eval": ("evaluation/tasks/",),
-    "pyarrow": ("training/tables.py",),
+    "pyarrow": ("text/tables.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "torch": ("model/", "training/", "evaluation/", "engine/", "steps/", "embedding.py"),
-    "transformers": ("model/", "training/", "evaluation/", "engine/"),
+    "torch": ("model/", "text/", "routing/", "training/", "evaluation/", "steps/", "engine/"),
+    "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "engine/generate.py"),
     "click": (),
 }
-WITHOUT_TORCH_AT_TOP = ("cli/", "engine/", "steps/", "bundle/", "config.py", "workspace.py", "__init__.py")
+WITHOUT_TORCH_AT_TOP = (
+    "cli/",
+    "engine/",
+    "steps/",
+    "bundle/",
+    "routing/overlap.py",
+    "config.py",
+    "workspace.py",
+    "__init__.py",
+)
 
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -89,8 +89,8 @@ FRAME = """
 import resource, sys
 from pathlib import Path
 from flexctl.model.building import load_tokenizer
-from flexctl.training.documents import read_documents
-from flexctl.training.tokens import frame_documents
+from flexctl.text.documents import read_documents
+from flexctl.text.tokens import frame_documents
 
 def frame(path):
     for document in frame_documents(tokenizer, read_documents([Path(path)])):

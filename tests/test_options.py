@@ -112,7 +112,7 @@ def test_a_choice_is_checked_for_python_users() -> None:
 
 
 def test_a_mistyped_path_is_named_by_its_own_field() -> None:
-    from flexctl.training.documents import text_files
+    from flexctl.text.documents import text_files
 
     with pytest.raises(UsageError, match=r"^public: nowhere does not exist$"):
         text_files([Path("nowhere")], "public")

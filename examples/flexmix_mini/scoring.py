@@ -20,9 +20,9 @@ from flexctl.evaluation.domains import Domain, score_domain
 from flexctl.evaluation.scoring import Score
 from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype
 from flexctl.model.routed import exclude, set_top_k
-from flexctl.model.rows import bias_of, set_bias
-from flexctl.model.space import RouterSpace
 from flexctl.model.tensors import to_bytes, to_torch
+from flexctl.routing.rows import bias_of, set_bias
+from flexctl.routing.space import RouterSpace
 from flexctl.runtime import SILENT
 
 BATCH_TOKENS = 8192

@@ -22,13 +22,13 @@ from flexctl.bundle import (
 from flexctl.bundle.checkpoint import open_checkpoint
 from flexctl.evaluation.baselines import CLASSIFIER_FILE, btx_start, fit_classifier
 from flexctl.model.building import autocast_dtype, build_model, load_dense, load_tokenizer, pick_device
-from flexctl.model.space import measure_documents
 from flexctl.model.tensors import to_bytes
+from flexctl.routing.space import measure_documents
 from flexctl.runtime import SILENT
-from flexctl.training.corpus import Corpus, prepare_corpus
-from flexctl.training.documents import read_documents, sample_passages
-from flexctl.training.sample import PublicSample
-from flexctl.training.tokens import Framed, TokenStream, frame_documents, frame_passages, pack
+from flexctl.text.corpus import Corpus, prepare_corpus
+from flexctl.text.documents import read_documents, sample_passages
+from flexctl.text.sample import PublicSample
+from flexctl.text.tokens import Framed, TokenStream, frame_documents, frame_passages, pack
 from flexctl.training.upcycled import save_mixture, train_mixture, upcycle
 from flexctl.training.whole import WholeSettings, train_whole
 

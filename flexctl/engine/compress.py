@@ -31,8 +31,8 @@ from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from flexctl.text.tokens import Framed
     from flexctl.training.ranks import Factors
-    from flexctl.training.tokens import Framed
 
 __all__ = ["CompressConfig", "CompressResult", "compress"]
 
@@ -185,7 +185,7 @@ def _way(config: CompressConfig) -> str:
 def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Path) -> Weights:
     """Return the weights of the pair after refusing what cannot be done."""
     from flexctl.model.building import pick_device, pick_dtype
-    from flexctl.training.documents import text_files
+    from flexctl.text.documents import text_files
 
     check_file_target(target, overwrite=config.overwrite)
     pick_dtype(config.dtype, pick_device(config.device))
@@ -228,9 +228,9 @@ def _components(config: CompressConfig, anchor: Anchor) -> int:
 def _set_up(config: CompressConfig, anchor: Anchor, weights: Weights) -> _Setup:
     from flexctl.evaluation.domains import window_length
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.training.documents import read_documents
-    from flexctl.training.sample import PublicSample, draw_sample
-    from flexctl.training.tokens import frame_documents
+    from flexctl.text.documents import read_documents
+    from flexctl.text.sample import PublicSample, draw_sample
+    from flexctl.text.tokens import frame_documents
 
     set_threads(config.threads)
     device = pick_device(config.device)
@@ -297,7 +297,7 @@ def _sequences(setup: _Setup) -> Iterator[Tensor]:
     import numpy as np
     import torch
 
-    from flexctl.training.sample import PublicSample
+    from flexctl.text.sample import PublicSample
 
     stream = PublicSample(setup.choosing).stream()
     seq_len = min(setup.seq_len, len(stream) - 1)

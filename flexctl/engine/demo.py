@@ -128,7 +128,7 @@ def _clear(root: Path, overwrite: bool) -> None:
 
 
 def _write_text(root: Path, reporter: Reporter) -> dict[str, tuple[Path, Path]]:
-    from flexctl.training.found_text import DOMAINS, write_domain
+    from flexctl.text.found_text import DOMAINS, write_domain
 
     reporter.note("collecting text: pydoc topics, standard library, licence files, made-up arithmetic")
     return {name: write_domain(root / "data" / name, find(), _DOMAIN_BYTES) for name, find in DOMAINS.items()}

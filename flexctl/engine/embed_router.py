@@ -27,12 +27,12 @@ from flexctl.options import ROUTER, Config, flag
 from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
-from flexctl.steps.start_rows import measured_rows, recipe_of
+from flexctl.steps.router_rows import measured_rows, recipe_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flexctl.model.rows import Rows
+    from flexctl.routing.rows import Rows
 
 __all__ = ["EmbedRouterConfig", "EmbedRouterResult", "embed_router"]
 
@@ -205,12 +205,12 @@ def _expert_of(path: Path, anchor: Anchor) -> Expert:
 def _measure(
     config: EmbedRouterConfig, anchor: Anchor, others: Sequence[Expert], reporter: Reporter
 ) -> tuple[Rows, RouterInfo, list[LayerReport]]:
-    from flexctl.embedding import PASSAGES
     from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
     from flexctl.model.tensors import to_torch
-    from flexctl.training.documents import read_documents, sample_halves
-    from flexctl.training.sample import PublicSample
-    from flexctl.training.tokens import frame_passages
+    from flexctl.routing.start_rows import PASSAGES
+    from flexctl.text.documents import read_documents, sample_halves
+    from flexctl.text.sample import PublicSample
+    from flexctl.text.tokens import frame_passages
 
     set_threads(config.threads)
     recipe_of(config)
@@ -230,7 +230,7 @@ def _measure(
 def _report(
     model: nn.Module, rows: Rows, own: Sequence[Tensor], public: Sequence[Tensor], rivals: dict[str, Tensor]
 ) -> list[LayerReport]:
-    from flexctl.model.rows import row_logits
+    from flexctl.routing.rows import row_logits
 
     names = list(rivals)
     stacked = [rows.rows, *rivals.values()]

@@ -31,7 +31,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint, localise
 from flexctl.options import MODEL, Config, argument, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
-from flexctl.steps.start_rows import given_rows, measured_rows
+from flexctl.steps.router_rows import given_rows, measured_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,7 +141,7 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
         BundleError: The anchor, the checkpoint or the router file is not valid, they do not belong together, or other
             weights than the feed-forward ones moved.
     """
-    from flexctl.training.documents import pinned, source_name
+    from flexctl.text.documents import pinned, source_name
 
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
@@ -182,7 +182,7 @@ def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Pat
 
 def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpoint:
     from flexctl.model.configs import refuse_other_architecture
-    from flexctl.training.tokenizer import refuse_other_tokenizer
+    from flexctl.text.tokenizer import refuse_other_tokenizer
 
     path = Path(config.dense)
     if not path.is_dir():
@@ -260,8 +260,8 @@ def _make(
 
 def _data_info(config: ImportExpertConfig, tokenizer: Any, reporter: Reporter) -> DataInfo:
     """Return the manifest's account of the text, after one pass over it."""
-    from flexctl.training.documents import read_documents, size_bytes
-    from flexctl.training.tokens import frame_documents
+    from flexctl.text.documents import read_documents, size_bytes
+    from flexctl.text.tokens import frame_documents
 
     documents = tokens = num_bytes = 0
     with reporter.progress("counting tokens", size_bytes(config.data), "bytes") as bar:
@@ -288,10 +288,10 @@ def _rows(
     config: ImportExpertConfig, anchor: Anchor, checkpoint: DenseCheckpoint, tokenizer: Any, reporter: Reporter
 ) -> tuple[RawTensor, RouterInfo, dict[str, float] | None]:
     """Return router rows, how they came about, and the losses where models were built for them."""
-    from flexctl.embedding import PASSAGES
     from flexctl.model.tensors import to_bytes
-    from flexctl.training.documents import read_documents, sample_halves
-    from flexctl.training.sample import PublicSample
+    from flexctl.routing.start_rows import PASSAGES
+    from flexctl.text.documents import read_documents, sample_halves
+    from flexctl.text.sample import PublicSample
 
     if (given := given_rows(config, anchor)) is not None:
         return given.rows, given.info, None
@@ -318,7 +318,7 @@ def _losses(
     """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
     from flexctl.evaluation.domains import window_length
     from flexctl.evaluation.scoring import held_out_losses
-    from flexctl.training.tokens import frame_documents
+    from flexctl.text.tokens import frame_documents
 
     tensors = {name: span.read() for name, span in checkpoint.feed_forward(anchor).items()}
     models = {

@@ -34,8 +34,8 @@ from flexctl.runtime import SILENT, Reporter, software_versions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexctl.model.space import InputStatistics
-    from flexctl.training.sample import PublicSample
+    from flexctl.routing.space import InputStatistics
+    from flexctl.text.sample import PublicSample
     from flexctl.training.whole import WholeSettings
 
 __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
@@ -141,7 +141,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         BundleError: The source is no checkpoint of a supported family.
     """
     from flexctl.model.building import set_threads
-    from flexctl.training.documents import pinned
+    from flexctl.text.documents import pinned
     from flexctl.training.work import refuse_busy, working_folder
 
     target = config.output or workspace.find().anchor
@@ -199,7 +199,7 @@ def _finished(
 
 def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
     """Return what decides the result."""
-    from flexctl.training.corpus import text_digest
+    from flexctl.text.corpus import text_digest
     from flexctl.training.finished import asked_for, folder_digest
 
     text = text_digest(config.data, config.text_field, config.seed)
@@ -216,7 +216,7 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
     from flexctl.model.configs import resolve_moe_config
-    from flexctl.training.tokenizer import refuse_tokens_beyond
+    from flexctl.text.tokenizer import refuse_tokens_beyond
 
     if config.source is None:
         if config.anneal_tokens:
@@ -315,8 +315,8 @@ def _checkpoint(
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
     from flexctl.model.building import load_dense, load_tokenizer, silenced
     from flexctl.model.presets import PRESETS, new_model
-    from flexctl.training.documents import read_documents
-    from flexctl.training.tokenizer import train_tokenizer
+    from flexctl.text.documents import read_documents
+    from flexctl.text.tokenizer import train_tokenizer
 
     preset = PRESETS[config.preset]
     if source is None:
@@ -358,8 +358,8 @@ def _readable(source: Path, work: Path) -> Path:
 
 def _train(config: InitAnchorConfig, model: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
     from flexctl.model.building import autocast_dtype, pick_device
-    from flexctl.training.documents import read_documents
-    from flexctl.training.tokens import frame_documents, pack
+    from flexctl.text.documents import read_documents
+    from flexctl.text.tokens import frame_documents, pack
     from flexctl.training.whole import train_whole
 
     device = pick_device(config.device)
@@ -401,11 +401,11 @@ def _calibrate_and_write(
 ) -> InitAnchorResult:
     from flexctl.model.building import load_dense, load_tokenizer
     from flexctl.model.configs import resolve_moe_config
-    from flexctl.model.space import constant_spread, fit_space
     from flexctl.model.tensors import to_bytes
-    from flexctl.training.documents import read_documents
-    from flexctl.training.sample import draw_sample
-    from flexctl.training.tokens import frame_documents
+    from flexctl.routing.space import constant_spread, fit_space
+    from flexctl.text.documents import read_documents
+    from flexctl.text.sample import draw_sample
+    from flexctl.text.tokens import frame_documents
 
     reporter.note("drawing the public sample")
     documents = frame_documents(load_tokenizer(checkpoint), read_documents(config.data, config.text_field))
@@ -453,7 +453,7 @@ def _calibrate_and_write(
 
 def _measure(config: InitAnchorConfig, model: Any, sample: PublicSample, reporter: Reporter) -> InputStatistics:
     from flexctl.model.building import pick_device, route
-    from flexctl.model.space import measure_inputs
+    from flexctl.routing.space import measure_inputs
 
     def batches() -> Iterator[Tensor]:
         import torch

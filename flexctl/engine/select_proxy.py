@@ -20,7 +20,7 @@ from flexctl.runtime import SILENT, Reporter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexctl.training.proxies import Ranking
+    from flexctl.routing.proxies import Ranking
 
 __all__ = ["SelectProxyConfig", "SelectProxyResult", "select_proxy"]
 
@@ -97,9 +97,9 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor is not valid.
     """
-    from flexctl.embedding import encoder_name
     from flexctl.model.building import pick_device, pick_dtype
-    from flexctl.training.documents import source_name, text_files
+    from flexctl.routing.start_rows import encoder_name
+    from flexctl.text.documents import source_name, text_files
 
     place = workspace.find()
     anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
@@ -141,10 +141,10 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
 
 def _rank(config: SelectProxyConfig, anchor: Anchor, reporter: Reporter) -> Ranking:
     from flexctl.model.building import load_tokenizer, set_threads
-    from flexctl.training.documents import read_documents, sample_passages
-    from flexctl.training.proxies import PASSAGES_A_FOLD, public_reader, rank_public
-    from flexctl.training.sample import PublicSample
-    from flexctl.training.tokens import frame_passages
+    from flexctl.routing.proxies import PASSAGES_A_FOLD, public_reader, rank_public
+    from flexctl.text.documents import read_documents, sample_passages
+    from flexctl.text.sample import PublicSample
+    from flexctl.text.tokens import frame_passages
 
     set_threads(config.threads)
     tokenizer = load_tokenizer(anchor.path)
@@ -168,9 +168,9 @@ def _rank(config: SelectProxyConfig, anchor: Anchor, reporter: Reporter) -> Rank
 
 def _features(config: SelectProxyConfig, anchor: Anchor, tokenizer: Any) -> Callable[[Sequence[Tensor]], Tensor]:
     """Return what the classifier sees of passages: mean router inputs of all layers, or sentence embeddings."""
-    from flexctl.embedding import Encoder
     from flexctl.model.building import build_model, pick_device, pick_dtype
-    from flexctl.model.space import measure_documents
+    from flexctl.routing.space import measure_documents
+    from flexctl.routing.start_rows import Encoder
 
     if config.encoder is not None:
         encoder = Encoder(config.encoder)

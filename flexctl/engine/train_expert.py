@@ -30,16 +30,17 @@ from flexctl.errors import FlexctlError
 from flexctl.hub import localise
 from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
-from flexctl.steps.start_rows import given_rows, measured_rows, names_a_file
+from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flexctl.training.corpus import Corpus
+    from flexctl.text.corpus import Corpus
+    from flexctl.text.sample import PublicSample
+    from flexctl.text.tokens import Framed
+    from flexctl.training.batches import Mixture
     from flexctl.training.loop import LoopSettings, Outcome
     from flexctl.training.pair import Pair
-    from flexctl.training.sample import PublicSample
-    from flexctl.training.tokens import Framed, Mixture
 
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 
@@ -160,8 +161,8 @@ class _Setup:
     @property
     def held_out(self) -> dict[str, Sequence[Framed]]:
         """Documents kept out of training, the owner's and public ones, as many as a run of this length is scored on."""
+        from flexctl.text.sample import leading
         from flexctl.training.budget import held_out_tokens
-        from flexctl.training.sample import leading
 
         most = held_out_tokens(self.data.own_tokens(self.loop.steps))
         parts = {"own": self.corpus.held_out, "public": self.public.held_out}
@@ -184,7 +185,7 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         FlexctlError: Training failed.
     """
     from flexctl.model.configs import warn_of_length
-    from flexctl.training.documents import pinned, source_name
+    from flexctl.text.documents import pinned, source_name
     from flexctl.training.work import refuse_busy, working_folder
 
     place = workspace.find()
@@ -223,7 +224,7 @@ def _finished(
     config: TrainExpertConfig, anchor: Anchor, name: str, target: Path, work_path: Path, reporter: Reporter
 ) -> TrainExpertResult:
     """Return the result of a run that finished before, and clear up what it left."""
-    from flexctl.training.corpus import text_digest
+    from flexctl.text.corpus import text_digest
     from flexctl.training.finished import refuse_other_request, say_done
 
     expert = open_expert(target)
@@ -253,7 +254,7 @@ def _finished(
 
 def _asked(config: TrainExpertConfig, anchor: Anchor, name: str, text: str) -> dict[str, Any]:
     """Return what decides the result; ``text`` is the digest of the owner's."""
-    from flexctl.training.corpus import text_digest
+    from flexctl.text.corpus import text_digest
     from flexctl.training.finished import asked_for
 
     return asked_for(
@@ -346,11 +347,11 @@ def _run(
 
 def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Reporter) -> _Setup:
     from flexctl.model.building import autocast_dtype, build_model, load_tokenizer, pick_device, pick_dtype, set_threads
+    from flexctl.text.corpus import prepare_corpus
+    from flexctl.text.sample import PublicSample
+    from flexctl.training.batches import Mixture
     from flexctl.training.budget import passages, resolve_budget, warmup_steps
-    from flexctl.training.corpus import prepare_corpus
     from flexctl.training.loop import LoopSettings
-    from flexctl.training.sample import PublicSample
-    from flexctl.training.tokens import Mixture
 
     set_threads(config.threads)
     tokenizer = load_tokenizer(anchor.path)
@@ -404,9 +405,9 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
 
 
 def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) -> PublicSample:
-    from flexctl.training.documents import read_documents
-    from flexctl.training.sample import PublicSample, draw_sample
-    from flexctl.training.tokens import frame_documents
+    from flexctl.text.documents import read_documents
+    from flexctl.text.sample import PublicSample, draw_sample
+    from flexctl.text.tokens import frame_documents
 
     kept = anchor.public_sample()
     if config.public is None:
@@ -417,7 +418,7 @@ def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) ->
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
     from flexctl.model.building import autocast_dtype, pick_device
-    from flexctl.training.documents import text_files
+    from flexctl.text.documents import text_files
 
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
@@ -438,7 +439,7 @@ def _start_rows(
     reporter: Reporter,
 ) -> tuple[Tensor, RouterInfo]:
     from flexctl.model.tensors import to_torch
-    from flexctl.training.documents import sample_passages
+    from flexctl.text.documents import sample_passages
 
     if (given := given_rows(config, anchor)) is not None:
         return to_torch(given.rows), given.info

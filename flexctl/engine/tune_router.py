@@ -22,8 +22,9 @@ from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+    from flexctl.text.tokens import Framed
+    from flexctl.training.batches import EqualShares
     from flexctl.training.loop import LoopSettings, Outcome
-    from flexctl.training.tokens import EqualShares, Framed
     from flexctl.training.tuning import RouterTuning
 
 __all__ = ["TuneRouterConfig", "TuneRouterResult", "tune_router"]
@@ -186,7 +187,7 @@ def _asked(
     config: TuneRouterConfig, merged: Merged, anchor: Anchor, proxies: Sequence[tuple[Path, Proxy]]
 ) -> dict[str, Any]:
     """Return what decides the result."""
-    from flexctl.training.corpus import text_digest
+    from flexctl.text.corpus import text_digest
     from flexctl.training.finished import asked_for
 
     return asked_for(
@@ -257,7 +258,7 @@ def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[t
 
 def _refuse_bad_settings(config: TuneRouterConfig) -> None:
     from flexctl.model.building import autocast_dtype, pick_device
-    from flexctl.training.documents import text_files
+    from flexctl.text.documents import text_files
 
     autocast_dtype(config.dtype, pick_device(config.device))
     if config.public is not None:
@@ -267,8 +268,8 @@ def _refuse_bad_settings(config: TuneRouterConfig) -> None:
 def _texts(config: TuneRouterConfig, anchor: Anchor, proxies: Sequence[tuple[Path, Proxy]]) -> _Texts:
     """Return the lists' documents and public ones; what any of them holds out, none of them trains on."""
     from flexctl.model.building import load_tokenizer
-    from flexctl.training.proxies import fetch, public_reader
-    from flexctl.training.sample import PublicSample, draw_sample
+    from flexctl.routing.proxies import fetch, public_reader
+    from flexctl.text.sample import PublicSample, draw_sample
 
     sample = PublicSample.from_tensors(anchor.public_sample())
     lists = fetch(public_reader(sample, load_tokenizer(anchor.path), config.public, config.text_field), proxies)
@@ -334,11 +335,12 @@ def _run(
 
 def _set_up(config: TuneRouterConfig, merged: Merged, anchor: Anchor, texts: _Texts) -> _Setup:
     from flexctl.model.building import autocast_dtype, build_model, pick_device, pick_dtype, set_threads
-    from flexctl.model.space import RouterSpace
+    from flexctl.routing.space import RouterSpace
+    from flexctl.text.sample import PublicSample
+    from flexctl.text.tokens import TokenStream
+    from flexctl.training.batches import EqualShares
     from flexctl.training.budget import resolve_budget, warmup_steps
     from flexctl.training.loop import LoopSettings
-    from flexctl.training.sample import PublicSample
-    from flexctl.training.tokens import EqualShares, TokenStream
     from flexctl.training.tuning import RouterTuning
 
     set_threads(config.threads)

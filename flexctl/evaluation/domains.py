@@ -13,8 +13,8 @@ from torch import nn
 from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
 from flexctl.runtime import Reporter
-from flexctl.training.documents import pinned, read_documents, size_bytes, source_name
-from flexctl.training.tokens import Framed, frame_documents
+from flexctl.text.documents import pinned, read_documents, size_bytes, source_name
+from flexctl.text.tokens import Framed, frame_documents
 
 __all__ = ["Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"]
 

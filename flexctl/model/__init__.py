@@ -1,1 +1,1 @@
-"""Torch modules: the routed feed-forward block, models built from weights, router rows and their space."""
+"""Torch modules: the routed feed-forward block, and models built from weights."""

@@ -1,1 +1,1 @@
-"""Which expert answers: what router rows say before a model runs."""
+"""Where router rows come from, and what they say before a model runs."""

@@ -1,1 +1,1 @@
-"""Reading text, the one training loop, its checkpoints."""
+"""The one training loop, what it trains, its batches and its checkpoints."""

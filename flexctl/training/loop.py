@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from flexctl.errors import FlexctlError
 from flexctl.model.losses import training_loss
 from flexctl.runtime import Progress, Reporter
+from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
-from flexctl.training.tokens import Batches
 
 __all__ = ["LoopSettings", "Outcome", "ParameterGroup", "learning_rate", "train"]
 

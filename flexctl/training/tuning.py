@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.routed import routed_layers
-from flexctl.model.space import RouterSpace
+from flexctl.routing.space import RouterSpace
 from flexctl.training.loop import ParameterGroup
 
 __all__ = ["RouterTuning"]

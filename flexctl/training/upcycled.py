@@ -15,7 +15,7 @@ from flexctl.model.building import add_expert
 from flexctl.model.configs import resolve_moe_config
 from flexctl.model.routed import observing, routed_layers, set_top_k
 from flexctl.runtime import Reporter
-from flexctl.training.tokens import TokenStream
+from flexctl.text.tokens import TokenStream
 from flexctl.training.whole import WholeSettings, train_whole
 
 __all__ = ["LoadBalance", "save_mixture", "train_mixture", "upcycle"]

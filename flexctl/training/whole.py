@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from flexctl.model.tensors import to_bytes
 from flexctl.runtime import Reporter
+from flexctl.text.tokens import TokenStream
+from flexctl.training.batches import Mixture
 from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.loop import LoopSettings, ParameterGroup, train
-from flexctl.training.tokens import Mixture, TokenStream
 
 __all__ = ["WholeSettings", "train_whole"]
 

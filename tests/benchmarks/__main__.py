@@ -95,9 +95,9 @@ def bench_training(root: Path) -> None:
     from flexctl.evaluation.scoring import score_documents
     from flexctl.model.building import build_model, load_dense
     from flexctl.model.losses import training_loss
-    from flexctl.model.space import RouterSpace
+    from flexctl.routing.space import RouterSpace
+    from flexctl.text.tokens import Framed
     from flexctl.training.pair import Pair
-    from flexctl.training.tokens import Framed
 
     anchor = make_anchor(root / "small", layers=6, hidden=192, inner=768, vocab=4096, dtype="F32")
     ids = torch.randint(0, 4096, (8, 257))

@@ -82,7 +82,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the work has begun")
 
     monkeypatch.setattr(hashing, "hash_spans", refuse)
-    monkeypatch.setattr("flexctl.training.documents.read_documents", refuse)
+    monkeypatch.setattr("flexctl.text.documents.read_documents", refuse)
     monkeypatch.setattr("flexctl.model.building.build_model", refuse)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from flexctl.cli.app import main
 from flexctl.engine import demo
-from flexctl.training import found_text
+from flexctl.text import found_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

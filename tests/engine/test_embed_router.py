@@ -14,9 +14,9 @@ from flexctl.engine.embed_router import EmbedRouterConfig, EmbedRouterResult, em
 from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.families import feed_forward_names
-from flexctl.model.rows import bias_of
-from flexctl.model.space import RouterSpace
 from flexctl.model.tensors import to_torch
+from flexctl.routing.rows import bias_of
+from flexctl.routing.space import RouterSpace
 from flexctl.runtime import SilentReporter
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
@@ -206,9 +206,9 @@ def test_rows_follow_the_text(tmp_path: Path, anchor: Path, texts: Any) -> None:
     import tiny
 
     from flexctl.model.building import load_tokenizer
-    from flexctl.model.rows import row_logits
-    from flexctl.training.documents import read_documents
-    from flexctl.training.tokens import frame_passages
+    from flexctl.routing.rows import row_logits
+    from flexctl.text.documents import read_documents
+    from flexctl.text.tokens import frame_passages
 
     made = [
         open_router_file(embed(anchor, getattr(texts, name), tmp_path / f"{name}.st").path) for name in ("code", "sums")

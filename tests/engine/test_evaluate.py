@@ -26,8 +26,8 @@ from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.model.building import build_model, load_tokenizer
 from flexctl.runtime import SilentReporter
-from flexctl.training.documents import read_documents
-from flexctl.training.tokens import frame_documents
+from flexctl.text.documents import read_documents
+from flexctl.text.tokens import frame_documents
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 

@@ -18,7 +18,7 @@ from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
 from flexctl.errors import UsageError
 from flexctl.evaluation.report.words import bits, percent, signed
-from flexctl.training.documents import read_documents
+from flexctl.text.documents import read_documents
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 

@@ -176,7 +176,7 @@ def test_rows_are_those_of_embed_router(tmp_path: Path, anchor: Path, texts: Any
 
 def test_losses_are_those_of_evaluate(tmp_path: Path, anchor: Path, texts: Any) -> None:
     """Of the anchor and of the pair; a fine-tuned model that is no better than the anchor is warned of."""
-    from flexctl.training.documents import read_documents, sample_halves
+    from flexctl.text.documents import read_documents, sample_halves
 
     dense = fine_tune(anchor, tmp_path / "dense")
     listener = Listener()

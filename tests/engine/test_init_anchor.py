@@ -19,11 +19,11 @@ from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.model import presets
 from flexctl.model.building import load_tokenizer
-from flexctl.model.space import RouterSpace, fit_space, measure_inputs
+from flexctl.routing.space import RouterSpace, fit_space, measure_inputs
 from flexctl.runtime import SilentReporter
+from flexctl.text.documents import read_documents
+from flexctl.text.sample import PublicSample
 from flexctl.training import whole
-from flexctl.training.documents import read_documents
-from flexctl.training.sample import PublicSample
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 

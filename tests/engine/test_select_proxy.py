@@ -14,8 +14,8 @@ from flexctl.bundle import open_anchor
 from flexctl.bundle.proxy import ProxyDocument, PublicText, open_proxy, write_proxy
 from flexctl.engine.select_proxy import SelectProxyConfig, SelectProxyResult, select_proxy
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.training.proxies import fetch, public_reader
-from flexctl.training.sample import PublicSample
+from flexctl.routing.proxies import fetch, public_reader
+from flexctl.text.sample import PublicSample
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -123,7 +123,7 @@ def test_a_sentence_encoder_can_tell_texts_apart(
     """A stand-in that counts letters; its name goes into the file, its path does not."""
     import torch
 
-    from flexctl import embedding
+    from flexctl.routing import start_rows
 
     class Letters:
         def __init__(self, _name: str) -> None: ...
@@ -132,7 +132,7 @@ def test_a_sentence_encoder_can_tell_texts_apart(
             counts = [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz_(+"] for text in found]
             return torch.nn.functional.normalize(torch.tensor(counts).float() + 0.1)
 
-    monkeypatch.setattr(embedding, "Encoder", Letters)
+    monkeypatch.setattr(start_rows, "Encoder", Letters)
     (tmp_path / "letters").mkdir()
     result = select(anchor, texts.code, public=crawl, count=10, encoder=str(tmp_path / "letters"))
     assert result.encoder == open_proxy(result.path).encoder == "letters"

@@ -26,13 +26,13 @@ from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.evaluation.scoring import score_documents
 from flexctl.families import feed_forward_names
 from flexctl.model.building import build_model, load_tokenizer, stock_problems
-from flexctl.model.rows import bias_of
-from flexctl.model.space import RouterSpace
 from flexctl.model.tensors import to_torch
+from flexctl.routing.rows import bias_of
+from flexctl.routing.space import RouterSpace
 from flexctl.runtime import SILENT, SilentReporter
+from flexctl.text.corpus import prepare_corpus
+from flexctl.text.sample import PublicSample, leading
 from flexctl.training import checkpoints, pair
-from flexctl.training.corpus import prepare_corpus
-from flexctl.training.sample import PublicSample, leading
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 

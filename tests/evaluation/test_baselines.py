@@ -20,7 +20,7 @@ from flexctl.evaluation.baselines.prompt import PromptClassifier, fit_classifier
 from flexctl.evaluation.baselines.windows import Windows, choose, cut, softmax_weights
 from flexctl.evaluation.scoring import score_documents
 from flexctl.model.losses import LOGIT_BUDGET
-from flexctl.training.tokens import Framed
+from flexctl.text.tokens import Framed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -32,10 +32,10 @@ from flexctl.evaluation.baselines import (
 )
 from flexctl.evaluation.domains import Domain
 from flexctl.model.building import build_model, load_tokenizer
-from flexctl.model.space import measure_documents
+from flexctl.routing.space import measure_documents
 from flexctl.runtime import SILENT, Reporter, SilentReporter
-from flexctl.training.documents import read_documents
-from flexctl.training.tokens import Framed, frame_documents, frame_passages
+from flexctl.text.documents import read_documents
+from flexctl.text.tokens import Framed, frame_documents, frame_passages
 from flexctl.training.upcycled import save_mixture, upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")

@@ -16,8 +16,8 @@ from flexctl.errors import UsageError
 from flexctl.evaluation.domains import Domain, parse_domains, read_domain, score_domain, window_length
 from flexctl.evaluation.scoring import score_documents
 from flexctl.runtime import SILENT
-from flexctl.training.documents import read_documents
-from flexctl.training.tokens import frame_documents
+from flexctl.text.documents import read_documents
+from flexctl.text.tokens import frame_documents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

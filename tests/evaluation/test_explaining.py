@@ -11,7 +11,7 @@ from flexctl.bundle import open_merged
 from flexctl.evaluation.explaining import explain_tokens
 from flexctl.evaluation.scoring import score_documents
 from flexctl.model.building import load_tokenizer
-from flexctl.training.tokens import frame_documents
+from flexctl.text.tokens import frame_documents
 
 NAMES = ["public", "code", "sums"]
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from flexctl.evaluation.scoring import Score, held_out_losses, score_documents
 from flexctl.model.routed import exclude, observing, routed_layers
 from flexctl.runtime import SilentReporter
-from flexctl.training.tokens import Framed
+from flexctl.text.tokens import Framed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from flexctl import hub as client
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub import DataAddress, parse_data
-from flexctl.training.documents import pinned, read_documents, size_bytes, text_files
+from flexctl.text.documents import pinned, read_documents, size_bytes, text_files
 
 CARD = b"""---
 license: mit
@@ -266,7 +266,7 @@ def test_a_table_needs_no_datasets_library_and_files_of_the_machine_no_hub(tmp_p
     code = """
 import sys
 from pathlib import Path
-from flexctl.training.documents import read_documents
+from flexctl.text.documents import read_documents
 assert not {"pyarrow", "datasets", "huggingface_hub"} & set(sys.modules)
 assert list(read_documents([Path("a.parquet")])) == ["one"]
 assert not {"datasets", "pandas", "huggingface_hub"} & set(sys.modules)

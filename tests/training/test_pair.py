@@ -13,11 +13,12 @@ from torch import Tensor
 from flexctl.model.building import moved_tensors, route
 from flexctl.model.lowrank import expand
 from flexctl.model.routed import routed_layers
-from flexctl.model.space import RouterSpace, fit_space, measure_inputs
+from flexctl.routing.space import RouterSpace, fit_space, measure_inputs
 from flexctl.runtime import SILENT
+from flexctl.text.tokens import TokenStream
+from flexctl.training.batches import Mixture
 from flexctl.training.loop import LoopSettings, Outcome, train
 from flexctl.training.pair import Pair
-from flexctl.training.tokens import Mixture, TokenStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,8 +15,8 @@ from flexctl.evaluation.scoring import score_documents
 from flexctl.model.lowrank import decompose
 from flexctl.model.tensors import to_torch
 from flexctl.runtime import SILENT
+from flexctl.text.tokens import Framed
 from flexctl.training.ranks import choose_ranks, expert_matrices, measure_gains, share_out
-from flexctl.training.tokens import Framed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

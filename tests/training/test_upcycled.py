@@ -12,7 +12,7 @@ import transformers
 
 from flexctl.model.routed import observing, routed_layers
 from flexctl.runtime import SILENT
-from flexctl.training.tokens import TokenStream, frame_documents, pack
+from flexctl.text.tokens import TokenStream, frame_documents, pack
 from flexctl.training.upcycled import LoadBalance, save_mixture, train_mixture, upcycle
 from flexctl.training.whole import WholeSettings
 

@@ -11,8 +11,8 @@ import torch
 
 from flexctl.errors import FlexctlError
 from flexctl.runtime import SILENT
+from flexctl.text.tokens import TokenStream, frame_documents, pack
 from flexctl.training import whole
-from flexctl.training.tokens import TokenStream, frame_documents, pack
 from flexctl.training.whole import WholeSettings, train_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")

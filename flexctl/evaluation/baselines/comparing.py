@@ -22,7 +22,7 @@ from flexctl.evaluation.domains import Domain
 from flexctl.evaluation.scoring import Score
 from flexctl.model.building import WeightSource, build_model
 from flexctl.runtime import Reporter, counted, software_versions
-from flexctl.training.tokens import Framed, frame_documents
+from flexctl.text.tokens import Framed, frame_documents
 
 __all__ = ["Baselines", "score_baselines"]
 

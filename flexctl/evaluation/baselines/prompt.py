@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from flexctl.bundle.store import new_file
 from flexctl.errors import BundleError
-from flexctl.model.space import SHRINKAGE, measure_documents
-from flexctl.training.tokens import Framed
+from flexctl.routing.space import SHRINKAGE, measure_documents
+from flexctl.text.tokens import Framed
 
 __all__ = ["PromptClassifier", "fit_classifier"]
 

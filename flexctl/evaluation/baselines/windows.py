@@ -17,7 +17,7 @@ from torch import nn
 
 from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
-from flexctl.training.tokens import Framed
+from flexctl.text.tokens import Framed
 
 __all__ = ["Windows", "choose", "cut", "softmax_weights"]
 

@@ -35,7 +35,7 @@ from flexctl.evaluation.report.page import render
 from flexctl.evaluation.scoring import Score
 from flexctl.model.routed import exclude, set_top_k
 from flexctl.runtime import software_versions
-from flexctl.training.tokens import frame_documents
+from flexctl.text.tokens import frame_documents
 
 if TYPE_CHECKING:
     from flexctl.evaluation.tasks.harness import Task, TaskRun

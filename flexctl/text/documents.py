@@ -20,7 +20,7 @@ import zstandard
 
 from flexctl import hub
 from flexctl.errors import UsageError
-from flexctl.training.tables import missing_field, read_csv, read_parquet
+from flexctl.text.tables import missing_field, read_csv, read_parquet
 
 __all__ = ["pinned", "read_documents", "sample_halves", "sample_passages", "size_bytes", "source_name", "text_files"]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from flexctl.bundle import RawTensor
 from flexctl.model.tensors import to_bytes
-from flexctl.training.sample import PublicSample, draw_sample, leading
-from flexctl.training.tokens import Framed, frame_documents
+from flexctl.text.sample import PublicSample, draw_sample, leading
+from flexctl.text.tokens import Framed, frame_documents
 
 
 def make_documents(lengths: list[int]) -> list[Framed]:

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexctl import embedding
-from flexctl.embedding import RIDGE, RowRecipe, embed_rows, encoder_direction
 from flexctl.errors import UsageError
-from flexctl.model.rows import OwnerInputs, Rows, discriminant, finish_rows, row_logits
-from flexctl.model.space import RouterSpace, fit_space, measure_documents, measure_inputs, measure_passages
+from flexctl.routing import start_rows
+from flexctl.routing.rows import OwnerInputs, Rows, discriminant, finish_rows, row_logits
+from flexctl.routing.space import RouterSpace, fit_space, measure_documents, measure_inputs, measure_passages
+from flexctl.routing.start_rows import RIDGE, RowRecipe, embed_rows, encoder_direction
 from flexctl.runtime import SILENT
-from flexctl.training.tokens import frame_passages
+from flexctl.text.tokens import frame_passages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +100,7 @@ def encoders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[StandIn]:
         loaded.append(StandIn(name))
         return loaded[-1]
 
-    monkeypatch.setattr(embedding, "Encoder", load)
+    monkeypatch.setattr(start_rows, "Encoder", load)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return loaded
 
@@ -182,9 +182,9 @@ def test_real_encoder_tells_code_from_prose(
 ) -> None:
     encoder = minilm()
     frame = partial(frame_passages, tokenizer)
-    loaded = embedding.Encoder(encoder)
+    loaded = start_rows.Encoder(encoder)
     own, public = loaded.embed(OWN), loaded.embed(PUBLIC)
-    other, changed = embedding.Encoder(encoder), embedding.Encoder(encoder)
+    other, changed = start_rows.Encoder(encoder), start_rows.Encoder(encoder)
     next(changed._model.parameters()).data[0, 0] += 1
     assert loaded.identity == other.identity != changed.identity
     assert own.shape == (20, 384)
@@ -200,5 +200,5 @@ def test_real_encoder_tells_code_from_prose(
 def test_encoder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
-        embedding.Encoder(str(tmp_path / "nowhere"))
+        start_rows.Encoder(str(tmp_path / "nowhere"))
     assert "\n" not in caught.value.message

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexctl.model.building import load_tokenizer
-from flexctl.training.tokenizer import train_tokenizer
+from flexctl.text.tokenizer import train_tokenizer
 
 TEXTS = tiny.make_texts("public", 20) + tiny.make_texts("sums", 20)
 TRAINED = train_tokenizer(TEXTS, 400, 128)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexctl.errors import UsageError
-from flexctl.model.rows import (
+from flexctl.routing.rows import (
     MAX_NOISE,
     MAX_NOISE_SHARE,
     OwnerInputs,
@@ -22,7 +22,7 @@ from flexctl.model.rows import (
     row_logits,
     set_bias,
 )
-from flexctl.model.space import (
+from flexctl.routing.space import (
     PassageInputs,
     RouterSpace,
     fit_space,

@@ -14,16 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexctl.errors import UsageError
-from flexctl.training.tokens import (
-    PASSAGE_TOKENS,
-    Framed,
-    Mixture,
-    TokenStream,
-    frame_documents,
-    frame_passages,
-    joined,
-    pack,
-)
+from flexctl.text.tokens import PASSAGE_TOKENS, Framed, TokenStream, frame_documents, frame_passages, joined, pack
+from flexctl.training.batches import Mixture
 
 
 @pytest.fixture(scope="module")

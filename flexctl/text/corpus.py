@@ -16,9 +16,9 @@ import numpy as np
 from flexctl.bundle.store import new_file
 from flexctl.errors import UsageError
 from flexctl.runtime import Reporter
-from flexctl.training.documents import read_documents
-from flexctl.training.sample import draw_sample
-from flexctl.training.tokens import Framed, TokenStream, frame_documents, pack
+from flexctl.text.documents import read_documents
+from flexctl.text.sample import draw_sample
+from flexctl.text.tokens import Framed, TokenStream, frame_documents, pack
 
 __all__ = ["Corpus", "Split", "Survey", "prepare_corpus", "text_digest"]
 

@@ -14,9 +14,9 @@ import tiny
 
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.runtime import SILENT, SilentReporter
-from flexctl.training import corpus as module
-from flexctl.training.corpus import Corpus, prepare_corpus
-from flexctl.training.tokenizer import train_tokenizer
+from flexctl.text import corpus as module
+from flexctl.text.corpus import Corpus, prepare_corpus
+from flexctl.text.tokenizer import train_tokenizer
 
 TEXTS = tiny.make_texts("code", 60)
 

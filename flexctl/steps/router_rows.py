@@ -14,8 +14,8 @@ from flexctl.runtime import Reporter
 if TYPE_CHECKING:
     from torch import nn
 
-    from flexctl.embedding import RowRecipe
-    from flexctl.model.rows import Rows
+    from flexctl.routing.rows import Rows
+    from flexctl.routing.start_rows import RowRecipe
 
 __all__ = ["RowConfig", "given_rows", "measured_rows", "names_a_file", "recipe_of"]
 
@@ -42,7 +42,7 @@ def recipe_of(config: RowConfig) -> RowRecipe:
     Raises:
         UsageError: There is no such kind, or it needs an encoder.
     """
-    from flexctl.embedding import RowRecipe
+    from flexctl.routing.start_rows import RowRecipe
 
     recipe = RowRecipe(kind=config.router, own_covariance=config.own_covariance, encoder=config.encoder)
     recipe.check()
@@ -90,9 +90,9 @@ def measured_rows(
     Raises:
         UsageError: There are too few passages, or the encoder cannot be loaded.
     """
-    from flexctl.embedding import embed_rows
-    from flexctl.model.space import RouterSpace
-    from flexctl.training.tokens import frame_passages
+    from flexctl.routing.space import RouterSpace
+    from flexctl.routing.start_rows import embed_rows
+    from flexctl.text.tokens import frame_passages
 
     recipe = recipe_of(config)
     space = RouterSpace.from_tensors(anchor.router_space())

@@ -10,7 +10,7 @@ from typing import Any
 from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
 from flexctl.model.building import load_tokenizer
-from flexctl.training.encoding import in_pieces
+from flexctl.text.encoding import in_pieces
 
 __all__ = ["refuse_other_tokenizer", "refuse_tokens_beyond", "train_tokenizer"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexctl.errors import BundleError, UsageError
 from flexctl.model.routed import routed_layers
-from flexctl.model.space import (
+from flexctl.routing.space import (
     MAX_RANK,
     SHRINKAGE,
     InputStatistics,

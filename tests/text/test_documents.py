@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexctl.errors import UsageError
-from flexctl.training.documents import (
+from flexctl.text.documents import (
     PASSAGE_CHARACTERS,
     pinned,
     read_documents,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from flexctl import cache
 from flexctl.errors import UsageError
 from flexctl.model.building import silenced
-from flexctl.model.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
-from flexctl.model.space import RouterSpace, measure_documents, measure_passages
 from flexctl.model.tensors import tensors_digest
+from flexctl.routing.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
+from flexctl.routing.space import RouterSpace, measure_documents, measure_passages
 from flexctl.runtime import Reporter, counted, software_versions
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexctl.model.tensors import RawBytes, to_torch
-from flexctl.training.tokens import Framed, TokenStream, joined
+from flexctl.text.tokens import Framed, TokenStream, joined
 
 __all__ = ["PublicSample", "draw_sample", "leading"]
 

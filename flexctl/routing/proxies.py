@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from flexctl.bundle.proxy import Proxy, ProxyDocument, PublicText
 from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Reporter
-from flexctl.training.documents import read_documents
-from flexctl.training.sample import PublicSample
-from flexctl.training.tokens import PASSAGE_TOKENS, Framed, frame_documents
+from flexctl.text.documents import read_documents
+from flexctl.text.sample import PublicSample
+from flexctl.text.tokens import PASSAGE_TOKENS, Framed, frame_documents
 
 __all__ = ["Ranking", "fetch", "fit_classifier", "public_reader", "rank_public"]
 

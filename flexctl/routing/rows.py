@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.routed import observing
-from flexctl.model.space import PassageInputs, RouterSpace
+from flexctl.routing.space import PassageInputs, RouterSpace
 
 __all__ = [
     "ROUTER_KINDS",

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from flexctl.errors import UsageError
-from flexctl.training.documents import read_documents, text_files
-from flexctl.training.tables import read_csv, read_parquet
+from flexctl.text.documents import read_documents, text_files
+from flexctl.text.tables import read_csv, read_parquet
 
 TEXTS = [
     "one, two",

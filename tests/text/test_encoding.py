@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from flexctl.training.encoding import encoded, in_pieces
-from flexctl.training.tokenizer import train_tokenizer
+from flexctl.text.encoding import encoded, in_pieces
+from flexctl.text.tokenizer import train_tokenizer
 
 END = "<|endoftext|>"
 CHANCE = random.Random(0)
@@ -159,7 +159,7 @@ def test_pieces_to_count_words_in_are_the_text_cut_before_words(text: str) -> No
 
 
 def test_a_tokenizer_trained_on_pieces_is_the_one_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexctl.training import tokenizer
+    from flexctl.text import tokenizer
 
     expected = TOKENIZERS["ours"].backend_tokenizer.to_str()
     monkeypatch.setattr(tokenizer, "in_pieces", lambda texts: in_pieces(texts, piece=300))

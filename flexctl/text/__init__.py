@@ -1,0 +1,1 @@
+"""Text from files and data sets: read, tokenised, framed, sampled."""
