@@ -432,4 +432,4 @@ def test_an_empty_folder_becomes_the_anchor(
     assert found.digest == expected
     assert (target.stat().st_ino == folder) == (way != "beside")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["straight", "volume"]
-    assert all(check["ok"] for check in verify(VerifyConfig(path=target)).checks)
+    assert all(check.ok for check in verify(VerifyConfig(path=target)).checks)
