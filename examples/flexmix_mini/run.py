@@ -9,13 +9,14 @@ an interruption and it goes on where it was. Budgets: smoke (minutes on one core
 
     --anchor CHECKPOINT_DIR   anneal this dense checkpoint in place of training an anchor from scratch
     --encoder MODEL           also try router rows from this sentence encoder
+    --sets public news code   only these sets take part, public among them
     --seeds 0 1 2             repeat the default and the baselines with other seeds
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from budgets import BUDGETS, PUBLIC_MIX
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--budget", choices=BUDGETS, required=True)
     parser.add_argument("--anchor", default="scratch")
     parser.add_argument("--encoder")
+    parser.add_argument("--sets", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
@@ -42,6 +44,8 @@ def main() -> None:
     root = asked.output or Path(f"flexmix-mini-{asked.budget}")
     source = None if asked.anchor == "scratch" else Path(asked.anchor)
     budget = BUDGETS[asked.budget]
+    if asked.sets:
+        budget = replace(budget, domains=tuple(asked.sets))
     told = {"budget": asked.budget, "anchor": source.name if source else budget.preset, **asdict(budget)}
     runs = [
         Work(root=root / f"seed-{seed}", budget=budget, source=source, encoder=asked.encoder, seed=seed)

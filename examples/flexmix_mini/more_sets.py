@@ -1,6 +1,6 @@
 """Text sets from Debian's packages: manual pages in several languages, and manuals of programming languages.
 
-    python examples/router_rows/sets.py --flexmix DIR --output SETS
+    python examples/flexmix_mini/more_sets.py --flexmix DIR --output SETS
 
 Fetches the packages (apt-get download, no root needed), unpacks them below SETS/packages and writes
 SETS/<set>/train.jsonl and test.jsonl, one {"text"} a line, a document in ten for testing. With --flexmix, whose folder
