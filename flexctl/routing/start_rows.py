@@ -23,6 +23,7 @@ from flexctl.routing.space import RouterSpace, measure_documents, measure_passag
 from flexctl.runtime import Reporter, counted, software_versions
 
 __all__ = [
+    "ENOUGH_PASSAGES",
     "PASSAGES",
     "Encoder",
     "RowRecipe",
@@ -33,6 +34,9 @@ __all__ = [
 
 PASSAGES = 512
 """Passages of an owner that rows are made from, at most."""
+
+ENOUGH_PASSAGES = 64
+"""From so many on, more passages hardly make rows better: docs/results.md, section 10."""
 
 _PUBLIC_PASSAGES = "public-passages"
 """The cache's kind of entry for what is measured of public passages."""
@@ -106,6 +110,8 @@ def embed_rows(
     recipe.check()
     if len(own) < 2:
         raise UsageError(f"{len(own)} passages are too few for router rows", hint="give more text", field="data")
+    if len(own) < ENOUGH_PASSAGES:
+        reporter.note(f"router rows are made from {len(own)} passages; {ENOUGH_PASSAGES} and more are better")
     loaded = Encoder(recipe.encoder) if recipe.kind == "encoder" and recipe.encoder is not None else None
     with reporter.progress("measuring router inputs", len(own), "passages") as bar:
         owner = OwnerInputs.of(measure_passages(model, counted(frame(own), bar)), space)

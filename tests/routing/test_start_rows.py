@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from flexctl.routing import start_rows
 from flexctl.routing.rows import OwnerInputs, Rows, discriminant, finish_rows, row_logits
 from flexctl.routing.space import RouterSpace, fit_space, measure_documents, measure_inputs, measure_passages
 from flexctl.routing.start_rows import RIDGE, RowRecipe, embed_rows, encoder_direction
-from flexctl.runtime import SILENT
+from flexctl.runtime import SILENT, SilentReporter
 from flexctl.text.tokens import frame_passages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -202,3 +202,19 @@ def test_encoder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
         start_rows.Encoder(str(tmp_path / "nowhere"))
     assert "\n" not in caught.value.message
+
+
+def test_few_passages_are_said_to_be_few(model: Any, space: RouterSpace, tokenizer: Any) -> None:
+    class Listener(SilentReporter):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str, /) -> None:
+            self.notes.append(text)
+
+    frame = partial(frame_passages, tokenizer)
+    recipe = RowRecipe(kind="discriminant", own_covariance=0.1, encoder=None)
+    embed_rows(recipe, model, space, OWN, [], frame, Listener())
+    assert any(f"made from {len(OWN)} passages" in note for note in Listener.notes)
+    Listener.notes.clear()
+    embed_rows(recipe, model, space, OWN * 4, [], frame, Listener())
+    assert Listener.notes == []
