@@ -5,13 +5,13 @@ Shapes: L num_hidden_layers, H hidden_size, R rank of the covariance, N closed e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Overlap", "Routing", "expected_routing", "overlaps"]
+__all__ = ["LayerSpace", "Overlap", "Routing", "expected_routing", "overlaps"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Routing = dict[str, dict[str, float]]
@@ -57,7 +57,15 @@ def overlaps(routing: Routing) -> list[Overlap]:
     return sorted(found, key=lambda overlap: (-overlap.share, overlap.text, overlap.taker))
 
 
-def expected_routing(names: Sequence[str], rows: Array, *, mean: Array, factor: Array, diagonal: Array) -> Routing:
+class LayerSpace(NamedTuple):
+    """One layer of an anchor's router space: m, (H,), and S = F'F + diag(D) of public router inputs."""
+
+    mean: Array
+    factor: Array
+    diagonal: Array
+
+
+def expected_routing(names: Sequence[str], rows: Array, space: Iterable[LayerSpace]) -> Routing:
     """Return the router's expected probabilities on each expert's text, ``public`` first.
 
     A row r gives away where its owner's mean is: m_i - m is S (r - b u) if the owner's inputs vary as public ones do,
@@ -67,30 +75,29 @@ def expected_routing(names: Sequence[str], rows: Array, *, mean: Array, factor: 
 
     Args:
         names: The closed experts.
-        rows: Their router rows, (N, L, H).
-        mean: m, the mean of public router inputs, (L, H).
-        factor: F of their covariance S = F'F + diag(D), (L, R, H).
-        diagonal: D, (L, H).
+        rows: Their router rows, (N, L, H), float64.
+        space: The anchor's, layer by layer, float64.
 
     Source: docs/how-it-works.md, section 4.
     """
     draws = np.random.default_rng(0).standard_normal((_DRAWS, len(names)))
     everyone = ["public", *names]
     total = np.zeros((len(everyone), len(everyone)))
-    for layer in range(len(mean)):
-        total += _layer_shares(rows[:, layer], mean[layer], factor[layer], diagonal[layer], draws)
-    shares = total / len(mean)
+    for layer, public in enumerate(space):
+        total += _layer_shares(rows[:, layer], public, draws)
+    shares = total / rows.shape[1]
     return {
         text: dict(zip(everyone, map(float, line), strict=True)) for text, line in zip(everyone, shares, strict=True)
     }
 
 
-def _layer_shares(rows: Array, mean: Array, factor: Array, diagonal: Array, draws: Array) -> Array:
+def _layer_shares(rows: Array, space: LayerSpace, draws: Array) -> Array:
     """Return the expected probabilities in one layer, (N + 1, N + 1): a line a text, a column an expert."""
+    mean, factor, diagonal = space
     bias = rows @ mean
     through = rows @ factor.T
     varies = through @ through.T + (rows * diagonal) @ rows.T
-    constant = 1 / _inverse_square(mean, factor, diagonal)
+    constant = 1 / _inverse_square(space)
     logits = bias + varies - constant * np.outer(bias, bias)
     values, vectors = np.linalg.eigh(varies)
     noise = draws @ (vectors * np.sqrt(values.clip(min=0))).T
@@ -98,8 +105,9 @@ def _layer_shares(rows: Array, mean: Array, factor: Array, diagonal: Array, draw
     return np.stack([_mean_softmax(bias + noise), *own])
 
 
-def _inverse_square(mean: Array, factor: Array, diagonal: Array) -> float:
+def _inverse_square(space: LayerSpace) -> float:
     """Return m . S^-1 m by Woodbury's identity; its inverse is u'Su."""
+    mean, factor, diagonal = space
     scaled = factor / diagonal
     inside = np.eye(len(factor)) + scaled @ factor.T
     return float(mean @ (mean / diagonal) - (scaled @ mean) @ np.linalg.solve(inside, scaled @ mean))

@@ -8,10 +8,12 @@ import numpy as np
 
 from flexctl.bundle import Anchor, RawTensor
 from flexctl.bundle.tensors import to_float32
-from flexctl.routing.overlap import Routing, expected_routing, overlaps
+from flexctl.routing.overlap import LayerSpace, Routing, expected_routing, overlaps
 from flexctl.runtime import Reporter
 
 __all__ = ["expected_between", "warn_of_overlaps"]
+
+_PARTS = ("mean", "covariance_factor", "covariance_diagonal")
 
 
 def expected_between(anchor: Anchor, rows: Mapping[str, RawTensor]) -> Routing:
@@ -21,19 +23,14 @@ def expected_between(anchor: Anchor, rows: Mapping[str, RawTensor]) -> Routing:
         anchor: The experts' anchor.
         rows: Closed expert -> its router rows, (num_hidden_layers, hidden_size), F32.
     """
-    space = {name: _numbers(tensor) for name, tensor in anchor.router_space().items()}
-    sizes = anchor.manifest.architecture
-
-    def stacked(part: str) -> np.ndarray:
-        return np.stack([space[f"layers.{layer}.{part}"] for layer in range(sizes.num_hidden_layers)])
-
+    sizes, space = anchor.manifest.architecture, anchor.router_space()
+    layers = (
+        LayerSpace(*(_numbers(space[f"layers.{layer}.{part}"]) for part in _PARTS))
+        for layer in range(sizes.num_hidden_layers)
+    )
     every_row = np.array([_numbers(tensor) for tensor in rows.values()])
     return expected_routing(
-        list(rows),
-        every_row.reshape(len(rows), sizes.num_hidden_layers, sizes.hidden_size),
-        mean=stacked("mean"),
-        factor=stacked("covariance_factor"),
-        diagonal=stacked("covariance_diagonal"),
+        list(rows), every_row.reshape(len(rows), sizes.num_hidden_layers, sizes.hidden_size), layers
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexctl.routing.overlap import NOTEWORTHY, OWN_SPREAD, expected_routing, overlaps
+from flexctl.routing.overlap import NOTEWORTHY, OWN_SPREAD, LayerSpace, Routing, expected_routing, overlaps
 
 LAYERS, HIDDEN, RANK = 3, 8, 4
 
@@ -21,6 +21,11 @@ def make_space(seed: int) -> dict[str, np.ndarray]:
         "factor": rng.normal(size=(LAYERS, RANK, HIDDEN)),
         "diagonal": rng.uniform(0.5, 1.5, size=(LAYERS, HIDDEN)),
     }
+
+
+def routing_of(names: list[str], rows: np.ndarray, space: dict[str, np.ndarray]) -> Routing:
+    parts = (space["mean"], space["factor"], space["diagonal"])
+    return expected_routing(names, rows, (LayerSpace(*layer) for layer in zip(*parts, strict=True)))
 
 
 def covariance(space: dict[str, np.ndarray], layer: int) -> np.ndarray:
@@ -47,7 +52,7 @@ def test_shares_are_those_of_drawn_text(seed: int) -> None:
     shifts = 1.5 * rng.normal(size=(3, LAYERS, HIDDEN))
     shifts[:, :, -1] = 0
     rows = discriminant_rows(space, shifts)
-    found = expected_routing(["a", "b", "c"], rows, **space)
+    found = routing_of(["a", "b", "c"], rows, space)
     for text, shift, spread in (("public", 0 * shifts[0], 1.0), ("b", shifts[1], OWN_SPREAD)):
         shares = np.zeros(4)
         for layer in range(LAYERS):
@@ -65,7 +70,7 @@ def test_owners_of_like_text_overlap_and_others_do_not() -> None:
     near, far = np.zeros((2, LAYERS, HIDDEN))
     near[:, 0], far[:, 1] = 3, 5
     rows = discriminant_rows(space, np.stack([near, 1.1 * near, far]))
-    found = expected_routing(["left", "right", "far"], rows, **space)
+    found = routing_of(["left", "right", "far"], rows, space)
     told = overlaps(found)
     assert {(overlap.text, overlap.taker) for overlap in told} >= {("left", "right"), ("right", "left")}
     assert all("public" not in (overlap.text, overlap.taker) for overlap in told)
@@ -75,11 +80,11 @@ def test_owners_of_like_text_overlap_and_others_do_not() -> None:
 
 
 def test_without_closed_experts_public_has_everything() -> None:
-    assert expected_routing([], np.zeros((0, LAYERS, HIDDEN)), **make_space(1)) == {"public": {"public": 1.0}}
+    assert routing_of([], np.zeros((0, LAYERS, HIDDEN)), make_space(1)) == {"public": {"public": 1.0}}
     assert overlaps({"public": {"public": 1.0}}) == []
 
 
 def test_the_same_rows_give_the_same_figures() -> None:
     space = make_space(2)
     rows = discriminant_rows(space, np.random.default_rng(0).normal(size=(2, LAYERS, HIDDEN)))
-    assert expected_routing(["a", "b"], rows, **space) == expected_routing(["a", "b"], rows, **space)
+    assert routing_of(["a", "b"], rows, space) == routing_of(["a", "b"], rows, space)
