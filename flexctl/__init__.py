@@ -12,14 +12,14 @@ Everything is imported on first use, so that ``import flexctl`` costs nothing. T
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from flexctl.commands import PUBLIC
+from flexctl.faces import face
 
-_MODULE_OF = {name: f"flexctl.{module}" for module, names in PUBLIC.items() for name in names}
+_imported, __dir__, _names = face(__name__, PUBLIC)
 
-__all__ = sorted([*_MODULE_OF, "__version__"])
+__all__ = sorted([*_names, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -27,10 +27,4 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("flexctl")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'flexctl' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return _imported(name)

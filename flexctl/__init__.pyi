@@ -1,4 +1,4 @@
-# Written by `make docs` from flexctl/commands.py; a test checks that it is current.
+# Written by `make docs`; a test checks that it is current.
 
 from flexctl.bundle.checks import Check as Check
 from flexctl.bundle.manifest import PrivacyInfo as PrivacyInfo

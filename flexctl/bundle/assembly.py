@@ -43,12 +43,11 @@ from flexctl.bundle.merged import (
     router_layout,
 )
 from flexctl.bundle.placing import Placed, Site, WeightFile, place
-from flexctl.bundle.store import check_directory_target, new_directory, require_space
+from flexctl.bundle.store import new_directory, require_space
 from flexctl.bundle.tensors import TensorType, check_agreement, is_finite, size_of
 from flexctl.errors import BundleError
-from flexctl.runtime import Reporter
 
-__all__ = ["assemble", "planned_bytes", "write_merged"]
+__all__ = ["planned_bytes", "write_merged"]
 
 
 def planned_bytes(composition: Composition) -> int:
@@ -56,42 +55,6 @@ def planned_bytes(composition: Composition) -> int:
     weights = sum(file.size for file in _weight_files(composition))
     routers = 1 if composition.tuned is None else 2
     return weights + routers * sum(map(size_of, _router_layout(composition).values()))
-
-
-def assemble(
-    path: Path,
-    composition: Composition,
-    *,
-    overwrite: bool,
-    trust_cache: bool,
-    dry_run: bool,
-    reporter: Reporter,
-) -> tuple[str | None, int]:
-    """Write a merged model with a progress bar, or only check that it could be written.
-
-    Args:
-        path: Directory to write.
-        composition: What it is made of.
-        overwrite: As for ``write_merged``.
-        trust_cache: As for ``write_merged``.
-        dry_run: Write nothing.
-        reporter: Where progress goes.
-
-    Returns:
-        Digest and bytes written; None and what the weights would take after a dry run.
-
-    Raises:
-        FlexctlError: As for ``write_merged``.
-    """
-    total = planned_bytes(composition)
-    if dry_run:
-        check_directory_target(path, kind="merged", overwrite=overwrite)
-        return None, total
-    with reporter.progress("writing", total, "bytes") as progress:
-        model, written = write_merged(
-            path, composition, overwrite=overwrite, trust_cache=trust_cache, advance=progress.advance
-        )
-    return model.digest, written
 
 
 def write_merged(

@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from flexctl import workspace
 from flexctl.bundle.codec import parse_json, read_bytes
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED
 from flexctl.bundle.names import shown
@@ -37,7 +36,6 @@ __all__ = [
     "copy_range",
     "new_directory",
     "new_file",
-    "place_of_change",
     "place_of_work",
     "require_space",
 ]
@@ -193,23 +191,6 @@ def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
     if not _may_have_siblings(target):
         raise UsageError(f"{target}: is a mount point, which cannot be replaced in one step", hint=_ELSEWHERE)
     return target
-
-
-def place_of_change(source: Path, output: Path | None) -> tuple[Path, bool]:
-    """Return where a changed merged model goes, and whether that replaces a workspace's own without being told to.
-
-    Args:
-        source: The merged model that is changed.
-        output: Where to write; None is in place.
-
-    Returns:
-        The target, and whether it is both the source and the merged model of the workspace that one stands in or
-        that the source lies in. Those change in place; anything else that exists needs ``overwrite``.
-    """
-    target = output or source
-    place = os.path.realpath(source)
-    own = [workspace.find().merged, workspace.find(Path(place).parent).merged]
-    return target, os.path.realpath(target) == place and place in map(os.path.realpath, own)
 
 
 def place_of_work(target: Path, ending: str) -> Path:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import flexctl
 from flexctl.cli.help import examples, paragraphs, sections, usage
 from flexctl.commands import COMMANDS, PUBLIC, Command
 
-__all__ = ["reference", "stub"]
+__all__ = ["ROOMS", "reference", "stubs"]
+
+ROOMS = ("evaluation", "model", "routing", "text", "training")
+"""Packages inside flexctl whose names are imported on first use, as those of flexctl itself."""
 
 _HEAD = """# Command line
 
@@ -60,12 +65,24 @@ def _page(row: Command) -> str:
     return "\n".join(lines)
 
 
-def stub() -> str:
-    """Return flexctl/__init__.pyi: the names that ``flexctl/__init__.py`` imports on first use, for type checkers."""
-    lines = ["# Written by `make docs` from flexctl/commands.py; a test checks that it is current.", ""]
-    for module, names in sorted(PUBLIC.items()):
-        lines += [f"from flexctl.{module} import {name} as {name}" for name in sorted(names, key=_as_sorted)]
-    return "\n".join([*lines, "", "__version__: str", ""])
+def stubs() -> dict[Path, str]:
+    """Return each ``__init__.pyi``: the names that a package imports on first use, for type checkers."""
+    tables = {"flexctl": PUBLIC, **{f"flexctl.{room}": _table(room) for room in ROOMS}}
+    found = {Path(*package.split("."), "__init__.pyi"): _stub(package, names) for package, names in tables.items()}
+    found[Path("flexctl", "__init__.pyi")] += "\n__version__: str\n"
+    return found
+
+
+def _table(room: str) -> Mapping[str, tuple[str, ...]]:
+    names: Mapping[str, tuple[str, ...]] = importlib.import_module(f"flexctl.{room}").NAMES
+    return names
+
+
+def _stub(package: str, names: Mapping[str, tuple[str, ...]]) -> str:
+    lines = ["# Written by `make docs`; a test checks that it is current.", ""]
+    for module, found in sorted(names.items()):
+        lines += [f"from {package}.{module} import {name} as {name}" for name in sorted(found, key=_as_sorted)]
+    return "\n".join([*lines, ""])
 
 
 def _as_sorted(name: str) -> tuple[bool, bool, str]:
@@ -75,4 +92,5 @@ def _as_sorted(name: str) -> tuple[bool, bool, str]:
 
 if __name__ == "__main__":
     Path("docs/cli.md").write_text(reference(), encoding="utf-8")
-    Path("flexctl/__init__.pyi").write_text(stub(), encoding="utf-8")
+    for file, content in stubs().items():
+        file.write_text(content, encoding="utf-8")

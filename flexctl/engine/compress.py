@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import flags, workspace
+from flexctl import evaluation, flags, model, text, training
 from flexctl.bundle import (
     PUBLIC,
     Anchor,
     Expert,
     RawTensor,
     Weights,
-    open_anchor,
     open_expert,
     pair_weights,
     write_expert,
@@ -24,15 +23,14 @@ from flexctl.bundle.lowrank import most_rank, refuse_useless_rank
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import feed_forward_names
-from flexctl.hub import localise
 from flexctl.options import TRAINING, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flexctl.text.tokens import Framed
-    from flexctl.training.ranks import Factors
 
 __all__ = ["CompressConfig", "CompressResult", "compress"]
 
@@ -119,21 +117,21 @@ class _Setup:
 
     model: nn.Module
     weights: Weights
-    choosing: Sequence[Framed]
-    parts: Mapping[str, Sequence[Framed]]
+    choosing: Sequence[text.Framed]
+    parts: Mapping[str, Sequence[text.Framed]]
     seq_len: int
 
     def losses(self, reporter: Reporter) -> dict[str, float]:
         """Return the model's loss on every part, nats a token."""
-        from flexctl.evaluation.scoring import held_out_losses
 
-        return held_out_losses(self.model, self.parts, seq_len=self.seq_len, reporter=reporter)
+        return evaluation.held_out_losses(self.model, self.parts, seq_len=self.seq_len, reporter=reporter)
 
     def choosing_loss(self) -> float:
         """Return the model's loss on the documents that ranks are chosen on, nats a token."""
-        from flexctl.evaluation.scoring import score_documents
 
-        return score_documents(self.model, self.choosing, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS).nll
+        return evaluation.score_documents(
+            self.model, self.choosing, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS
+        ).nll
 
 
 def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressResult:
@@ -150,13 +148,14 @@ def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressRes
         UsageError: A setting or the data is wrong, the target exists, or the result would not be smaller.
         BundleError: Anchor or expert is not valid, or they do not belong together.
     """
-    anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
+    base = open_anchored(config, reporter)
+    anchor = base.anchor
     expert = open_expert(config.expert)
     target = config.output or config.expert.with_name(f"{config.expert.stem}-{_way(config)}.st")
     weights = _checked(config, anchor, expert, target)
     if config.dry_run:
         return CompressResult(path=target, digest=None, name=expert.manifest.name, parent=expert.digest, dry_run=True)
-    setup = _set_up(config, anchor, weights)
+    setup = _set_up(config, base, weights)
     held_out = _before(setup, reporter)
     factors = _factors(config, anchor, setup, reporter)
     ranks = _ranks(config, anchor, setup, factors, reporter)
@@ -184,11 +183,9 @@ def _way(config: CompressConfig) -> str:
 
 def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Path) -> Weights:
     """Return the weights of the pair after refusing what cannot be done."""
-    from flexctl.model.building import pick_device, pick_dtype
-    from flexctl.text.documents import text_files
 
     check_file_target(target, overwrite=config.overwrite)
-    pick_dtype(config.dtype, pick_device(config.device))
+    machine_of(config)
     if config.size is not None and config.rank != "auto":
         raise UsageError(f"rank {config.rank} decides the size", hint="give one of `rank` and `size`", field="size")
     if isinstance(config.rank, int):
@@ -205,7 +202,7 @@ def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Pat
         )
     for problem in check_tensors(expert.path, expert.spans, expert.manifest.tensors):
         raise BundleError(problem, hint="fetch the file again")
-    text_files(config.data)
+    text.text_files(config.data)
     return weights
 
 
@@ -225,64 +222,55 @@ def _components(config: CompressConfig, anchor: Anchor) -> int:
     return components
 
 
-def _set_up(config: CompressConfig, anchor: Anchor, weights: Weights) -> _Setup:
-    from flexctl.evaluation.domains import window_length
-    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.text.documents import read_documents
-    from flexctl.text.sample import PublicSample, draw_sample
-    from flexctl.text.tokens import frame_documents
+def _set_up(config: CompressConfig, base: Anchored, weights: Weights) -> _Setup:
 
-    set_threads(config.threads)
-    device = pick_device(config.device)
-    framed = frame_documents(load_tokenizer(anchor.path), read_documents(config.data, config.text_field))
-    own = draw_sample(framed, _TOKENS, config.seed).documents
+    framed = text.frame_documents(base.tokenizer, text.read_documents(config.data, config.text_field))
+    own = text.draw_sample(framed, _TOKENS, config.seed).documents
     if not own:
         raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
     apart = config.rank == "auto" and len(own) > 1
-    public = PublicSample.from_tensors(anchor.public_sample()).held_out
     return _Setup(
-        model=build_model(weights, device=device, dtype=pick_dtype(config.dtype, device)),
+        model=machine_of(config).build(weights),
         weights=weights,
         choosing=own[::2] if apart else own,
-        parts={"own": own[1::2] if apart else own, "public": draw_sample(public, _TOKENS, config.seed).documents},
-        seq_len=window_length(weights.dense_config, None),
+        parts={
+            "own": own[1::2] if apart else own,
+            "public": text.draw_sample(base.sample.held_out, _TOKENS, config.seed).documents,
+        },
+        seq_len=evaluation.window_length(weights.dense_config, None),
     )
 
 
 def _before(setup: _Setup, reporter: Reporter) -> dict[str, dict[str, float]]:
-    from flexctl.model.routed import exclude
 
-    exclude(setup.model, [1])
+    model.exclude(setup.model, [1])
     anchor = setup.losses(reporter)
-    exclude(setup.model, [])
+    model.exclude(setup.model, [])
     pair = setup.losses(reporter)
     return {part: {"anchor": anchor[part], "before": pair[part]} for part in anchor}
 
 
-def _factors(config: CompressConfig, anchor: Anchor, setup: _Setup, reporter: Reporter) -> Factors:
+def _factors(config: CompressConfig, anchor: Anchor, setup: _Setup, reporter: Reporter) -> training.Factors:
     """Return A and B of every difference, as many components as any rank may keep, one matrix after the other."""
-    from flexctl.model.lowrank import decompose
-    from flexctl.model.tensors import to_torch
 
     most = config.rank if isinstance(config.rank, int) else most_rank(anchor.manifest.architecture)
     public, own = setup.weights.experts.values()
     factors = {}
     with reporter.progress("decomposing", len(own), "matrices") as bar:
         for name, matrix in own.items():
-            a, b = decompose(to_torch(matrix).float() - to_torch(public[name]).float())
+            a, b = model.decompose(model.to_torch(matrix).float() - model.to_torch(public[name]).float())
             factors[name] = a[:most].clone(), b[:, :most].clone()
             bar.advance(1)
     return factors
 
 
 def _ranks(
-    config: CompressConfig, anchor: Anchor, setup: _Setup, factors: Factors, reporter: Reporter
+    config: CompressConfig, anchor: Anchor, setup: _Setup, factors: training.Factors, reporter: Reporter
 ) -> dict[str, int]:
-    from flexctl.training.ranks import choose_ranks
 
     if isinstance(config.rank, int):
         return dict.fromkeys(factors, config.rank)
-    return choose_ranks(
+    return training.choose_ranks(
         setup.model,
         factors,
         _components(config, anchor),
@@ -297,31 +285,25 @@ def _sequences(setup: _Setup) -> Iterator[Tensor]:
     import numpy as np
     import torch
 
-    from flexctl.text.sample import PublicSample
-
-    stream = PublicSample(setup.choosing).stream()
+    stream = text.PublicSample(setup.choosing).stream()
     seq_len = min(setup.seq_len, len(stream) - 1)
     count = max(1, min(stream.num_sequences(seq_len), _GAIN_TOKENS // seq_len))
     sequences = torch.from_numpy(np.stack([stream.sequence(i, seq_len) for i in range(count)]))
     yield from sequences.to(next(setup.model.parameters()).device).split(max(1, _BATCH_TOKENS // seq_len))
 
 
-def _cut(anchor: Anchor, setup: _Setup, factors: Factors, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+def _cut(anchor: Anchor, setup: _Setup, factors: training.Factors, ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the tensors of the new file, and give the model the matrices that they stand for."""
     import torch
 
-    from flexctl.model.lowrank import expand
-    from flexctl.model.tensors import DTYPES, to_torch
-    from flexctl.training.ranks import expert_matrices
-
-    dtype = DTYPES[anchor.manifest.architecture.dtype]
-    public, matrices = setup.weights.experts[PUBLIC], expert_matrices(setup.model, 1)
+    dtype = model.DTYPES[anchor.manifest.architecture.dtype]
+    public, matrices = setup.weights.experts[PUBLIC], training.expert_matrices(setup.model, 1)
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in factors.items():
         a, b = (part.to(dtype).contiguous() for part in (a[: ranks[name]], b[:, : ranks[name]]))
         tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
         with torch.no_grad():
-            matrices[name].copy_(expand(to_torch(public[name]), a, b))
+            matrices[name].copy_(model.expand(model.to_torch(public[name]), a, b))
     return tensors
 
 
@@ -336,7 +318,6 @@ def _write(
     reporter: Reporter,
 ) -> Expert:
     """Write the new expert. Ranks that were chosen on the owner's text are no part of a privacy guarantee."""
-    from flexctl.model.tensors import to_bytes
 
     manifest = expert.manifest
     if manifest.privacy is not None and config.rank == "auto":
@@ -345,7 +326,7 @@ def _write(
         target,
         anchor=anchor,
         name=manifest.name,
-        tensors={name: RawTensor(*to_bytes(tensor)) for name, tensor in tensors.items()}
+        tensors={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in tensors.items()}
         | {"router.weight": expert.router()},
         data=manifest.data,
         training=manifest.training,

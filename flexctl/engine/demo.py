@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import flexctl
-from flexctl import flags, workspace
+from flexctl import flags, model, text, workspace
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.options import Config
 from flexctl.runtime import SILENT, Reporter
@@ -128,10 +128,9 @@ def _clear(root: Path, overwrite: bool) -> None:
 
 
 def _write_text(root: Path, reporter: Reporter) -> dict[str, tuple[Path, Path]]:
-    from flexctl.text.found_text import DOMAINS, write_domain
 
     reporter.note("collecting text: pydoc topics, standard library, licence files, made-up arithmetic")
-    return {name: write_domain(root / "data" / name, find(), _DOMAIN_BYTES) for name, find in DOMAINS.items()}
+    return {name: text.write_domain(root / "data" / name, find(), _DOMAIN_BYTES) for name, find in text.DOMAINS.items()}
 
 
 def _train(config: DemoConfig, name: str, data: Path, anchor: Path, reporter: Reporter) -> Path:
@@ -165,6 +164,5 @@ def _digest_of_others(root: Path, experts: dict[str, Path], anchor: Path, report
 
 
 def _stock_loads(merged: Path) -> bool:
-    from flexctl.model.building import stock_problems
 
-    return not stock_problems(merged)
+    return not model.stock_problems(merged)

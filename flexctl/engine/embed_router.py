@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from flexctl import flags, workspace
+from flexctl import flags, model, routing, text
 from flexctl.bundle import (
     Anchor,
     Expert,
     RawTensor,
     RouterInfo,
-    open_anchor,
     open_expert,
     reroute_expert,
     slug,
@@ -22,17 +21,18 @@ from flexctl.bundle import (
 from flexctl.bundle.expert import check_fits
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import UsageError
-from flexctl.hub import localise
 from flexctl.options import ROUTER, Config, flag
 from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.machine import machine_of
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
 from flexctl.steps.router_rows import measured_rows, recipe_of
+from flexctl.steps.sources import localise
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from flexctl.routing.rows import Rows
 
 __all__ = ["EmbedRouterConfig", "EmbedRouterResult", "embed_router"]
 
@@ -138,15 +138,15 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor or an expert is not valid, or they do not belong together.
     """
-    from flexctl.model.tensors import to_bytes
 
-    anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
+    base = open_anchored(config, reporter)
+    anchor = base.anchor
     expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
     others = [_expert_of(localise(path, reporter), anchor) for path in config.against]
     target = _target(config)
     name = expert.manifest.name if expert is not None else slug(target.stem)
-    rows, info, layers = _measure(config, anchor, others, reporter)
-    raw = RawTensor(*to_bytes(rows.rows))
+    rows, info, layers = _measure(config, base, others, reporter)
+    raw = RawTensor(*model.to_bytes(rows.rows))
     warnings = _warnings(layers)
     for warning in warnings:
         reporter.warn(warning)
@@ -203,38 +203,29 @@ def _expert_of(path: Path, anchor: Anchor) -> Expert:
 
 
 def _measure(
-    config: EmbedRouterConfig, anchor: Anchor, others: Sequence[Expert], reporter: Reporter
-) -> tuple[Rows, RouterInfo, list[LayerReport]]:
-    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.model.tensors import to_torch
-    from flexctl.routing.start_rows import PASSAGES
-    from flexctl.text.documents import read_documents, sample_halves
-    from flexctl.text.sample import PublicSample
-    from flexctl.text.tokens import frame_passages
+    config: EmbedRouterConfig, base: Anchored, others: Sequence[Expert], reporter: Reporter
+) -> tuple[routing.Rows, RouterInfo, list[LayerReport]]:
 
-    set_threads(config.threads)
     recipe_of(config)
-    device = pick_device(config.device)
-    tokenizer = load_tokenizer(anchor.path)
-    model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
-    sample = PublicSample.from_tensors(anchor.public_sample())
+    reader = machine_of(config).build(base.anchor.weights())
     reporter.note(f"measuring router inputs for {config.router} rows")
-    own, own_unseen = sample_halves(read_documents(config.data, config.text_field), PASSAGES, config.seed)
-    public, public_unseen = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
-    rows, info = measured_rows(config, anchor, model, tokenizer, own, public, reporter)
-    rivals = {expert.manifest.name: to_torch(expert.router()) for expert in others}
-    ours, theirs = (frame_passages(tokenizer, passages) for passages in (own_unseen, public_unseen))
-    return rows, info, _report(model, rows, ours, theirs, rivals)
+    own, own_unseen = text.sample_halves(
+        text.read_documents(config.data, config.text_field), routing.PASSAGES, config.seed
+    )
+    public, public_unseen = text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)
+    rows, info = measured_rows(config, base, reader, own, public, reporter)
+    rivals = {expert.manifest.name: model.to_torch(expert.router()) for expert in others}
+    ours, theirs = (text.frame_passages(base.tokenizer, passages) for passages in (own_unseen, public_unseen))
+    return rows, info, _report(reader, rows, ours, theirs, rivals)
 
 
 def _report(
-    model: nn.Module, rows: Rows, own: Sequence[Tensor], public: Sequence[Tensor], rivals: dict[str, Tensor]
+    model: nn.Module, rows: routing.Rows, own: Sequence[Tensor], public: Sequence[Tensor], rivals: dict[str, Tensor]
 ) -> list[LayerReport]:
-    from flexctl.routing.rows import row_logits
 
     names = list(rivals)
     stacked = [rows.rows, *rivals.values()]
-    ours, theirs = row_logits(model, stacked, own), row_logits(model, stacked, public)
+    ours, theirs = routing.row_logits(model, stacked, own), routing.row_logits(model, stacked, public)
     layers = []
     for layer, (mine, publics) in enumerate(zip(ours, theirs, strict=True)):
         right = float((mine[:, 0] > 0).float().mean() + (publics[:, 0] <= 0).float().mean()) / 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import flags, hub, workspace
+from flexctl import flags, workspace
 from flexctl.bundle.checks import prove
 from flexctl.bundle.runnable import Runnable
 from flexctl.bundle.store import check_file_target
@@ -16,6 +16,7 @@ from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes, software_versions
+from flexctl.steps import sources
 
 if TYPE_CHECKING:
     from flexctl.evaluation.baselines import Baselines, Ingredients
@@ -221,8 +222,8 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     _refuse_bad_settings(config)
     tasks = _read_tasks(config)
     anchor = config.anchor or workspace.find().anchor
-    runnable = hub.runnable(config.bundle or workspace.find().merged, anchor, reporter)
-    other = hub.runnable(config.compare, anchor, reporter) if config.compare else None
+    runnable = sources.runnable(config.bundle or workspace.find().merged, anchor, reporter)
+    other = sources.runnable(config.compare, anchor, reporter) if config.compare else None
     left_out = runnable.indices(config.without)
     runnable.warn_of_expired(left_out, reporter)
     top_k = runnable.active(config.top_k, len(left_out), reporter)

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import flags, hub, workspace
+from flexctl import flags, model, workspace
 from flexctl.errors import UsageError
 from flexctl.evaluation.explaining import Piece, ShareCollector, texts_of
 from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps import sources
+from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,26 +84,22 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
         UsageError: A setting is wrong, the prompt is empty, or there is no chat template where one is asked for.
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
-    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.model.configs import warn_of_length
-    from flexctl.model.routed import exclude, routed_layers, set_top_k
 
     _refuse_bad_settings(config)
     place = workspace.find()
-    runnable = hub.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
+    runnable = sources.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
     left_out = runnable.indices(config.without)
     runnable.warn_of_expired(left_out, reporter)
-    set_threads(config.threads)
-    device = pick_device(config.device)
-    model = build_model(runnable.weights, device=device, dtype=pick_dtype(config.dtype, device))
-    set_top_k(model, runnable.active(config.top_k, len(left_out), reporter))
-    exclude(model, left_out)
-    tokenizer = load_tokenizer(runnable.tokenizer)
+    machine = machine_of(config)
+    built = machine.build(runnable.weights)
+    model.set_top_k(built, runnable.active(config.top_k, len(left_out), reporter))
+    model.exclude(built, left_out)
+    tokenizer = model.load_tokenizer(runnable.tokenizer)
     ids = _prompt_ids(config, tokenizer, runnable.tokenizer)
     tokens = ids.shape[1] + config.max_new_tokens
-    warn_of_length(tokens, runnable.weights.dense_config, reporter, "prompt and continuation may have")
-    shares = ShareCollector(len(routed_layers(model)), positions=1)
-    new = _continue(config, model, tokenizer, ids.to(device), shares)
+    model.warn_of_length(tokens, runnable.weights.dense_config, reporter, "prompt and continuation may have")
+    shares = ShareCollector(len(model.routed_layers(built)), positions=1)
+    new = _continue(config, built, tokenizer, ids.to(machine.device), shares)
     totals = shares.mean(runnable.experts)
     pieces = [
         Piece(text=text, shares=dict(zip(runnable.experts, row, strict=True)))
@@ -145,17 +143,15 @@ def _prompt_ids(config: GenerateConfig, tokenizer: Any, folder: Path) -> Tensor:
     return framed
 
 
-def _continue(config: GenerateConfig, model: Any, tokenizer: Any, ids: Tensor, shares: ShareCollector) -> list[int]:
+def _continue(config: GenerateConfig, built: Any, tokenizer: Any, ids: Tensor, shares: ShareCollector) -> list[int]:
     import torch
-
-    from flexctl.model.routed import observing
 
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if config.temperature:
         sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
-    with torch.no_grad(), observing(model, shares):
-        out = model.generate(
+    with torch.no_grad(), model.observing(built, shares):
+        out = built.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=config.max_new_tokens,

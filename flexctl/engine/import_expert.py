@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from flexctl import flags, workspace
+from flexctl import evaluation, flags, model, routing, text, workspace
 from flexctl.bundle import (
     Anchor,
     DataInfo,
     RawTensor,
     RouterInfo,
-    Weights,
     compare_dense,
-    open_anchor,
     open_dense,
     read_dense_config,
     slug,
@@ -24,18 +21,18 @@ from flexctl.bundle import (
     weights_beside,
     write_expert,
 )
-from flexctl.bundle.manifest import has_expired
 from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import BundleError, UsageError
-from flexctl.hub import fetch_checkpoint, localise
+from flexctl.hub import fetch_checkpoint
 from flexctl.options import MODEL, Config, argument, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.machine import machine_of
 from flexctl.steps.router_rows import given_rows, measured_rows
+from flexctl.steps.terms import data_info, warn_of_expired
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from flexctl.bundle.dense import Comparison, DenseCheckpoint
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
@@ -141,16 +138,15 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
         BundleError: The anchor, the checkpoint or the router file is not valid, they do not belong together, or other
             weights than the feed-forward ones moved.
     """
-    from flexctl.text.documents import pinned, source_name
 
     place = workspace.find()
-    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
+    base = open_anchored(config, reporter)
+    anchor = base.anchor
+    name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
-    if has_expired(config.expires, datetime.date.today()):
-        reporter.warn(f"`expires`: {config.expires} is past; merge will refuse the expert")
-    config = replace(config, data=pinned(config.data))
+    warn_of_expired(config, reporter)
+    config = replace(config, data=text.pinned(config.data))
     checkpoint = _open_checkpoint(config, anchor)
     if names := unread_weights(checkpoint.path):
         reporter.warn(f"{checkpoint.path}: {', '.join(names)}: not read, as Transformers does not load it")
@@ -168,27 +164,23 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
         frozen_verified=not found.moved,
         dry_run=config.dry_run,
     )
-    return result if config.dry_run else _make(config, anchor, checkpoint, found, result, reporter)
+    return result if config.dry_run else _make(config, base, checkpoint, found, result, reporter)
 
 
 def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Path) -> None:
-    from flexctl.model.building import pick_device, pick_dtype, set_threads
 
     check_file_target(target, overwrite=config.overwrite)
-    pick_dtype(config.dtype, pick_device(config.device))
-    set_threads(config.threads)
+    machine_of(config)
     given_rows(config, anchor)
 
 
 def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpoint:
-    from flexctl.model.configs import refuse_other_architecture
-    from flexctl.text.tokenizer import refuse_other_tokenizer
 
     path = Path(config.dense)
     if not path.is_dir():
         path = fetch_checkpoint(config.dense)
-    refuse_other_architecture(read_dense_config(path), anchor.config, str(path / "config.json"))
-    refuse_other_tokenizer(path, anchor.path)
+    model.refuse_other_architecture(read_dense_config(path), anchor.config, str(path / "config.json"))
+    text.refuse_other_tokenizer(path, anchor.path)
     return open_dense(path, anchor)
 
 
@@ -212,17 +204,15 @@ def _moved(names: Sequence[str]) -> str:
 
 def _make(
     config: ImportExpertConfig,
-    anchor: Anchor,
+    base: Anchored,
     checkpoint: DenseCheckpoint,
     found: Comparison,
     result: ImportExpertResult,
     reporter: Reporter,
 ) -> ImportExpertResult:
-    from flexctl.model.building import load_tokenizer
 
-    tokenizer = load_tokenizer(anchor.path)
-    data = _data_info(config, tokenizer, reporter)
-    rows, router, loss = _rows(config, anchor, checkpoint, tokenizer, reporter)
+    data = _data_info(config, base, reporter)
+    rows, router, loss = _rows(config, base, checkpoint, reporter)
     warnings = _warnings(found.moved, loss)
     for warning in warnings:
         reporter.warn(warning)
@@ -230,7 +220,7 @@ def _make(
     with reporter.progress("writing", size + rows.data.nbytes, "bytes") as bar:
         expert = write_expert(
             result.path,
-            anchor=anchor,
+            anchor=base.anchor,
             name=result.name,
             tensors={**found.feed_forward, "router.weight": rows},
             data=data,
@@ -258,87 +248,63 @@ def _make(
     )
 
 
-def _data_info(config: ImportExpertConfig, tokenizer: Any, reporter: Reporter) -> DataInfo:
+def _data_info(config: ImportExpertConfig, base: Anchored, reporter: Reporter) -> DataInfo:
     """Return the manifest's account of the text, after one pass over it."""
-    from flexctl.text.documents import read_documents, size_bytes
-    from flexctl.text.tokens import frame_documents
 
     documents = tokens = num_bytes = 0
-    with reporter.progress("counting tokens", size_bytes(config.data), "bytes") as bar:
-        for document in frame_documents(tokenizer, read_documents(config.data, config.text_field)):
+    with reporter.progress("counting tokens", text.size_bytes(config.data), "bytes") as bar:
+        for document in text.frame_documents(base.tokenizer, text.read_documents(config.data, config.text_field)):
             documents += 1
             tokens += len(document.tokens) - 1
             num_bytes += document.num_bytes
             bar.advance(document.num_bytes)
     if not documents:
         raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
-    return DataInfo(
-        documents=documents,
-        tokens=tokens,
-        bytes=num_bytes,
-        label=config.label,
-        license=config.license,
-        purposes=config.purpose,
-        expires=config.expires,
-        contact=config.contact,
-    )
+    return data_info(config, documents=documents, tokens=tokens, num_bytes=num_bytes)
 
 
 def _rows(
-    config: ImportExpertConfig, anchor: Anchor, checkpoint: DenseCheckpoint, tokenizer: Any, reporter: Reporter
+    config: ImportExpertConfig, base: Anchored, checkpoint: DenseCheckpoint, reporter: Reporter
 ) -> tuple[RawTensor, RouterInfo, dict[str, float] | None]:
     """Return router rows, how they came about, and the losses where models were built for them."""
-    from flexctl.model.tensors import to_bytes
-    from flexctl.routing.start_rows import PASSAGES
-    from flexctl.text.documents import read_documents, sample_halves
-    from flexctl.text.sample import PublicSample
 
-    if (given := given_rows(config, anchor)) is not None:
+    if (given := given_rows(config, base.anchor)) is not None:
         return given.rows, given.info, None
-    own, unseen = sample_halves(read_documents(config.data, config.text_field), PASSAGES, config.seed)
-    sample = PublicSample.from_tensors(anchor.public_sample())
-    public, _ = sample_halves(sample.texts(tokenizer), PASSAGES, config.seed)
+    own, unseen = text.sample_halves(text.read_documents(config.data, config.text_field), routing.PASSAGES, config.seed)
+    public, _ = text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)
     reporter.note(f"measuring router inputs for {config.router} rows")
-    model = _build(config, anchor.weights())
-    found, info = measured_rows(config, anchor, model, tokenizer, own, public, reporter)
-    del model
-    rows = RawTensor(*to_bytes(found.rows))
-    return rows, info, _losses(config, anchor, checkpoint, rows, tokenizer, unseen[:_SCORED_PASSAGES], reporter)
+    reader = machine_of(config).build(base.anchor.weights())
+    found, info = measured_rows(config, base, reader, own, public, reporter)
+    del reader
+    rows = RawTensor(*model.to_bytes(found.rows))
+    return rows, info, _losses(config, base, checkpoint, rows, unseen[:_SCORED_PASSAGES], reporter)
 
 
 def _losses(
     config: ImportExpertConfig,
-    anchor: Anchor,
+    base: Anchored,
     checkpoint: DenseCheckpoint,
     rows: RawTensor,
-    tokenizer: Any,
     passages: Sequence[str],
     reporter: Reporter,
 ) -> dict[str, float]:
     """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
-    from flexctl.evaluation.domains import window_length
-    from flexctl.evaluation.scoring import held_out_losses
-    from flexctl.text.tokens import frame_documents
 
+    machine, anchor = machine_of(config), base.anchor
     tensors = {name: span.read() for name, span in checkpoint.feed_forward(anchor).items()}
     models = {
         "anchor": anchor.weights(),
         "dense": checkpoint.weights(anchor),
         "pair": weights_beside(anchor, "imported", tensors, rows),
     }
-    documents = list(frame_documents(tokenizer, passages))
-    seq_len = window_length(anchor.config, None)
+    documents = list(text.frame_documents(base.tokenizer, passages))
+    seq_len = evaluation.window_length(anchor.config, None)
     losses: dict[str, float] = {}
     for name, weights in models.items():
-        losses |= held_out_losses(_build(config, weights), {name: documents}, seq_len=seq_len, reporter=reporter)
+        losses |= evaluation.held_out_losses(
+            machine.build(weights), {name: documents}, seq_len=seq_len, reporter=reporter
+        )
     return losses
-
-
-def _build(config: ImportExpertConfig, weights: Weights) -> nn.Module:
-    from flexctl.model.building import build_model, pick_device, pick_dtype
-
-    device = pick_device(config.device)
-    return build_model(weights, device=device, dtype=pick_dtype(config.dtype, device))
 
 
 def _warnings(moved: Sequence[str], loss: dict[str, float] | None) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flexctl import flags, workspace
+from flexctl import flags, hub, model, routing, text, training, workspace
 from flexctl.bundle import (
     RawTensor,
     TensorType,
@@ -30,13 +30,11 @@ from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, software_versions
+from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexctl.routing.space import InputStatistics
-    from flexctl.text.sample import PublicSample
-    from flexctl.training.whole import WholeSettings
 
 __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 
@@ -140,17 +138,13 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The source is no checkpoint of a supported family.
     """
-    from flexctl.model.building import set_threads
-    from flexctl.text.documents import pinned
-    from flexctl.training.work import refuse_busy, working_folder
 
     target = config.output or workspace.find().anchor
     work_path = place_of_work(target, "work")
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
     _refuse_bad_settings(config, target, exists=ends)
-    refuse_busy(work_path)
-    config = replace(config, data=pinned(config.data))
-    set_threads(config.threads)
+    training.refuse_busy(work_path)
+    config = replace(config, data=text.pinned(config.data))
     source = _source_directory(config)
     if ends:
         return _finished(config, source, target, work_path, reporter)
@@ -158,7 +152,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         _warn_of_source(source, config, reporter)
     if config.dry_run:
         return _planned(config, target, source)
-    with working_folder(work_path, reporter) as work:
+    with training.working_folder(work_path, reporter) as work:
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)
         asked = _asked(config, source)
@@ -173,12 +167,11 @@ def _finished(
     config: InitAnchorConfig, source: Path | None, target: Path, work_path: Path, reporter: Reporter
 ) -> InitAnchorResult:
     """Return the result of a run that finished before, and clear up what it left."""
-    from flexctl.training.finished import refuse_other_request, say_done
 
     anchor = open_anchor(target)
-    run = refuse_other_request(target, target / "run.json", anchor.digest, _asked(config, source))
+    run = training.refuse_other_request(target, target / "run.json", anchor.digest, _asked(config, source))
     prove(anchor, reporter)
-    say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
+    training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     sizes = anchor.manifest.architecture
     return InitAnchorResult(
         path=target,
@@ -199,24 +192,19 @@ def _finished(
 
 def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
     """Return what decides the result."""
-    from flexctl.text.corpus import text_digest
-    from flexctl.training.finished import asked_for, folder_digest
 
-    text = text_digest(config.data, config.text_field, config.seed)
-    return asked_for(config, name=_name(config), text=text, source=source and folder_digest(source))
+    digest = text.text_digest(config.data, config.text_field, config.seed)
+    return training.asked_for(config, name=_name(config), text=digest, source=source and training.folder_digest(source))
 
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
-    from flexctl.model.building import autocast_dtype, pick_device
 
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
     check_anchor_name(_name(config), "`name`")
-    autocast_dtype(config.dtype, pick_device(config.device))
+    machine_of(config)
 
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
-    from flexctl.model.configs import resolve_moe_config
-    from flexctl.text.tokenizer import refuse_tokens_beyond
 
     if config.source is None:
         if config.anneal_tokens:
@@ -230,24 +218,21 @@ def _source_directory(config: InitAnchorConfig) -> Path | None:
         )
     path = Path(config.source)
     if not path.is_dir():
-        from flexctl.hub import fetch_checkpoint
-
-        path = fetch_checkpoint(config.source)
+        path = hub.fetch_checkpoint(config.source)
     dense = read_dense_config(path)
-    resolve_moe_config(dense)
+    model.resolve_moe_config(dense)
     _refuse_other_tensors(path)
-    refuse_tokens_beyond(path, dense["vocab_size"])
+    text.refuse_tokens_beyond(path, dense["vocab_size"])
     return path
 
 
 def _refuse_other_tensors(checkpoint: Path) -> None:
     """Refuse a checkpoint whose weights are not those of its class, which Transformers would make up or leave out."""
-    from flexctl.model.building import dense_shapes
 
     config, found = read_dense_config(checkpoint), read_checkpoint(checkpoint)
     expected = {
         name: TensorType(found[name].dtype if name in found else "F32", shape)
-        for name, shape in dense_shapes(config).items()
+        for name, shape in model.dense_shapes(config).items()
     }
     # What the class leaves out on purpose: a tied head, and buffers that old checkpoints have.
     spare = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
@@ -257,7 +242,6 @@ def _refuse_other_tensors(checkpoint: Path) -> None:
 
 def _warn_of_source(source: Path, config: InitAnchorConfig, reporter: Reporter) -> None:
     """Say what of a checkpoint is not taken, and what other software will take otherwise."""
-    from flexctl.model.configs import warn_of_length
 
     dense = read_dense_config(source)
     for where, code in named_code(source).items():
@@ -270,7 +254,7 @@ def _warn_of_source(source: Path, config: InitAnchorConfig, reporter: Reporter) 
     if dense.get("tie_word_embeddings"):
         _warn_of_tied_head(source, dense, reporter)
     if config.anneal_tokens:
-        warn_of_length(config.seq_len or _ANNEAL["seq_len"], dense, reporter)
+        model.warn_of_length(config.seq_len or _ANNEAL["seq_len"], dense, reporter)
 
 
 def _warn_of_tied_head(source: Path, dense: Mapping[str, Any], reporter: Reporter) -> None:
@@ -291,9 +275,8 @@ def _name(config: InitAnchorConfig) -> str:
 
 
 def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> InitAnchorResult:
-    from flexctl.model.presets import PRESETS
 
-    preset = PRESETS[config.preset]
+    preset = model.PRESETS[config.preset]
     sizes: Any = {"model_type": "olmo2"} if source is None else read_dense_config(source)
     return InitAnchorResult(
         path=target,
@@ -313,26 +296,24 @@ def _checkpoint(
     config: InitAnchorConfig, source: Path | None, work: Path, reporter: Reporter
 ) -> tuple[Path, tuple[int, float | None]]:
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
-    from flexctl.model.building import load_dense, load_tokenizer, silenced
-    from flexctl.model.presets import PRESETS, new_model
-    from flexctl.text.documents import read_documents
-    from flexctl.text.tokenizer import train_tokenizer
 
-    preset = PRESETS[config.preset]
+    preset = model.PRESETS[config.preset]
     if source is None:
         reporter.note(f"training a tokenizer of {preset.vocab_size} entries")
-        tokenizer = train_tokenizer(read_documents(config.data, config.text_field), preset.vocab_size, preset.seq_len)
-        model = new_model(preset, tokenizer, config.seed)
+        tokenizer = text.train_tokenizer(
+            text.read_documents(config.data, config.text_field), preset.vocab_size, preset.seq_len
+        )
+        dense = model.new_model(preset, tokenizer, config.seed)
     elif config.anneal_tokens:
-        tokenizer, model = load_tokenizer(source), load_dense(source)
+        tokenizer, dense = model.load_tokenizer(source), model.load_dense(source)
     else:
         return _readable(source, work), (0, None)
-    stored = model.config.dtype
-    trained = _train(config, model, tokenizer, work, reporter)
+    stored = dense.config.dtype
+    trained = _train(config, dense, tokenizer, work, reporter)
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    with silenced():
-        model.to(device="cpu", dtype=stored).save_pretrained(folder)
+    with model.silenced():
+        dense.to(device="cpu", dtype=stored).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, trained
 
@@ -342,47 +323,42 @@ def _readable(source: Path, work: Path) -> Path:
 
     So what reads such a model is needed once, and by none of those who use the anchor.
     """
-    from flexctl.model.building import is_bare_sentencepiece, load_tokenizer
 
-    if not is_bare_sentencepiece(source):
+    if not model.is_bare_sentencepiece(source):
         return source
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    load_tokenizer(source).save_pretrained(folder)
+    model.load_tokenizer(source).save_pretrained(folder)
     for file in source.iterdir():
         if file.is_file() and not (folder / file.name).exists():
             (folder / file.name).symlink_to(file.resolve())
     return folder
 
 
-def _train(config: InitAnchorConfig, model: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
-    from flexctl.model.building import autocast_dtype, pick_device
-    from flexctl.text.documents import read_documents
-    from flexctl.text.tokens import frame_documents, pack
-    from flexctl.training.whole import train_whole
+def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
 
-    device = pick_device(config.device)
-    stream = pack(work / "public.tokens", frame_documents(tokenizer, read_documents(config.data, config.text_field)))
-    return train_whole(
-        model.to(device),
+    machine = machine_of(config)
+    stream = text.pack(
+        work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
+    )
+    return training.train_whole(
+        dense.to(machine.device),
         stream,
         _training_settings(config),
         work=work,
         resume=config.resume,
-        autocast=autocast_dtype(config.dtype, device),
+        autocast=machine.autocast,
         reporter=reporter,
     )
 
 
-def _training_settings(config: InitAnchorConfig) -> WholeSettings:
-    from flexctl.model.presets import PRESETS
-    from flexctl.training.whole import WholeSettings
+def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
 
-    preset = PRESETS[config.preset]
+    preset = model.PRESETS[config.preset]
     scratch = {"seq_len": preset.seq_len, "batch_tokens": preset.batch_tokens, "lr": preset.lr}
     defaults: Any = scratch if config.source is None else _ANNEAL
-    return WholeSettings(
+    return training.WholeSettings(
         max_tokens=config.anneal_tokens or config.max_tokens or preset.max_tokens,
         seq_len=config.seq_len or defaults["seq_len"],
         batch_tokens=config.batch_tokens or defaults["batch_tokens"],
@@ -399,31 +375,26 @@ def _calibrate_and_write(
     asked: Mapping[str, Any],
     reporter: Reporter,
 ) -> InitAnchorResult:
-    from flexctl.model.building import load_dense, load_tokenizer
-    from flexctl.model.configs import resolve_moe_config
-    from flexctl.model.tensors import to_bytes
-    from flexctl.routing.space import constant_spread, fit_space
-    from flexctl.text.documents import read_documents
-    from flexctl.text.sample import draw_sample
-    from flexctl.text.tokens import frame_documents
 
     reporter.note("drawing the public sample")
-    documents = frame_documents(load_tokenizer(checkpoint), read_documents(config.data, config.text_field))
-    sample = draw_sample(documents, config.sample_tokens, config.seed)
-    model = load_dense(checkpoint)
-    num_parameters = model.num_parameters()
-    statistics = _measure(config, model, sample, reporter)
-    space = fit_space(statistics)
-    spread = [float(std) for std in constant_spread(space, statistics)]
+    documents = text.frame_documents(
+        model.load_tokenizer(checkpoint), text.read_documents(config.data, config.text_field)
+    )
+    sample = text.draw_sample(documents, config.sample_tokens, config.seed)
+    loaded = model.load_dense(checkpoint)
+    num_parameters = loaded.num_parameters()
+    statistics = _measure(config, loaded, sample, reporter)
+    space = routing.fit_space(statistics)
+    spread = [float(std) for std in routing.constant_spread(space, statistics)]
     dense = read_dense_config(checkpoint)
     sample_tensors = sample.to_tensors()
     anchor = write_anchor(
         target,
         checkpoint=checkpoint,
         name=_name(config),
-        moe_config=resolve_moe_config(dense),
-        router_space={name: RawTensor(*to_bytes(tensor)) for name, tensor in space.to_tensors().items()},
-        public_sample={name: RawTensor(*to_bytes(tensor)) for name, tensor in sample_tensors.items()},
+        moe_config=model.resolve_moe_config(dense),
+        router_space={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in space.to_tensors().items()},
+        public_sample={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in sample_tensors.items()},
         run={
             "asked": asked,
             "num_parameters": num_parameters,
@@ -451,9 +422,9 @@ def _calibrate_and_write(
     )
 
 
-def _measure(config: InitAnchorConfig, model: Any, sample: PublicSample, reporter: Reporter) -> InputStatistics:
-    from flexctl.model.building import pick_device, route
-    from flexctl.routing.space import measure_inputs
+def _measure(
+    config: InitAnchorConfig, dense: Any, sample: text.PublicSample, reporter: Reporter
+) -> routing.InputStatistics:
 
     def batches() -> Iterator[Tensor]:
         import torch
@@ -467,4 +438,4 @@ def _measure(config: InitAnchorConfig, model: Any, sample: PublicSample, reporte
                 yield torch.stack([torch.from_numpy(row) for row in rows])
                 bar.advance(len(rows) * seq_len)
 
-    return measure_inputs(route(model).to(pick_device(config.device)), batches())
+    return routing.measure_inputs(model.route(dense).to(machine_of(config).device), batches())

@@ -9,18 +9,18 @@ from typing import Annotated
 
 from flexctl import flags, workspace
 from flexctl.bundle.anchor import open_anchor
-from flexctl.bundle.assembly import assemble
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import OTHER_LICENSE
 from flexctl.bundle.merged import open_merged
-from flexctl.bundle.store import place_of_change
 from flexctl.errors import BundleError
-from flexctl.hub import is_remote, localise
+from flexctl.hub import is_remote
 from flexctl.options import MODEL, Config, argument, flag
 from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
+from flexctl.steps.sources import localise
 
 __all__ = ["MergeConfig", "MergeResult", "MergedExpert", "merge"]
 
@@ -162,8 +162,7 @@ def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Compos
     expected = merged.manifest.anchor
     if anchor is not None and (found := open_anchor(anchor).digest) != expected.digest:
         raise BundleError(f"{anchor}: digest is {found}; {base} was made of {expected.digest} ({expected.name})")
-    if merged.manifest.router.tuned_with is not None:
-        reporter.warn(f"{base}: its router was tuned; the result has the owners' own rows again")
+    warn_of_tuned(merged, reporter)
     return compose_merged(merged)
 
 

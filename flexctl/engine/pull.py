@@ -9,7 +9,6 @@ from typing import Annotated
 
 from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import open_anchor
-from flexctl.bundle.checks import check_bundle
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, Manifest, MergedManifest
 from flexctl.bundle.merged import CARD_FILE
 from flexctl.bundle.store import (
@@ -23,6 +22,7 @@ from flexctl.bundle.store import (
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import HUB, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps.proof import check_all
 
 __all__ = ["PullConfig", "PullResult", "pull"]
 
@@ -176,14 +176,7 @@ def _verify(
     """Check everything; what goes into a workspace must also fit the anchor that is there."""
     own = workspace.find().anchor
     fits = config.output is None and own.is_dir() and not isinstance(manifest, AnchorManifest)
-    with reporter.progress("hashing", sum(remote.sizes.values()), "bytes") as progress:
-        digest, checks = check_bundle(
-            path,
-            anchor=open_anchor(own) if fits else None,
-            absent={},
-            today=None if config.allow_expired else today or datetime.date.today(),
-            advance=progress.advance,
-        )
+    digest, checks = check_all(path, config, reporter, today=today, anchor=open_anchor(own) if fits else None)
     for check in checks:
         if not check.ok:
             hint = "; `allow_expired` takes it all the same" if check.name == "rights" else ""

@@ -10,7 +10,6 @@ from typing import Annotated
 from flexctl import flags, hub
 from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.card import anchor_card, expert_card, is_hub_license
-from flexctl.bundle.checks import check_bundle
 from flexctl.bundle.codec import parse_json, read_bytes
 from flexctl.bundle.expert import Expert
 from flexctl.bundle.manifest import MANIFEST_FILE, ExpertManifest, Manifest, MergedManifest
@@ -19,6 +18,7 @@ from flexctl.bundle.opening import open_bundle
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import HUB, Config, argument, flag, switch
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps.proof import check_all
 
 __all__ = ["PushConfig", "PushResult", "push"]
 
@@ -128,10 +128,7 @@ def _verified(config: PushConfig, reporter: Reporter, today: datetime.date | Non
     bundle = open_bundle(config.path)
     if not isinstance(bundle, (Anchor, Expert, Merged)):
         raise UsageError(f"{config.path}: is a router file; an anchor, an expert or a merged model can be published")
-    files = list(config.path.iterdir()) if config.path.is_dir() else [config.path]
-    today = None if config.allow_expired else today or datetime.date.today()
-    with reporter.progress("hashing", sum(file.stat().st_size for file in files), "bytes") as progress:
-        _, checks = check_bundle(config.path, anchor=None, absent={}, today=today, advance=progress.advance)
+    _, checks = check_all(config.path, config, reporter, today=today)
     for check in checks:
         if not check.ok:
             hint = (

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 from flexctl import flags, workspace
-from flexctl.bundle.assembly import assemble
 from flexctl.bundle.composition import Composition, compose_merged
 from flexctl.bundle.merged import Merged, open_merged
-from flexctl.bundle.store import place_of_change
 from flexctl.errors import UsageError
 from flexctl.options import OUTPUT, Config, argument, switch
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 
 __all__ = ["RemoveConfig", "RemoveResult", "remove"]
 
@@ -109,8 +108,7 @@ def _say(merged: Merged, composition: Composition, reporter: Reporter) -> None:
     after = min(composition.top_k, len(composition.parts))
     if after < before:
         reporter.warn(f"num_experts_per_tok goes from {before} to {after}: there are no more experts")
-    if merged.manifest.router.tuned_with is not None:
-        reporter.warn(f"{merged.path}: its router was tuned; the result has the owners' own rows again")
+    warn_of_tuned(merged, reporter)
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -6,23 +6,21 @@ import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from flexctl import flags, workspace
-from flexctl.bundle.assembly import assemble
+from flexctl import evaluation, flags, model, workspace
 from flexctl.bundle.codec import encode
 from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.bundle.manifest import ExpertManifest
 from flexctl.bundle.merged import Merged, open_merged
-from flexctl.bundle.store import check_directory_target, place_of_change
+from flexctl.bundle.store import check_directory_target
 from flexctl.errors import BundleError, UsageError
-from flexctl.hub import localise
 from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Reporter
-
-if TYPE_CHECKING:
-    from flexctl.evaluation.domains import Domain
+from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
+from flexctl.steps.machine import machine_of
+from flexctl.steps.sources import localise
 
 __all__ = ["Change", "ReplaceConfig", "ReplaceResult", "replace"]
 
@@ -113,8 +111,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
             f"{config.expert}: name is {expert.manifest.name!r}; expected {config.name!r}",
             hint="an expert is replaced by one of the same name; remove and merge for any other",
         )
-    if merged.manifest.router.tuned_with is not None:
-        reporter.warn(f"{merged.path}: its router was tuned; the result has the owners' own rows again")
+    warn_of_tuned(merged, reporter)
     composition = compose_merged(merged).without([config.name]).adding([expert])
     old = _old_manifest(merged, expert)
     if domains:
@@ -148,42 +145,39 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     )
 
 
-def _domains(config: ReplaceConfig) -> list[Domain]:
+def _domains(config: ReplaceConfig) -> list[evaluation.Domain]:
     """Return what to score on, after refusing settings that cannot be scored with."""
     if not config.data:
         return []
-    from flexctl.evaluation.domains import parse_domains
-    from flexctl.model.building import pick_device, pick_dtype
 
-    pick_dtype(config.dtype, pick_device(config.device))
-    return parse_domains(config.data, config.text_field)
+    machine_of(config)
+    return evaluation.parse_domains(config.data, config.text_field)
 
 
 def _score(
-    path: Path, domains: Sequence[Domain], config: ReplaceConfig, reporter: Reporter, when: str
+    path: Path, domains: Sequence[evaluation.Domain], config: ReplaceConfig, reporter: Reporter, when: str
 ) -> dict[str, float]:
     """Return the bits per byte of the merged model in a directory on each domain, as ``evaluate`` finds them."""
     if not domains or config.dry_run:
         return {}
-    from flexctl.evaluation.domains import score_domain, window_length
-    from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype, set_threads
 
-    set_threads(config.threads)
-    device, weights, tokenizer = pick_device(config.device), open_merged(path).weights(), load_tokenizer(path)
-    model = build_model(weights, device=device, dtype=pick_dtype(config.dtype, device))
-    sizes = {"seq_len": window_length(weights.dense_config, config.seq_len), "batch_tokens": config.forward_tokens}
+    weights, tokenizer = open_merged(path).weights(), model.load_tokenizer(path)
+    merged = machine_of(config).build(weights)
+    sizes = {
+        "seq_len": evaluation.window_length(weights.dense_config, config.seq_len),
+        "batch_tokens": config.forward_tokens,
+    }
     return {
-        domain.name: score_domain(
-            model, tokenizer, domain, **sizes, reporter=reporter, title=f"scoring {domain.name} {when}"
+        domain.name: evaluation.score_domain(
+            merged, tokenizer, domain, **sizes, reporter=reporter, title=f"scoring {domain.name} {when}"
         ).bits_per_byte
         for domain in domains
     }
 
 
 def _warn_of_length(config: ReplaceConfig, merged: Merged, reporter: Reporter) -> None:
-    from flexctl.model.configs import warn_of_length
 
-    warn_of_length(config.seq_len, merged.config, reporter)
+    model.warn_of_length(config.seq_len, merged.config, reporter)
 
 
 def _old_manifest(merged: Merged, expert: Expert) -> ExpertManifest:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from flexctl import flags, workspace
-from flexctl.bundle import Anchor, open_anchor, slug
+from flexctl import flags, routing, text, workspace
+from flexctl.bundle import slug
 from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.proxy import write_proxy
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import UsageError
-from flexctl.hub import localise
 from flexctl.options import DATA, ROUTER, Config, flag
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexctl.routing.proxies import Ranking
 
 __all__ = ["SelectProxyConfig", "SelectProxyResult", "select_proxy"]
 
@@ -97,31 +97,28 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor is not valid.
     """
-    from flexctl.model.building import pick_device, pick_dtype
-    from flexctl.routing.start_rows import encoder_name
-    from flexctl.text.documents import source_name, text_files
 
     place = workspace.find()
-    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
+    base = open_anchored(config, reporter)
+    name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.proxy.json"
     check_file_target(target, overwrite=config.overwrite)
-    pick_dtype(config.dtype, pick_device(config.device))
-    text_files(config.data)
+    machine_of(config)
+    text.text_files(config.data)
     if config.public is not None:
-        text_files([config.public], "public")
+        text.text_files([config.public], "public")
     if config.dry_run:
-        return SelectProxyResult(path=target, digest=None, name=name, anchor_digest=anchor.digest, dry_run=True)
-    ranking = _rank(config, anchor, reporter)
+        return SelectProxyResult(path=target, digest=None, name=name, anchor_digest=base.anchor.digest, dry_run=True)
+    ranking = _rank(config, base, reporter)
     if ranking.accuracy < _WEAK:
         reporter.warn(
             f"the classifier hardly tells this text from public text ({ranking.accuracy:.2f} of passages right)"
         )
-    encoder = None if config.encoder is None else encoder_name(config.encoder)
+    encoder = None if config.encoder is None else routing.encoder_name(config.encoder)
     proxy = write_proxy(
         target,
         name=name,
-        anchor=anchor.manifest.ref,
+        anchor=base.anchor.manifest.ref,
         public=ranking.public,
         encoder=encoder,
         documents=ranking.documents,
@@ -131,7 +128,7 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
         path=target,
         digest=proxy.digest,
         name=name,
-        anchor_digest=anchor.digest,
+        anchor_digest=base.anchor.digest,
         documents=len(proxy.documents),
         public_documents=proxy.public.documents,
         accuracy=ranking.accuracy,
@@ -139,26 +136,20 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
     )
 
 
-def _rank(config: SelectProxyConfig, anchor: Anchor, reporter: Reporter) -> Ranking:
-    from flexctl.model.building import load_tokenizer, set_threads
-    from flexctl.routing.proxies import PASSAGES_A_FOLD, public_reader, rank_public
-    from flexctl.text.documents import read_documents, sample_passages
-    from flexctl.text.sample import PublicSample
-    from flexctl.text.tokens import frame_passages
+def _rank(config: SelectProxyConfig, base: Anchored, reporter: Reporter) -> routing.Ranking:
 
-    set_threads(config.threads)
-    tokenizer = load_tokenizer(anchor.path)
-    own = sample_passages(read_documents(config.data, config.text_field), 2 * PASSAGES_A_FOLD, config.seed)
+    own = text.sample_passages(
+        text.read_documents(config.data, config.text_field), 2 * routing.PASSAGES_A_FOLD, config.seed
+    )
     if len(own) < 4:
         raise UsageError(
             f"{len(own)} passages are too few to tell from public text", hint="give more text", field="data"
         )
-    sample = PublicSample.from_tensors(anchor.public_sample())
     reporter.note(f"telling {len(own)} passages from public text")
-    return rank_public(
-        public_reader(sample, tokenizer, config.public, config.text_field),
-        frame_passages(tokenizer, own),
-        _features(config, anchor, tokenizer),
+    return routing.rank_public(
+        routing.public_reader(base.sample, base.tokenizer, config.public, config.text_field),
+        text.frame_passages(base.tokenizer, own),
+        _features(config, base),
         count=config.count,
         share=_SHARE,
         seed=config.seed,
@@ -166,18 +157,14 @@ def _rank(config: SelectProxyConfig, anchor: Anchor, reporter: Reporter) -> Rank
     )
 
 
-def _features(config: SelectProxyConfig, anchor: Anchor, tokenizer: Any) -> Callable[[Sequence[Tensor]], Tensor]:
+def _features(config: SelectProxyConfig, base: Anchored) -> Callable[[Sequence[Tensor]], Tensor]:
     """Return what the classifier sees of passages: mean router inputs of all layers, or sentence embeddings."""
-    from flexctl.model.building import build_model, pick_device, pick_dtype
-    from flexctl.routing.space import measure_documents
-    from flexctl.routing.start_rows import Encoder
 
     if config.encoder is not None:
-        encoder = Encoder(config.encoder)
+        encoder = routing.Encoder(config.encoder)
         return lambda windows: encoder.embed(
-            [tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows]
+            [base.tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows]
         )
-    device = pick_device(config.device)
-    model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
+    reader = machine_of(config).build(base.anchor.weights())
     # One document alone is refused there, as rows need more.
-    return lambda windows: measure_documents(model, [windows[0], *windows])[1:].flatten(1)
+    return lambda windows: routing.measure_documents(reader, [windows[0], *windows])[1:].flatten(1)

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import flags, workspace
-from flexctl.bundle import (
-    PUBLIC,
-    Anchor,
-    DataInfo,
-    RawTensor,
-    RouterInfo,
-    open_anchor,
-    open_expert,
-    slug,
-    write_expert,
-)
+from flexctl import evaluation, flags, model, text, training, workspace
+from flexctl.bundle import PUBLIC, Anchor, Expert, RawTensor, RouterInfo, open_expert, slug, write_expert
 from flexctl.bundle.checks import prove
 from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.lowrank import refuse_useless_rank
-from flexctl.bundle.manifest import PrivacyInfo, has_expired
+from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
-from flexctl.hub import localise
 from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.machine import machine_of
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
+from flexctl.steps.terms import data_info, warn_of_expired
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from flexctl.text.corpus import Corpus
-    from flexctl.text.sample import PublicSample
-    from flexctl.text.tokens import Framed
-    from flexctl.training.batches import Mixture
-    from flexctl.training.loop import LoopSettings, Outcome
-    from flexctl.training.pair import Pair
 
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 
@@ -147,26 +131,42 @@ class TrainExpertResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What is to be made: the settings, the anchor, the expert's name and its file."""
+
+    config: TrainExpertConfig
+    base: Anchored
+    name: str
+    target: Path
+
+    def result(self, **figures: Any) -> TrainExpertResult:
+        """Return a result with what is known before any training, and these figures."""
+        return TrainExpertResult(path=self.target, name=self.name, anchor_digest=self.base.anchor.digest, **figures)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Setup:
     """Everything a run needs, ready."""
 
-    model: nn.Module
-    corpus: Corpus
-    public: PublicSample
-    data: Mixture
-    loop: LoopSettings
+    reader: nn.Module
+    corpus: text.Corpus
+    public: text.PublicSample
+    data: training.Mixture
+    loop: training.LoopSettings
     rows: Tensor
     router: RouterInfo
 
     @property
-    def held_out(self) -> dict[str, Sequence[Framed]]:
-        """Documents kept out of training, the owner's and public ones, as many as a run of this length is scored on."""
-        from flexctl.text.sample import leading
-        from flexctl.training.budget import held_out_tokens
+    def own_tokens(self) -> int:
+        """Tokens of the owner's that the run trains on."""
+        return self.data.own_tokens(self.loop.steps)
 
-        most = held_out_tokens(self.data.own_tokens(self.loop.steps))
+    def losses(self, reporter: Reporter) -> dict[str, float]:
+        """Return the model's loss on documents kept out of training, the owner's and public ones, nats a token."""
+        most = training.held_out_tokens(self.own_tokens)
         parts = {"own": self.corpus.held_out, "public": self.public.held_out}
-        return {name: leading(documents, most) for name, documents in parts.items() if documents is not None}
+        held_out = {name: text.leading(documents, most) for name, documents in parts.items() if documents is not None}
+        return evaluation.held_out_losses(self.reader, held_out, seq_len=self.data.seq_len, reporter=reporter)
 
 
 def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> TrainExpertResult:
@@ -184,60 +184,47 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         BundleError: The anchor or the router file is not valid, or they do not belong together.
         FlexctlError: Training failed.
     """
-    from flexctl.model.configs import warn_of_length
-    from flexctl.text.documents import pinned, source_name
-    from flexctl.training.work import refuse_busy, working_folder
-
     place = workspace.find()
-    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    name = check_expert_name(config.name or slug(source_name(config.data[0])), "`name`")
+    base = open_anchored(config, reporter)
+    name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
     work_path = target.parent / f".{name}.work"
     ends = config.resume and not config.overwrite and target.is_file()
-    _refuse_bad_settings(config, anchor, target, exists=ends)
-    refuse_busy(work_path)
-    config = replace(config, data=pinned(config.data))
+    _refuse_bad_settings(config, base.anchor, target, exists=ends)
+    training.refuse_busy(work_path)
+    task = _Task(config=replace(config, data=text.pinned(config.data)), base=base, name=name, target=target)
     if ends:
-        return _finished(config, anchor, name, target, work_path, reporter)
-    warn_of_length(config.seq_len, anchor.config, reporter)
-    if has_expired(config.expires, datetime.date.today()):
-        reporter.warn(f"`expires`: {config.expires} is past; merge will refuse the expert")
+        return _finished(task, work_path, reporter)
+    model.warn_of_length(config.seq_len, base.anchor.config, reporter)
+    warn_of_expired(config, reporter)
     if config.dry_run:
-        return TrainExpertResult(
-            path=target,
-            digest=None,
-            name=name,
-            anchor_digest=anchor.digest,
-            tokens=0,
-            public_tokens=0,
-            steps=0,
-            rank=config.rank,
-            dry_run=True,
-        )
-    with working_folder(work_path, reporter) as work:
+        return task.result(digest=None, tokens=0, public_tokens=0, steps=0, rank=config.rank, dry_run=True)
+    with training.working_folder(work_path, reporter) as work:
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
-        return _run(config, anchor, name, target, work, reporter)
+        return _run(task, work, reporter)
 
 
-def _finished(
-    config: TrainExpertConfig, anchor: Anchor, name: str, target: Path, work_path: Path, reporter: Reporter
-) -> TrainExpertResult:
+def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
+    check_file_target(target, overwrite=config.overwrite or exists)
+    refuse_useless_rank(config.rank, anchor.manifest.architecture)
+    machine_of(config)
+    given_rows(config, anchor)
+    if config.public is not None:
+        text.text_files([config.public], "public")
+
+
+def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertResult:
     """Return the result of a run that finished before, and clear up what it left."""
-    from flexctl.text.corpus import text_digest
-    from flexctl.training.finished import refuse_other_request, say_done
-
+    config, target = task.config, task.target
     expert = open_expert(target)
-    text = text_digest(config.data, config.text_field, config.seed)
-    refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, _asked(config, anchor, name, text))
+    asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed))
+    training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
-    say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
+    training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     about = expert.manifest.training
-    return TrainExpertResult(
-        path=target,
+    return task.result(
         digest=expert.digest,
-        name=name,
-        anchor_digest=anchor.digest,
         tokens=about["tokens"],
         public_tokens=about["public_tokens"],
         steps=about["steps"],
@@ -252,115 +239,91 @@ def _finished(
     )
 
 
-def _asked(config: TrainExpertConfig, anchor: Anchor, name: str, text: str) -> dict[str, Any]:
-    """Return what decides the result; ``text`` is the digest of the owner's."""
-    from flexctl.text.corpus import text_digest
-    from flexctl.training.finished import asked_for
-
-    return asked_for(
+def _asked(task: _Task, digest: str) -> dict[str, Any]:
+    """Return what decides the result; ``digest`` is that of the owner's text."""
+    config = task.config
+    return training.asked_for(
         config,
-        name=name,
-        anchor=anchor.digest,
-        text=text,
-        public=config.public and text_digest([config.public], config.text_field, config.seed),
+        name=task.name,
+        anchor=task.base.anchor.digest,
+        text=digest,
+        public=config.public and text.text_digest([config.public], config.text_field, config.seed),
         router=hash_file(Path(config.router)) if names_a_file(config.router) else config.router,
     )
 
 
-def _run(
-    config: TrainExpertConfig, anchor: Anchor, name: str, target: Path, work: Path, reporter: Reporter
-) -> TrainExpertResult:
-    from flexctl.model.building import moved_tensors
-    from flexctl.model.tensors import to_bytes
-    from flexctl.training.pair import Pair
-
-    setup = _set_up(config, anchor, work, reporter)
-    asked = _asked(config, anchor, name, setup.corpus.survey.digest)
-    before = _held_out_losses(setup, reporter)
-    pair = Pair(setup.model, setup.rows, public_match=config.public_match, rank=config.rank, seed=config.seed)
-    outcome = _train(config, anchor, setup, pair, work, reporter)
-    pair.close()
-    public = anchor.weights().experts[PUBLIC]
-    tensors = pair.round_weights(anchor.manifest.architecture.dtype, public) | {"router.weight": setup.rows}
-    after = _held_out_losses(setup, reporter)
-    moved = moved_tensors(setup.model, anchor.weights())
-    if moved:
-        raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
-    held_out = {part: {"before": before[part], "after": after[part]} for part in before}
-    own_tokens = setup.data.own_tokens(setup.loop.steps)
-    public_tokens = setup.data.public_before(setup.loop.steps) * setup.data.seq_len
-    recent = outcome.losses[-20:]
-    final_loss = sum(recent) / len(recent)
-    survey = setup.corpus.survey
-    expert = write_expert(
-        target,
-        anchor=anchor,
-        name=name,
-        tensors={key: RawTensor(*to_bytes(tensor)) for key, tensor in tensors.items()},
-        data=DataInfo(
-            documents=survey.documents,
-            tokens=len(setup.corpus.stream),
-            bytes=survey.num_bytes,
-            label=config.label,
-            license=config.license,
-            purposes=config.purpose,
-            expires=config.expires,
-            contact=config.contact,
-        ),
-        training={
-            **_identity(config, setup),
-            "seed": config.seed,
-            "steps": setup.loop.steps,
-            "tokens": own_tokens,
-            "public_tokens": public_tokens,
-            "losses": {"final": final_loss, "held_out": held_out},
-            "frozen_verified": True,
-        },
-        router=setup.router,
-        run={
-            "tokens_per_s": outcome.tokens_per_s,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "duplicates": survey.duplicates,
-        },
-        asked=asked,
-        overwrite=config.overwrite,
-        rank=config.rank,
-    )
-    return TrainExpertResult(
-        path=target,
-        digest=expert.digest,
-        name=name,
-        anchor_digest=anchor.digest,
-        tokens=own_tokens,
-        public_tokens=public_tokens,
+def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
+    setup = _set_up(task, work, reporter)
+    asked = _asked(task, setup.corpus.survey.digest)
+    before = setup.losses(reporter)
+    tensors, outcome = _train(task, setup, work, reporter)
+    after = setup.losses(reporter)
+    _refuse_moved(setup.reader, task.base.anchor)
+    result = task.result(
+        digest=None,
+        tokens=setup.own_tokens,
+        public_tokens=setup.data.public_before(setup.loop.steps) * setup.data.seq_len,
         steps=setup.loop.steps,
-        final_loss=final_loss,
-        held_out=held_out,
+        final_loss=outcome.final_loss,
+        held_out={part: {"before": before[part], "after": after[part]} for part in before},
         tokens_per_s=outcome.tokens_per_s,
         frozen_verified=True,
         bias=list(setup.router.bias),
-        rank=config.rank,
-        bytes_written=target.stat().st_size,
-        peak_rss_bytes=peak_rss_bytes(),
+        rank=task.config.rank,
+    )
+    expert = _write(task, setup, tensors, result, asked)
+    size = task.target.stat().st_size
+    return replace(result, digest=expert.digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
+
+
+def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
+    config, base = task.config, task.base
+    machine = machine_of(config)
+    corpus = text.prepare_corpus(
+        config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
+    )
+    public = _public_sample(config, base)
+    budget = _budget(config, base.anchor, corpus)
+    data = training.Mixture(
+        corpus.stream,
+        text.PublicSample(public.to_train_on).stream() if public.to_train_on else None,
+        seq_len=budget.seq_len,
+        batch_size=budget.batch_size,
+        public_share=config.public_mix,
+        seed=config.seed,
+    )
+    most = data.steps_for(budget.own_tokens)
+    steps = min(most, config.max_steps or most)
+    reader = machine.build(base.anchor.weights())
+    reporter.note(f"router rows: {config.router}")
+    passages = training.passages(data.own_tokens(steps))
+    rows, router = _start_rows(task, reader, corpus, public, passages, reporter)
+    return _Setup(
+        reader=reader,
+        corpus=corpus,
+        public=public,
+        data=data,
+        loop=training.LoopSettings(
+            steps=steps,
+            lr=budget.lr,
+            warmup_steps=training.warmup_steps(steps, config.warmup_steps),
+            micro_batch=budget.micro_batch,
+            autocast=machine.autocast,
+        ),
+        rows=rows,
+        router=router,
     )
 
 
-def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Reporter) -> _Setup:
-    from flexctl.model.building import autocast_dtype, build_model, load_tokenizer, pick_device, pick_dtype, set_threads
-    from flexctl.text.corpus import prepare_corpus
-    from flexctl.text.sample import PublicSample
-    from flexctl.training.batches import Mixture
-    from flexctl.training.budget import passages, resolve_budget, warmup_steps
-    from flexctl.training.loop import LoopSettings
+def _public_sample(config: TrainExpertConfig, base: Anchored) -> text.PublicSample:
+    if config.public is None:
+        return base.sample
+    documents = text.frame_documents(base.tokenizer, text.read_documents([config.public], config.text_field))
+    return text.draw_sample(documents, base.anchor.public_sample()["tokens"].shape[0], config.seed)
 
-    set_threads(config.threads)
-    tokenizer = load_tokenizer(anchor.path)
-    corpus = prepare_corpus(
-        config.data, tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
-    )
-    public = _public_sample(config, anchor, tokenizer)
-    kept = public.to_train_on
-    budget = resolve_budget(
+
+def _budget(config: TrainExpertConfig, anchor: Anchor, corpus: text.Corpus) -> training.Budget:
+    return training.resolve_budget(
         available_tokens=len(corpus.stream),
         epochs=config.epochs,
         max_tokens=config.max_tokens,
@@ -372,89 +335,23 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
         hidden_size=anchor.manifest.architecture.hidden_size,
         max_position_embeddings=anchor.config.get("max_position_embeddings"),
     )
-    data = Mixture(
-        corpus.stream,
-        PublicSample(kept).stream() if kept else None,
-        seq_len=budget.seq_len,
-        batch_size=budget.batch_size,
-        public_share=config.public_mix,
-        seed=config.seed,
-    )
-    most = data.steps_for(budget.own_tokens)
-    steps = min(most, config.max_steps or most)
-    device = pick_device(config.device)
-    model = build_model(anchor.weights(), device=device, dtype=pick_dtype(config.dtype, device))
-    reporter.note(f"router rows: {config.router}")
-    count = passages(data.own_tokens(steps))
-    rows, router = _start_rows(config, anchor, model, corpus, public, tokenizer, count, reporter)
-    return _Setup(
-        model=model,
-        corpus=corpus,
-        public=public,
-        data=data,
-        loop=LoopSettings(
-            steps=steps,
-            lr=budget.lr,
-            warmup_steps=warmup_steps(steps, config.warmup_steps),
-            micro_batch=budget.micro_batch,
-            autocast=autocast_dtype(config.dtype, device),
-        ),
-        rows=rows,
-        router=router,
-    )
-
-
-def _public_sample(config: TrainExpertConfig, anchor: Anchor, tokenizer: Any) -> PublicSample:
-    from flexctl.text.documents import read_documents
-    from flexctl.text.sample import PublicSample, draw_sample
-    from flexctl.text.tokens import frame_documents
-
-    kept = anchor.public_sample()
-    if config.public is None:
-        return PublicSample.from_tensors(kept)
-    documents = frame_documents(tokenizer, read_documents([config.public], config.text_field))
-    return draw_sample(documents, kept["tokens"].shape[0], config.seed)
-
-
-def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
-    from flexctl.model.building import autocast_dtype, pick_device
-    from flexctl.text.documents import text_files
-
-    check_file_target(target, overwrite=config.overwrite or exists)
-    refuse_useless_rank(config.rank, anchor.manifest.architecture)
-    autocast_dtype(config.dtype, pick_device(config.device))
-    given_rows(config, anchor)
-    if config.public is not None:
-        text_files([config.public], "public")
 
 
 def _start_rows(
-    config: TrainExpertConfig,
-    anchor: Anchor,
-    model: nn.Module,
-    corpus: Corpus,
-    public: PublicSample,
-    tokenizer: Any,
-    count: int,
-    reporter: Reporter,
+    task: _Task, reader: nn.Module, corpus: text.Corpus, public: text.PublicSample, passages: int, reporter: Reporter
 ) -> tuple[Tensor, RouterInfo]:
-    from flexctl.model.tensors import to_torch
-    from flexctl.text.documents import sample_passages
-
-    if (given := given_rows(config, anchor)) is not None:
-        return to_torch(given.rows), given.info
-    own = sample_passages(corpus.documents(), count, config.seed)
-    theirs = sample_passages(public.texts(tokenizer), count, config.seed)
-    rows, info = measured_rows(config, anchor, model, tokenizer, own, theirs, reporter)
+    config, base = task.config, task.base
+    if (given := given_rows(config, base.anchor)) is not None:
+        return model.to_torch(given.rows), given.info
+    own = text.sample_passages(corpus.documents(), passages, config.seed)
+    theirs = text.sample_passages(public.texts(base.tokenizer), passages, config.seed)
+    rows, info = measured_rows(config, base, reader, own, theirs, reporter)
     return rows.rows, info
 
 
-def _train(
-    config: TrainExpertConfig, anchor: Anchor, setup: _Setup, pair: Pair, work: Path, reporter: Reporter
-) -> Outcome:
-    from flexctl.training.checkpoints import Checkpoints
-    from flexctl.training.loop import train
-
+def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[dict[str, Tensor], training.Outcome]:
+    """Train the pair; return the expert's tensors, rounded as they are stored, and what the run did."""
+    config, anchor = task.config, task.base.anchor
     identity = {
         **_identity(config, setup),
         "anchor": anchor.digest,
@@ -463,15 +360,16 @@ def _train(
         "rows": [float(row) for row in setup.rows.sum(dim=1)],
         "rank": config.rank,
     }
-    checkpoints = Checkpoints(
+    checkpoints = training.Checkpoints(
         work / "checkpoints",
         identity,
         every_steps=config.checkpoint_steps,
         resume=config.resume,
         reporter=reporter,
     )
-    return train(
-        setup.model,
+    pair = training.Pair(setup.reader, setup.rows, public_match=config.public_match, rank=config.rank, seed=config.seed)
+    outcome = training.train(
+        setup.reader,
         pair.groups(),
         setup.data,
         setup.loop,
@@ -479,6 +377,9 @@ def _train(
         match=pair.match if config.public_match and config.public_mix else None,
         checkpoints=checkpoints,
     )
+    pair.close()
+    public = anchor.weights().experts[PUBLIC]
+    return pair.round_weights(anchor.manifest.architecture.dtype, public), outcome
 
 
 def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
@@ -497,7 +398,39 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
     }
 
 
-def _held_out_losses(setup: _Setup, reporter: Reporter) -> dict[str, float]:
-    from flexctl.evaluation.scoring import held_out_losses
+def _refuse_moved(reader: nn.Module, anchor: Anchor) -> None:
+    if moved := model.moved_tensors(reader, anchor.weights()):
+        raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
 
-    return held_out_losses(setup.model, setup.held_out, seq_len=setup.data.seq_len, reporter=reporter)
+
+def _write(
+    task: _Task, setup: _Setup, tensors: Mapping[str, Tensor], result: TrainExpertResult, asked: Mapping[str, Any]
+) -> Expert:
+    config, survey = task.config, setup.corpus.survey
+    return write_expert(
+        task.target,
+        anchor=task.base.anchor,
+        name=task.name,
+        tensors={
+            key: RawTensor(*model.to_bytes(tensor)) for key, tensor in {**tensors, "router.weight": setup.rows}.items()
+        },
+        data=data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
+        training={
+            **_identity(config, setup),
+            "seed": config.seed,
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "public_tokens": result.public_tokens,
+            "losses": {"final": result.final_loss, "held_out": result.held_out},
+            "frozen_verified": True,
+        },
+        router=setup.router,
+        run={
+            "tokens_per_s": result.tokens_per_s,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "duplicates": survey.duplicates,
+        },
+        asked=asked,
+        overwrite=config.overwrite,
+        rank=config.rank,
+    )

@@ -7,25 +7,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import flags, workspace
-from flexctl.bundle import PUBLIC, Anchor, Merged, RawTensor, open_anchor, open_merged
-from flexctl.bundle.assembly import assemble
+from flexctl import evaluation, flags, model, routing, text, training, workspace
+from flexctl.bundle import PUBLIC, Anchor, Merged, RawTensor, open_merged
 from flexctl.bundle.codec import indented_json
 from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.proxy import Proxy, open_proxy
-from flexctl.bundle.store import check_directory_target, new_file, place_of_change, place_of_work
+from flexctl.bundle.store import check_directory_target, new_file, place_of_work
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.hub import is_remote, localise
+from flexctl.hub import is_remote
 from flexctl.options import DATA, TRAINING, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.change import assemble, place_of_change
+from flexctl.steps.machine import machine_of
+from flexctl.steps.sources import localise
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from flexctl.text.tokens import Framed
-    from flexctl.training.batches import EqualShares
-    from flexctl.training.loop import LoopSettings, Outcome
-    from flexctl.training.tuning import RouterTuning
 
 __all__ = ["TuneRouterConfig", "TuneRouterResult", "tune_router"]
 
@@ -113,25 +112,39 @@ class TuneRouterResult:
 class _Texts:
     """Public documents by expert and ``public``: to train on, and to score before and after."""
 
-    training: Mapping[str, Sequence[Framed]]
-    held_out: Mapping[str, Sequence[Framed]]
+    training: Mapping[str, Sequence[text.Framed]]
+    held_out: Mapping[str, Sequence[text.Framed]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What is to be tuned, with what, and where the result goes."""
+
+    config: TuneRouterConfig
+    merged: Merged
+    base: Anchored
+    proxies: Sequence[tuple[Path, Proxy]]
+    target: Path
+
+    def result(self, **figures: Any) -> TuneRouterResult:
+        """Return a result with what is known before any training, and these figures."""
+        documents = {proxy.name: len(proxy.documents) for _, proxy in self.proxies}
+        return TuneRouterResult(path=self.target, tuned_with=self.merged.names, documents=documents, **figures)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Setup:
     """Everything a run needs, ready."""
 
-    model: nn.Module
-    tuning: RouterTuning
-    data: EqualShares
-    loop: LoopSettings
-    held_out: Mapping[str, Sequence[Framed]]
+    reader: nn.Module
+    tuning: training.RouterTuning
+    data: training.EqualShares
+    loop: training.LoopSettings
+    held_out: Mapping[str, Sequence[text.Framed]]
 
     def losses(self, reporter: Reporter) -> dict[str, float]:
         """Return the model's loss on every held-out part, nats a token."""
-        from flexctl.evaluation.scoring import held_out_losses
-
-        return held_out_losses(self.model, self.held_out, seq_len=self.data.seq_len, reporter=reporter)
+        return evaluation.held_out_losses(self.reader, self.held_out, seq_len=self.data.seq_len, reporter=reporter)
 
 
 def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRouterResult:
@@ -148,68 +161,59 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
         BundleError: A bundle or a list is not valid, or they do not belong together.
         FlexctlError: The tuned rows are no better on held-out text; nothing is written.
     """
-    from flexctl.model.configs import warn_of_length
-    from flexctl.training.finished import say_done
-    from flexctl.training.work import refuse_busy, working_folder
-
     place = workspace.find()
     source = localise(config.merged or place.merged, reporter)
     merged = open_merged(source)
-    anchor = open_anchor(localise(config.anchor or place.anchor, reporter))
-    proxies = _proxies(config, merged, anchor)
+    base = open_anchored(config, reporter)
+    proxies = _proxies(config, merged, base.anchor)
     if config.merged is not None and is_remote(config.merged):
         target, replaces_own = config.output or place.merged, False
     else:
         target, replaces_own = place_of_change(source, config.output)
     config = replace(config, overwrite=config.overwrite or replaces_own)
+    task = _Task(config=config, merged=merged, base=base, proxies=proxies, target=target)
     work_path = place_of_work(target, "tuning")
     _refuse_bad_settings(config)
-    refuse_busy(work_path)
-    asked = _asked(config, merged, anchor, proxies)
+    training.refuse_busy(work_path)
+    asked = _asked(task)
     if config.resume and (found := _finished(config, target, asked)):
-        say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
+        training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
         return found
     check_directory_target(target, kind="merged", overwrite=config.overwrite)
-    warn_of_length(config.seq_len, anchor.config, reporter)
-    texts = _texts(config, anchor, proxies)
-    documents = {proxy.name: len(proxy.documents) for _, proxy in proxies}
+    model.warn_of_length(config.seq_len, base.anchor.config, reporter)
+    texts = _texts(task)
     if config.dry_run:
-        return TuneRouterResult(path=target, digest=None, tuned_with=merged.names, documents=documents, dry_run=True)
-    with working_folder(work_path, reporter) as work:
+        return task.result(digest=None, dry_run=True)
+    with training.working_folder(work_path, reporter) as work:
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="merged", overwrite=config.overwrite)
-        result = _run(config, merged, anchor, proxies, texts, target, work, reporter)
+        result = _run(task, texts, work, reporter)
         _keep(result, asked)
     return result
 
 
-def _asked(
-    config: TuneRouterConfig, merged: Merged, anchor: Anchor, proxies: Sequence[tuple[Path, Proxy]]
-) -> dict[str, Any]:
+def _asked(task: _Task) -> dict[str, Any]:
     """Return what decides the result."""
-    from flexctl.text.corpus import text_digest
-    from flexctl.training.finished import asked_for
-
-    return asked_for(
+    config, manifest = task.config, task.merged.manifest
+    return training.asked_for(
         config,
-        anchor=anchor.digest,
-        experts=[entry.digest for entry in merged.manifest.experts],
-        top_k=merged.manifest.num_experts_per_tok_requested,
-        proxies=[proxy.digest for _, proxy in proxies],
-        public=config.public and text_digest([config.public], config.text_field, config.seed),
+        anchor=task.base.anchor.digest,
+        experts=[entry.digest for entry in manifest.experts],
+        top_k=manifest.num_experts_per_tok_requested,
+        proxies=[proxy.digest for _, proxy in task.proxies],
+        public=config.public and text.text_digest([config.public], config.text_field, config.seed),
     )
 
 
 def _finished(config: TuneRouterConfig, target: Path, asked: Mapping[str, Any]) -> TuneRouterResult | None:
     """Return the result of a run that finished before; None where there was none, or another that may be replaced."""
-    from flexctl.training.finished import refuse_other_request
 
     run = target / "run.json"
     if not run.is_file():
         return None
     digest = open_merged(target).manifest.digest
     try:
-        about = refuse_other_request(target, run, digest, asked)["result"]
+        about = training.refuse_other_request(target, run, digest, asked)["result"]
     except UsageError:
         if config.overwrite:
             return None
@@ -257,75 +261,56 @@ def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[t
 
 
 def _refuse_bad_settings(config: TuneRouterConfig) -> None:
-    from flexctl.model.building import autocast_dtype, pick_device
-    from flexctl.text.documents import text_files
 
-    autocast_dtype(config.dtype, pick_device(config.device))
+    machine_of(config)
     if config.public is not None:
-        text_files([config.public], "public")
+        text.text_files([config.public], "public")
 
 
-def _texts(config: TuneRouterConfig, anchor: Anchor, proxies: Sequence[tuple[Path, Proxy]]) -> _Texts:
+def _texts(task: _Task) -> _Texts:
     """Return the lists' documents and public ones; what any of them holds out, none of them trains on."""
-    from flexctl.model.building import load_tokenizer
-    from flexctl.routing.proxies import fetch, public_reader
-    from flexctl.text.sample import PublicSample, draw_sample
 
-    sample = PublicSample.from_tensors(anchor.public_sample())
-    lists = fetch(public_reader(sample, load_tokenizer(anchor.path), config.public, config.text_field), proxies)
+    config, base, proxies = task.config, task.base, task.proxies
+    reader = routing.public_reader(base.sample, base.tokenizer, config.public, config.text_field)
+    lists = routing.fetch(reader, proxies)
     texts = {proxy.name: documents for (_, proxy), documents in zip(proxies, lists, strict=True)}
     held_out = {name: documents[::_HELD_OUT_EVERY] for name, documents in texts.items()}
     # The experts' own training held these out, too.
-    held_out[PUBLIC] = sample.held_out
+    held_out[PUBLIC] = base.sample.held_out
     kept_back = {document.tokens.tobytes() for documents in held_out.values() for document in documents}
     return _Texts(
         training={
             name: [document for document in documents if document.tokens.tobytes() not in kept_back]
-            for name, documents in (texts | {PUBLIC: list(sample.documents)}).items()
+            for name, documents in (texts | {PUBLIC: list(base.sample.documents)}).items()
         },
         held_out={
-            name: draw_sample(documents, _HELD_OUT_TOKENS, config.seed).documents
+            name: text.draw_sample(documents, _HELD_OUT_TOKENS, config.seed).documents
             for name, documents in held_out.items()
         },
     )
 
 
-def _run(
-    config: TuneRouterConfig,
-    merged: Merged,
-    anchor: Anchor,
-    proxies: Sequence[tuple[Path, Proxy]],
-    texts: _Texts,
-    target: Path,
-    work: Path,
-    reporter: Reporter,
-) -> TuneRouterResult:
-    from flexctl.model.tensors import to_bytes
-
-    setup = _set_up(config, merged, anchor, texts)
+def _run(task: _Task, texts: _Texts, work: Path, reporter: Reporter) -> TuneRouterResult:
+    setup = _set_up(task, texts)
     before = setup.losses(reporter)
-    outcome = _train(config, merged, proxies, setup, work, reporter)
+    outcome = _train(task, setup, work, reporter)
     after = setup.losses(reporter)
     held_out = {name: {"before": before[name], "after": after[name]} for name in before}
     _refuse_worse(held_out, reporter)
-    tuned = tuple(RawTensor(*to_bytes(rows)) for rows in setup.tuning.rows)
+    tuned = tuple(RawTensor(*model.to_bytes(rows)) for rows in setup.tuning.rows)
     digest, written = assemble(
-        target,
-        replace(compose_merged(merged), tuned=tuned),
-        overwrite=config.overwrite,
+        task.target,
+        replace(compose_merged(task.merged), tuned=tuned),
+        overwrite=task.config.overwrite,
         trust_cache=False,
         dry_run=False,
         reporter=reporter,
     )
-    recent = outcome.losses[-20:]
-    return TuneRouterResult(
-        path=target,
+    return task.result(
         digest=digest,
-        tuned_with=merged.names,
-        documents={proxy.name: len(proxy.documents) for _, proxy in proxies},
         tokens=setup.loop.steps * setup.data.batch_size * setup.data.seq_len,
         steps=setup.loop.steps,
-        final_loss=sum(recent) / len(recent),
+        final_loss=outcome.final_loss,
         held_out=held_out,
         tokens_per_s=outcome.tokens_per_s,
         bytes_written=written,
@@ -333,23 +318,38 @@ def _run(
     )
 
 
-def _set_up(config: TuneRouterConfig, merged: Merged, anchor: Anchor, texts: _Texts) -> _Setup:
-    from flexctl.model.building import autocast_dtype, build_model, pick_device, pick_dtype, set_threads
-    from flexctl.routing.space import RouterSpace
-    from flexctl.text.sample import PublicSample
-    from flexctl.text.tokens import TokenStream
-    from flexctl.training.batches import EqualShares
-    from flexctl.training.budget import resolve_budget, warmup_steps
-    from flexctl.training.loop import LoopSettings
-    from flexctl.training.tuning import RouterTuning
-
-    set_threads(config.threads)
+def _set_up(task: _Task, texts: _Texts) -> _Setup:
+    config, merged = task.config, task.merged
+    machine = machine_of(config)
     streams = {
-        name: PublicSample(documents).stream() if documents else TokenStream.empty()
+        name: text.PublicSample(documents).stream() if documents else text.TokenStream.empty()
         for name, documents in texts.training.items()
     }
+    budget = _budget(task, streams)
+    data = training.EqualShares(streams, seq_len=budget.seq_len, batch_size=budget.batch_size, seed=config.seed)
+    most = max(1, round(budget.own_tokens / (data.batch_size * data.seq_len)))
+    steps = min(most, config.max_steps or most)
+    reader = machine.build(replace(merged.weights(), router=tuple(span.read() for span in merged.untuned_router())))
+    return _Setup(
+        reader=reader,
+        tuning=training.RouterTuning(reader, task.base.space, tether=config.tether),
+        data=data,
+        loop=training.LoopSettings(
+            steps=steps,
+            lr=budget.lr,
+            warmup_steps=training.warmup_steps(steps, None),
+            micro_batch=budget.micro_batch,
+            autocast=machine.autocast,
+        ),
+        held_out=texts.held_out,
+    )
+
+
+def _budget(task: _Task, streams: Mapping[str, text.TokenStream]) -> training.Budget:
+    """Return how long to train by default: once through the lists, and as much public text as one of them has."""
+    config, anchor = task.config, task.base.anchor
     listed = sum(len(stream) for name, stream in streams.items() if name != PUBLIC)
-    budget = resolve_budget(
+    return training.resolve_budget(
         available_tokens=round(listed * len(streams) / (len(streams) - 1)),
         epochs=1.0,
         max_tokens=config.max_tokens,
@@ -361,42 +361,14 @@ def _set_up(config: TuneRouterConfig, merged: Merged, anchor: Anchor, texts: _Te
         hidden_size=anchor.manifest.architecture.hidden_size,
         max_position_embeddings=anchor.config.get("max_position_embeddings"),
     )
-    data = EqualShares(streams, seq_len=budget.seq_len, batch_size=budget.batch_size, seed=config.seed)
-    most = max(1, round(budget.own_tokens / (data.batch_size * data.seq_len)))
-    steps = min(most, config.max_steps or most)
-    device = pick_device(config.device)
-    weights = replace(merged.weights(), router=tuple(span.read() for span in merged.untuned_router()))
-    model = build_model(weights, device=device, dtype=pick_dtype(config.dtype, device))
-    return _Setup(
-        model=model,
-        tuning=RouterTuning(model, RouterSpace.from_tensors(anchor.router_space()), tether=config.tether),
-        data=data,
-        loop=LoopSettings(
-            steps=steps,
-            lr=budget.lr,
-            warmup_steps=warmup_steps(steps, None),
-            micro_batch=budget.micro_batch,
-            autocast=autocast_dtype(config.dtype, device),
-        ),
-        held_out=texts.held_out,
-    )
 
 
-def _train(
-    config: TuneRouterConfig,
-    merged: Merged,
-    proxies: Sequence[tuple[Path, Proxy]],
-    setup: _Setup,
-    work: Path,
-    reporter: Reporter,
-) -> Outcome:
-    from flexctl.training.checkpoints import Checkpoints
-    from flexctl.training.loop import train
-
+def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> training.Outcome:
+    config, manifest = task.config, task.merged.manifest
     identity: dict[str, Any] = {
-        "experts": [entry.digest for entry in merged.manifest.experts],
-        "top_k": merged.manifest.num_experts_per_tok_requested,
-        "proxies": [proxy.digest for _, proxy in proxies],
+        "experts": [entry.digest for entry in manifest.experts],
+        "top_k": manifest.num_experts_per_tok_requested,
+        "proxies": [proxy.digest for _, proxy in task.proxies],
         "lr": setup.loop.lr,
         "steps": setup.loop.steps,
         "seq_len": setup.data.seq_len,
@@ -405,15 +377,15 @@ def _train(
         "seed": config.seed,
         "dtype": config.dtype,
     }
-    checkpoints = Checkpoints(
+    checkpoints = training.Checkpoints(
         work / "checkpoints",
         identity,
         every_steps=config.checkpoint_steps,
         resume=config.resume,
         reporter=reporter,
     )
-    return train(
-        setup.model,
+    return training.train(
+        setup.reader,
         setup.tuning.groups(),
         setup.data,
         setup.loop,

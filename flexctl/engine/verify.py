@@ -9,11 +9,13 @@ from typing import Annotated
 
 from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import Anchor, open_anchor
-from flexctl.bundle.checks import Check, check_bundle
+from flexctl.bundle.checks import Check
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.errors import UsageError
 from flexctl.options import MODEL, Config, flag
 from flexctl.runtime import SILENT, Reporter
+from flexctl.steps.proof import check_all
+from flexctl.steps.sources import localise
 
 __all__ = ["VerifyConfig", "VerifyResult", "verify"]
 
@@ -68,19 +70,17 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
         UsageError: There is nothing at a path.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
-    path = hub.localise(config.path, reporter)
+    path = localise(config.path, reporter)
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
-    files = list(path.iterdir()) if path.is_dir() else [path]
-    total = sum(file.stat().st_size for file in files if file.is_file())
-    with reporter.progress("hashing", total, "bytes") as progress:
-        digest, checks = check_bundle(
-            path,
-            anchor=_anchor(config, path, reporter),
-            absent=dict(_absent(name, reporter) for name in config.absent),
-            today=None if config.allow_expired else today or datetime.date.today(),
-            advance=progress.advance,
-        )
+    digest, checks = check_all(
+        path,
+        config,
+        reporter,
+        today=today,
+        anchor=_anchor(config, path, reporter),
+        absent=dict(_absent(name, reporter) for name in config.absent),
+    )
     shown = str(hub.parse(config.path)) if hub.is_remote(config.path) else path
     return VerifyResult(
         path=shown,
@@ -92,7 +92,7 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
 
 def _anchor(config: VerifyConfig, path: Path, reporter: Reporter) -> Anchor | None:
     if config.anchor is not None:
-        return open_anchor(hub.localise(config.anchor, reporter))
+        return open_anchor(localise(config.anchor, reporter))
     own = workspace.find().anchor
     return open_anchor(own) if own.is_dir() and not own.samefile(path) else None
 
@@ -106,7 +106,7 @@ def _absent(name: str, reporter: Reporter) -> tuple[str, Expert | None]:
     """Return an expert's name, and the expert if its file is at hand: given, or in the workspace."""
     given = Path(name)
     if given.suffix == ".st" or hub.is_remote(given):
-        expert = open_expert(hub.localise(given, reporter))
+        expert = open_expert(localise(given, reporter))
         return expert.manifest.name, expert
     own = workspace.find().experts / f"{name}.st"
     return name, open_expert(own) if own.is_file() else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from flexctl.hub.address import Address, DataAddress, is_remote, parse, parse_data
 from flexctl.hub.data import DataFile, data_files
 from flexctl.hub.remote import IGNORED, BundleFile, Remote, look, manifest_of
-from flexctl.hub.transfer import earlier_manifests, fetch, fetch_checkpoint, localise, prepare, runnable, send
+from flexctl.hub.transfer import earlier_manifests, fetch, fetch_checkpoint, prepare, send
 
 __all__ = [
     "IGNORED",
@@ -25,12 +25,10 @@ __all__ = [
     "fetch",
     "fetch_checkpoint",
     "is_remote",
-    "localise",
     "look",
     "manifest_of",
     "parse",
     "parse_data",
     "prepare",
-    "runnable",
     "send",
 ]

@@ -5,21 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flexctl.bundle.manifest import MANIFEST_FILE, Manifest
-from flexctl.bundle.runnable import Runnable, open_runnable
 from flexctl.bundle.stock import STOCK_FILES, WEIGHT_FILES
 from flexctl.bundle.validation import read_manifest
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.hub.address import Address, is_remote, parse
+from flexctl.hub.address import Address, parse
 from flexctl.hub.refusals import explained
-from flexctl.hub.remote import IGNORED, Remote, look, manifest_of
+from flexctl.hub.remote import IGNORED, Remote, look
 from flexctl.runtime import SILENT, Progress, Reporter
 
-__all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "localise", "prepare", "runnable", "send", "silenced"]
+__all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "prepare", "send", "silenced"]
 
 _ALONE_BYTES = 100_000
 _EARLIER_COMMITS = 50
@@ -58,38 +56,6 @@ def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
     if folder.name != remote.commit:
         raise FlexctlError(f"{address}: was changed while it was being fetched", hint="run the command again")
     return folder / (remote.file or "")
-
-
-def localise(path: Path, reporter: Reporter = SILENT) -> Path:
-    """Return where a bundle lies on this machine: ``path`` itself, or what was fetched of an address on the Hub.
-
-    Raises:
-        UsageError, BundleError, FlexctlError: As ``look``, ``manifest_of`` and ``fetch``.
-    """
-    if not is_remote(path):
-        return path
-    remote = look(parse(path))
-    manifest_of(remote)
-    return fetch(remote, reporter)
-
-
-def runnable(path: Path, anchor: Path, reporter: Reporter = SILENT) -> Runnable:
-    """Return the model behind a bundle that is here or on the Hub, by ``bundle.runnable.open_runnable``.
-
-    Args:
-        path: An anchor, an expert or a merged model.
-        anchor: The anchor, which an expert runs beside; fetched for an expert alone.
-        reporter: Where progress goes.
-
-    Returns:
-        What to run; its path is ``path``, as the user named it.
-
-    Raises:
-        UsageError, BundleError, FlexctlError: As ``localise`` and ``open_runnable``.
-    """
-    here = localise(path, reporter)
-    found = open_runnable(here, localise(anchor, reporter) if here.is_file() else anchor)
-    return replace(found, path=str(parse(path))) if is_remote(path) else found
 
 
 def prepare(address: Address, *, private: bool) -> Remote:

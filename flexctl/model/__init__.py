@@ -1,1 +1,32 @@
 """Torch modules: the routed feed-forward block, and models built from weights."""
+
+from __future__ import annotations
+
+from flexctl.faces import face
+
+NAMES = {
+    "building": (
+        "WeightSource",
+        "autocast_dtype",
+        "build_model",
+        "dense_shapes",
+        "is_bare_sentencepiece",
+        "load_dense",
+        "load_tokenizer",
+        "moved_tensors",
+        "pick_device",
+        "pick_dtype",
+        "route",
+        "set_threads",
+        "silenced",
+        "stock_problems",
+    ),
+    "configs": ("refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
+    "lowrank": ("decompose", "expand"),
+    "presets": ("PRESETS", "new_model"),
+    "routed": ("exclude", "observing", "routed_layers", "set_top_k"),
+    "tensors": ("DTYPES", "to_bytes", "to_torch"),
+}
+"""Module -> the names that the floors above use, imported on first use."""
+
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -24,7 +24,7 @@ from flexctl.text.documents import read_documents
 from flexctl.text.sample import PublicSample
 from flexctl.text.tokens import PASSAGE_TOKENS, Framed, frame_documents
 
-__all__ = ["Ranking", "fetch", "fit_classifier", "public_reader", "rank_public"]
+__all__ = ["PASSAGES_A_FOLD", "Ranking", "fetch", "fit_classifier", "public_reader", "rank_public"]
 
 Features = Callable[[Sequence[Tensor]], Tensor]
 """Turns token ids, (S,), int64 each, into (D, F), float32."""

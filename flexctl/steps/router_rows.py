@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from flexctl import routing, text
 from flexctl.bundle import Anchor, RouterInfo, open_router_file
 from flexctl.bundle.router import RouterFile
 from flexctl.runtime import Reporter
+from flexctl.steps.anchored import Anchored
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from flexctl.routing.rows import Rows
-    from flexctl.routing.start_rows import RowRecipe
 
 __all__ = ["RowConfig", "given_rows", "measured_rows", "names_a_file", "recipe_of"]
 
@@ -36,15 +36,14 @@ class RowConfig(Protocol):
         """Share of the owner's own covariance, for the discriminant."""
 
 
-def recipe_of(config: RowConfig) -> RowRecipe:
+def recipe_of(config: RowConfig) -> routing.RowRecipe:
     """Return how rows of a kind are made, after checking it.
 
     Raises:
         UsageError: There is no such kind, or it needs an encoder.
     """
-    from flexctl.routing.start_rows import RowRecipe
 
-    recipe = RowRecipe(kind=config.router, own_covariance=config.own_covariance, encoder=config.encoder)
+    recipe = routing.RowRecipe(kind=config.router, own_covariance=config.own_covariance, encoder=config.encoder)
     recipe.check()
     return recipe
 
@@ -69,20 +68,18 @@ def given_rows(config: RowConfig, anchor: Anchor) -> RouterFile | None:
 
 def measured_rows(
     config: RowConfig,
-    anchor: Anchor,
-    model: nn.Module,
-    tokenizer: Any,
+    base: Anchored,
+    reader: nn.Module,
     own: Sequence[str],
     public: Sequence[str],
     reporter: Reporter,
-) -> tuple[Rows, RouterInfo]:
+) -> tuple[routing.Rows, RouterInfo]:
     """Return rows of a kind for an owner's passages, and what a manifest says of them.
 
     Args:
         config: Which kind.
-        anchor: The anchor.
-        model: The same, ready to run.
-        tokenizer: The anchor's.
+        base: The anchor.
+        reader: The same as a model.
         own: The owner's passages, two at least.
         public: Public passages; only the encoder kind reads them.
         reporter: Hears of progress.
@@ -90,13 +87,11 @@ def measured_rows(
     Raises:
         UsageError: There are too few passages, or the encoder cannot be loaded.
     """
-    from flexctl.routing.space import RouterSpace
-    from flexctl.routing.start_rows import embed_rows
-    from flexctl.text.tokens import frame_passages
 
     recipe = recipe_of(config)
-    space = RouterSpace.from_tensors(anchor.router_space())
-    rows = embed_rows(recipe, model, space, own, public, partial(frame_passages, tokenizer), reporter)
+    rows = routing.embed_rows(
+        recipe, reader, base.space, own, public, partial(text.frame_passages, base.tokenizer), reporter
+    )
     info = RouterInfo(
         kind=recipe.kind,
         samples=len(own),

@@ -1,1 +1,25 @@
 """Text from files and data sets: read, tokenised, framed, sampled."""
+
+from __future__ import annotations
+
+from flexctl.faces import face
+
+NAMES = {
+    "corpus": ("Corpus", "prepare_corpus", "text_digest"),
+    "documents": (
+        "pinned",
+        "read_documents",
+        "sample_halves",
+        "sample_passages",
+        "size_bytes",
+        "source_name",
+        "text_files",
+    ),
+    "found_text": ("DOMAINS", "write_domain"),
+    "sample": ("PublicSample", "draw_sample", "leading"),
+    "tokenizer": ("refuse_other_tokenizer", "refuse_tokens_beyond", "train_tokenizer"),
+    "tokens": ("Framed", "TokenStream", "frame_documents", "frame_passages", "pack"),
+}
+"""Module -> the names that the floors above use, imported on first use."""
+
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -1,1 +1,21 @@
 """The one training loop, what it trains, its batches and its checkpoints."""
+
+from __future__ import annotations
+
+from flexctl.faces import face
+
+NAMES = {
+    "batches": ("EqualShares", "Mixture"),
+    "budget": ("Budget", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"),
+    "checkpoints": ("Checkpoints",),
+    "finished": ("asked_for", "folder_digest", "refuse_other_request", "say_done"),
+    "loop": ("LoopSettings", "Outcome", "train"),
+    "pair": ("Pair",),
+    "ranks": ("Factors", "choose_ranks", "expert_matrices"),
+    "tuning": ("RouterTuning",),
+    "whole": ("WholeSettings", "train_whole"),
+    "work": ("refuse_busy", "working_folder"),
+}
+"""Module -> the names that the floors above use, imported on first use."""
+
+__getattr__, __dir__, __all__ = face(__name__, NAMES)

@@ -67,6 +67,11 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     tokens_per_s: float | None = None
 
+    @property
+    def final_loss(self) -> float:
+        """Mean loss of the last steps."""
+        return _recent(self.losses)
+
 
 def learning_rate(step: int, settings: LoopSettings) -> float:
     """Return the learning rate of ``step``: linear warm-up, then a cosine to zero."""
@@ -176,5 +181,10 @@ def _refuse_nonfinite(loss: float, step: int) -> None:
 
 
 def _report(bar: Progress, losses: Sequence[float], tokens: int, tokens_per_s: float) -> None:
+    bar.advance(tokens, loss=_recent(losses), tokens_per_s=tokens_per_s)
+
+
+def _recent(losses: Sequence[float]) -> float:
+    """Return the mean of the last 20 losses."""
     recent = losses[-20:]
-    bar.advance(tokens, loss=sum(recent) / len(recent), tokens_per_s=tokens_per_s)
+    return sum(recent) / len(recent)

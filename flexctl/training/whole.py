@@ -101,8 +101,7 @@ def train_whole(
         match=match,
         checkpoints=checkpoints,
     )
-    recent = outcome.losses[-20:]
-    return data.own_tokens(steps), sum(recent) / len(recent)
+    return data.own_tokens(steps), outcome.final_loss
 
 
 def _digest(model: nn.Module) -> str:

@@ -18,7 +18,6 @@ from flexctl.bundle.store import (
     copy_range,
     new_directory,
     new_file,
-    place_of_change,
     require_space,
 )
 from flexctl.errors import BundleError, FlexctlError, UsageError
@@ -222,15 +221,6 @@ def test_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:
     require_space(tmp_path / "not/yet/there", 1)
     with pytest.raises(FlexctlError, match="the disk has"):
         require_space(tmp_path / "not/yet/there", 10**18)
-
-
-def test_a_workspace_s_own_model_changes_in_place(in_empty_folder: Path) -> None:
-    elsewhere = in_empty_folder / "elsewhere/other"
-    assert place_of_change(Path("merged"), None) == (Path("merged"), True)
-    assert place_of_change(in_empty_folder / "merged", Path("merged")) == (Path("merged"), True)
-    assert place_of_change(Path("merged"), Path("new")) == (Path("new"), False)
-    assert place_of_change(elsewhere, None) == (elsewhere, False)
-    assert place_of_change(elsewhere.with_name("merged"), None) == (elsewhere.with_name("merged"), True)
 
 
 def fill(target: Path, *, overwrite: bool = False) -> None:

@@ -1,0 +1,30 @@
+# Written by `make docs`; a test checks that it is current.
+
+from flexctl.model.building import WeightSource as WeightSource
+from flexctl.model.building import autocast_dtype as autocast_dtype
+from flexctl.model.building import build_model as build_model
+from flexctl.model.building import dense_shapes as dense_shapes
+from flexctl.model.building import is_bare_sentencepiece as is_bare_sentencepiece
+from flexctl.model.building import load_dense as load_dense
+from flexctl.model.building import load_tokenizer as load_tokenizer
+from flexctl.model.building import moved_tensors as moved_tensors
+from flexctl.model.building import pick_device as pick_device
+from flexctl.model.building import pick_dtype as pick_dtype
+from flexctl.model.building import route as route
+from flexctl.model.building import set_threads as set_threads
+from flexctl.model.building import silenced as silenced
+from flexctl.model.building import stock_problems as stock_problems
+from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
+from flexctl.model.configs import resolve_moe_config as resolve_moe_config
+from flexctl.model.configs import warn_of_length as warn_of_length
+from flexctl.model.lowrank import decompose as decompose
+from flexctl.model.lowrank import expand as expand
+from flexctl.model.presets import PRESETS as PRESETS
+from flexctl.model.presets import new_model as new_model
+from flexctl.model.routed import exclude as exclude
+from flexctl.model.routed import observing as observing
+from flexctl.model.routed import routed_layers as routed_layers
+from flexctl.model.routed import set_top_k as set_top_k
+from flexctl.model.tensors import DTYPES as DTYPES
+from flexctl.model.tensors import to_bytes as to_bytes
+from flexctl.model.tensors import to_torch as to_torch

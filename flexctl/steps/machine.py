@@ -1,0 +1,61 @@
+"""What models run on, as a command's Config asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from flexctl import model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Machine", "MachineConfig", "machine_of"]
+
+
+class MachineConfig(Protocol):
+    """What a command's Config says about the machine."""
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads; None is torch's own choice."""
+
+    @property
+    def device(self) -> str:
+        """auto, cpu, cuda or cuda:N."""
+
+    @property
+    def dtype(self) -> str:
+        """auto, float32 or bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """A device, and how numbers are kept on it.
+
+    Attributes:
+        device: Where models run.
+        dtype: Of their weights.
+        autocast: Of matrix products in training; None for the weights' own.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+    def build(self, weights: model.WeightSource) -> nn.Module:
+        """Return a frozen model in evaluation mode, as from ``model.build_model``, ready to run here."""
+        return model.build_model(weights, device=self.device, dtype=self.dtype)
+
+
+def machine_of(config: MachineConfig) -> Machine:
+    """Return what a command is to run on; from here on torch uses as many threads as it asks for.
+
+    Raises:
+        UsageError: There is no such device here, or no such dtype.
+    """
+    device = model.pick_device(config.device)
+    dtype, autocast = model.pick_dtype(config.dtype, device), model.autocast_dtype(config.dtype, device)
+    model.set_threads(config.threads)
+    return Machine(device=device, dtype=dtype, autocast=autocast)
