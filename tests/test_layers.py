@@ -23,7 +23,7 @@ LAYERS = (
     {"text"},
     {"hub", "cache"},
     {"model", "bundle"},
-    {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors", "pointers"},
+    {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors", "pointers", "shipped"},
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 # Parts of one layer that may see each other: the lowest one.
