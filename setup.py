@@ -1,4 +1,4 @@
-"""Names the packages of the wheel: flexctl's own, and templates/ as flexctl/templates. All else is in pyproject.toml."""
+"""The packages of the wheel: flexctl's own, and templates/ as flexctl/templates. All else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
