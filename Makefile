@@ -2,7 +2,9 @@
 #   make demo    an expert's whole life on text that this machine has, in a few minutes
 #   make test    the tests          make test-slow   those that take minutes as well
 #   make check   formatter, linter, types
-#   make docs    docs/cli.md from the help pages
+#   make docs    what is generated: docs/cli.md, the package's names, README's first screen and its picture
+#   make record  a run of the life that README's first screen shows, some minutes; then make docs
+#   make release the wheel: built, checked, installed in a bare environment, and the demo run from it
 #   make bench   measurements; they never fail on time
 
 VENV := .venv
@@ -11,7 +13,7 @@ STAMP := $(VENV)/installed
 MIN_PYTHON := 3.10
 MAX_PYTHON := 3.13
 
-.PHONY: help venv demo test test-slow check docs bench clean
+.PHONY: help venv demo test test-slow check docs record release bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +53,13 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m flexctl.cli.reference
+	$(BIN)/python -m tools.readme
+
+record: $(STAMP)
+	$(BIN)/python -m tools.record
+
+release: $(STAMP)
+	$(BIN)/python -m tools.release
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks

@@ -25,6 +25,7 @@ from typing import Any
 
 from flexctl import commands
 from flexctl.errors import UsageError
+from flexctl.shipped import template
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,8 +90,7 @@ def ensure(root: Path) -> Workspace:
     """
     around = find(root)
     if not around.file.is_file():
-        lines = [f'{name} = "{place}"\n' for name, place in _PLACES.items()]
-        around.file.write_text("[workspace]\n" + "".join(lines), encoding="utf-8")
+        around.file.write_text(template(FILE_NAME), encoding="utf-8")
     return around
 
 

@@ -23,7 +23,19 @@ LAYERS = (
     {"text"},
     {"hub", "cache"},
     {"model", "bundle"},
-    {"families", "workspace", "config", "flags", "options", "commands", "runtime", "errors", "pointers", "faces"},
+    {
+        "families",
+        "workspace",
+        "config",
+        "flags",
+        "options",
+        "commands",
+        "runtime",
+        "errors",
+        "pointers",
+        "faces",
+        "shipped",
+    },
 )
 DEPTH = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 # Parts of one layer that may see each other: the lowest one.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from builders import fine_tune
@@ -13,6 +15,9 @@ from conftest import Texts
 
 from flexctl.cli.app import main
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
+from tools.picture import PICTURE, life
+from tools.readme import filled
+from tools.record import RECORDED
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 FIRST_SCREEN = re.compile(r"```console\n(.*?)```", re.DOTALL)
@@ -58,16 +63,59 @@ def test_first_screen(
 ) -> None:
     init, *rest = commands(HEAD)
     assert [line.split()[0] for line in (init, *rest)] == ["init-anchor", "train-expert", "merge", "remove", "verify"]
+    names = [Path(path).stem for path in rest[1].split()[1:]]
+    trained = rest[0].split("--data ")[1]
+    others = [name for name in names if name != trained]
+    assert len(others) == 2
+    assert rest[2:] == [f"remove {trained}", f"verify merged --absent {trained}"]
+    if not Path(trained).exists():
+        shutil.copytree(texts.code, trained)
     monkeypatch.setenv("FLEXCTL_MAX_TOKENS", "2000")
     run(init)
-    for name in ("code", "math"):
+    for name in others:
         make_expert(name, texts.sums, f"experts/{name}.st", seed=ord(name[0]))
     for line in rest:
         run(line)
-    assert "absent news" in capsys.readouterr().out
+    assert f"absent {trained}" in capsys.readouterr().out
     assert sorted(path.name for path in folder.glob("merged/model-expert-*")) == [
-        f"model-expert-{name}.safetensors" for name in ("code", "math", "public")
+        f"model-expert-{name}.safetensors" for name in sorted([*others, "public"])
     ]
+
+
+def test_first_screen_is_the_recorded_run() -> None:
+    assert filled(README, json.loads(RECORDED.read_text(encoding="utf-8"))) == README, "run: make docs"
+
+
+def test_a_record_fills_the_blocks_and_nothing_else() -> None:
+    recorded = {
+        "commit": "abc",
+        "date": "2026-01-01",
+        "text": "two songs",
+        "software": {"flexctl": "9"},
+        "commands": [
+            {"command": "flexctl train-expert --data one", "output": "not shown\n"},
+            {"command": "flexctl train-expert --data two", "output": "x" * 200 + "\n"},
+            {"command": "flexctl remove two", "output": "gone \\1\n"},
+        ],
+        "bits_per_byte": {"anchor": {"public": 2.0, "one": 3.0}, "own expert": {"one": 2.5}},
+    }
+    text = "a\n" + "".join(
+        f"<!-- recorded: {name} -->\n\n<!-- end -->\nb\n" for name in ("transcript", "source", "table")
+    )
+    once = filled(text, recorded)
+    assert filled(once, recorded) == once
+    assert "not shown" not in once
+    assert f"$ flexctl train-expert --data two\n{'x' * 200}\n\n$ flexctl remove two\ngone \\1\n```" in once
+    assert (
+        "| text | anchor | own expert |\n|---|---|---|\n| public | **2.000** |  |\n| one | 3.000 | **2.500** |" in once
+    )
+    assert "2026-01-01 at commit abc: flexctl 9. Text: two songs." in once
+    assert re.sub(r"-->\n.*?\n<!-- end", "-->\n\n<!-- end", once, flags=re.DOTALL) == text
+
+
+def test_the_picture_is_what_the_script_draws() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == life(), "run: make docs"
+    assert ElementTree.fromstring(life()).tag.endswith("svg")
 
 
 def test_life_of_an_expert(folder: Path, texts: Texts, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

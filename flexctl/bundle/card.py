@@ -1,7 +1,7 @@
-"""Model cards with the Hub's front matter.
+"""Model cards with the Hub's front matter; their texts are in templates/.
 
-A merged model's is part of it: a pure function of its manifest, digest and hashes aside. An anchor's and an expert's
-are made when they are published.
+A merged model's is part of it: a pure function of its manifest, digest and hashes aside. So a change of its text is a
+new schema version. An anchor's and an expert's are made when they are published.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flexctl.bundle.manifest import (
     PrivacyInfo,
 )
 from flexctl.families import family_of
+from flexctl.shipped import template
 
 __all__ = ["anchor_card", "expert_card", "is_hub_license", "merged_card"]
 
@@ -34,107 +35,6 @@ _HUB_LICENSES = """
     unlicense wtfpl zlib
 """
 
-_ANCHOR_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-{license}
-{base_model}tags:
-- {model_type}
-- flexctl
-- flexctl-anchor
----
-
-# {name}
-
-A public, frozen language model of type `{model_type}` for experts to be trained against, made with flexctl.
-Besides the stock checkpoint it carries what routers are calibrated in and a sample of public text as token ids.
-
-- digest: `{digest}`
-- sizes: {sizes}
-- license: {license_text}
-
-## Use
-
-```
-flexctl pull {repository} -o anchor
-flexctl train-expert --data PATH --anchor anchor
-```
-
-`flexctl verify anchor` hashes every byte again.
-"""
-
-_EXPERT_CARD = """\
----
-library_name: flexctl
-{license}
-{base_model}base_model_relation: adapter
-tags:
-- moe
-- flexctl
-- flexctl-expert
----
-
-# {name}
-
-An expert for the anchor {anchor}: feed-forward weights and router rows, trained apart from any other expert.
-It is no model by itself: merge it with its anchor and with whatever other experts there are.
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-```
-flexctl merge hf://{repository} --anchor ANCHOR -o merged
-```
-
-It can be taken out of a merged model again exactly: `flexctl remove {name} --from merged`.
-"""
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-{license}
-base_model:
-{base_model}
-base_model_relation: merge
-tags:
-- moe
-- {moe_type}
-- flexctl
----
-
-# {title}
-
-A mixture-of-experts language model of type `{moe_type}`, merged by flexctl from experts that were trained apart from
-each other against the same anchor, {anchor}.
-Nothing was trained after the merge, and every expert can be taken out again exactly.
-
-## Who is inside
-
-| index | expert | license | purposes | rights end | privacy | digest |
-|---|---|---|---|---|---|---|
-{rows}
-
-{top_k} of {count} experts work on each token. License: {license_text}.
-{removed}
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
-```
-
-`flexctl verify DIRECTORY` hashes every byte again. `flexctl remove NAME --from DIRECTORY -o NEW` takes one out.
-
-Statement: `{statement}` (SHA-256 of flexctl.json without digest, files and tensors)
-"""
-
 
 def merged_card(manifest: MergedManifest) -> str:
     """Return README.md of a merged model, with the Hub's front matter.
@@ -146,7 +46,7 @@ def merged_card(manifest: MergedManifest) -> str:
     moe_type = family_of(manifest.anchor.model_type).moe_type
     count = len(manifest.experts)
     each = manifest.license == OTHER_LICENSE
-    return _CARD.format(
+    return template("merged-card.md").format(
         license=_license(manifest.license, "see-experts"),
         base_model="\n".join(f"- {json.dumps(name)}" for name in [manifest.anchor.name, *names]),
         moe_type=moe_type,
@@ -170,7 +70,7 @@ def anchor_card(manifest: AnchorManifest, repository: str, base_model: str | Non
         base_model: The model on the Hub that it was made from, if there is one.
     """
     sizes = manifest.architecture
-    return _ANCHOR_CARD.format(
+    return template("anchor-card.md").format(
         license=_license(manifest.license, "unknown"),
         base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
         model_type=manifest.model_type,
@@ -203,7 +103,7 @@ def expert_card(manifest: ExpertManifest, repository: str, base_model: str | Non
         "privacy": _privacy(manifest.privacy),
         "contact": data.contact or "not given",
     }
-    return _EXPERT_CARD.format(
+    return template("expert-card.md").format(
         license=_license(data.license, "unknown"),
         base_model=f"base_model: {json.dumps(base_model or anchor.name)}\n",
         name=manifest.name,

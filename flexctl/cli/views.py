@@ -106,11 +106,7 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
     trained = f"trained on {number(result.tokens)} tokens" if result.tokens else None
     loss = f"loss {number(result.loss)}" if result.loss is not None else None
     facts = (sizes, parameters, f"vocabulary {number(result.vocab_size)}", trained, loss)
-    lines = [_sentence(result, f"Made anchor {result.name} in {cell(result.path)}", *facts)]
-    if result.constant_std:
-        spreads = " ".join(f"{spread:.2f}" for spread in result.constant_std)
-        lines += ["", f"u . x on public text is 1 with a standard deviation, layer by layer, of {spreads}"]
-    return lines
+    return [_sentence(result, f"Made anchor {result.name} in {cell(result.path)}", *facts)]
 
 
 def _train_expert(result: TrainExpertResult) -> list[str]:

@@ -1,0 +1,50 @@
+"""Links and references between documents lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+SOURCES = sorted(path for folder in ("flexctl", "tests", "examples", "tools") for path in (ROOT / folder).rglob("*.py"))
+SHOWN = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+
+def headings(page: Path) -> list[str]:
+    """Return a page's headings, without those inside code."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+
+
+def anchor_of(heading: str) -> str:
+    """Return the fragment under which GitHub shows a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not fragment or fragment in map(anchor_of, headings(file)), target
+
+
+def sections(page: Path) -> set[str]:
+    """Return the numbers of a page's sections, those included that its table says are elsewhere."""
+    numbered = [re.match(r"(\d+)\.", heading) for heading in headings(page)]
+    listed = re.findall(r"^\| (\d+) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {found[1] for found in numbered if found} | set(listed)
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_sections_that_are_named_exist(path: Path) -> None:
+    for page, number in re.findall(r"\b([\w-]+\.md)\)?,\s+section\s+(\d+)", path.read_text(encoding="utf-8")):
+        file = ROOT / "docs" / page
+        assert not file.exists() or number in sections(file), f"{page}, section {number}"
