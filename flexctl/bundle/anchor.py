@@ -153,7 +153,8 @@ def write_anchor(
         checkpoint: Directory with config.json, weights as safetensors, tokenizer files.
         name: How people call it; letters, digits, '.', '_' and '-'.
         moe_config: Finished config of the mixture class; counts in it are of no account.
-        router_space: ``layers.{i}.mean``, ``.covariance_factor``, ``.covariance_diagonal``, F32.
+        router_space: ``layers.{i}.mean``, ``.covariance_factor``, ``.covariance_diagonal``, F32; also
+            ``.variety_factor`` and ``.variety_diagonal`` where other kinds of text were measured.
         public_sample: Tensors of the public sample, written as they are.
         overwrite: Whether an anchor that exists may be replaced.
         license: SPDX id or text of the checkpoint; None is unknown.
@@ -215,12 +216,16 @@ def _router_space_spans(path: Path) -> dict[str, Span]:
 
 def _check_router_space(spans: Mapping[str, Span], architecture: Architecture, where: Path) -> None:
     hidden = architecture.hidden_size
+    parts = ["covariance"]
+    if f"{ROUTER_SPACE_PREFIX}layers.0.variety_factor" in spans:
+        parts.append("variety")
     expected = {}
     for layer in range(architecture.num_hidden_layers):
         prefix = f"{ROUTER_SPACE_PREFIX}layers.{layer}"
         expected[f"{prefix}.mean"] = TensorType("F32", (hidden,))
-        expected[f"{prefix}.covariance_factor"] = TensorType("F32", (min(hidden, 256), hidden))
-        expected[f"{prefix}.covariance_diagonal"] = TensorType("F32", (hidden,))
+        for part in parts:
+            expected[f"{prefix}.{part}_factor"] = TensorType("F32", (min(hidden, 256), hidden))
+            expected[f"{prefix}.{part}_diagonal"] = TensorType("F32", (hidden,))
     found = {name: span for name, span in spans.items() if name.startswith(ROUTER_SPACE_PREFIX)}
     check_agreement(found, expected, str(where / ROUTER_SPACE_FILE))
 

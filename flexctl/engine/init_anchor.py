@@ -29,7 +29,7 @@ from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
-from flexctl.runtime import SILENT, Reporter, software_versions
+from flexctl.runtime import SILENT, Reporter, counted, software_versions
 from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 _CALIBRATION_TOKENS = 262_144
 _CALIBRATION_BATCH = 8
 _CALIBRATION_SEQ_LEN = 256
+_KIND_PASSAGES = 128
 _ANNEAL: dict[str, Any] = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
 
 
@@ -78,6 +79,15 @@ class InitAnchorConfig(Config):
         int, flag("N", "First train SOURCE on this many tokens of `data`.", TRAINING, at_least=0)
     ] = 0
     sample_tokens: Annotated[int, flag("N", "Tokens of public text kept with the anchor.", DATA, above=0)] = 1_000_000
+    calibrate: Annotated[
+        tuple[Path, ...],
+        flag(
+            "PATH",
+            "Text of another kind than `data` (code, a language): measured only, so that routers know how text varies; "
+            "repeatable, one kind each.",
+            DATA,
+        ),
+    ] = ()
     seq_len: Annotated[
         int | None, flag("N", "Tokens a sequence (default: the preset's, or 1024 for annealing).", DATA, above=0)
     ] = None
@@ -193,8 +203,13 @@ def _finished(
 def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
     """Return what decides the result."""
 
-    digest = text.text_digest(config.data, config.text_field, config.seed)
-    return training.asked_for(config, name=_name(config), text=digest, source=source and training.folder_digest(source))
+    return training.asked_for(
+        config,
+        name=_name(config),
+        text=text.text_digest(config.data, config.text_field, config.seed),
+        calibrate=[text.text_digest([path], config.text_field, config.seed) for path in config.calibrate],
+        source=source and training.folder_digest(source),
+    )
 
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
@@ -202,6 +217,8 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
     check_anchor_name(_name(config), "`name`")
     machine_of(config)
+    for path in config.calibrate:
+        text.text_files([path], "calibrate")
 
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
@@ -377,14 +394,14 @@ def _calibrate_and_write(
 ) -> InitAnchorResult:
 
     reporter.note("drawing the public sample")
-    documents = text.frame_documents(
-        model.load_tokenizer(checkpoint), text.read_documents(config.data, config.text_field)
-    )
+    tokenizer = model.load_tokenizer(checkpoint)
+    documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     sample = text.draw_sample(documents, config.sample_tokens, config.seed)
     loaded = model.load_dense(checkpoint)
     num_parameters = loaded.num_parameters()
-    statistics = _measure(config, loaded, sample, reporter)
-    space = routing.fit_space(statistics)
+    routed = model.route(loaded).to(machine_of(config).device)
+    statistics = _measure(routed, sample, reporter)
+    space = routing.fit_space(statistics, _measure_kinds(config, routed, tokenizer, reporter))
     spread = [float(std) for std in routing.constant_spread(space, statistics)]
     dense = read_dense_config(checkpoint)
     sample_tensors = sample.to_tensors()
@@ -422,9 +439,7 @@ def _calibrate_and_write(
     )
 
 
-def _measure(
-    config: InitAnchorConfig, dense: Any, sample: text.PublicSample, reporter: Reporter
-) -> routing.InputStatistics:
+def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> routing.InputStatistics:
 
     def batches() -> Iterator[Tensor]:
         import torch
@@ -438,4 +453,22 @@ def _measure(
                 yield torch.stack([torch.from_numpy(row) for row in rows])
                 bar.advance(len(rows) * seq_len)
 
-    return routing.measure_inputs(model.route(dense).to(machine_of(config).device), batches())
+    return routing.measure_inputs(routed, batches())
+
+
+def _measure_kinds(config: InitAnchorConfig, routed: Any, tokenizer: Any, reporter: Reporter) -> list[Tensor]:
+    """Return how router inputs vary inside passages of each other kind of text, (L, H, H) each.
+
+    Args:
+        config: Says where they are.
+        routed: The model, with routed blocks.
+        tokenizer: Its tokenizer.
+        reporter: Hears of progress.
+    """
+    found = []
+    for path in config.calibrate:
+        passages = text.sample_passages(text.read_documents([path], config.text_field), _KIND_PASSAGES, config.seed)
+        framed = text.frame_passages(tokenizer, passages)
+        with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
+            found.append(routing.measure_passages(routed, counted(framed, bar)).within)
+    return found

@@ -7,7 +7,15 @@ from flexctl.faces import face
 NAMES = {
     "proxies": ("PASSAGES_A_FOLD", "Ranking", "fetch", "public_reader", "rank_public"),
     "rows": ("Rows", "row_logits"),
-    "space": ("InputStatistics", "RouterSpace", "constant_spread", "fit_space", "measure_documents", "measure_inputs"),
+    "space": (
+        "InputStatistics",
+        "RouterSpace",
+        "constant_spread",
+        "fit_space",
+        "measure_documents",
+        "measure_inputs",
+        "measure_passages",
+    ),
     "start_rows": ("PASSAGES", "Encoder", "RowRecipe", "embed_rows", "encoder_name"),
 }
 """Module -> the names that the floors above use, imported on first use."""

@@ -13,6 +13,7 @@ from flexctl.routing.space import constant_spread as constant_spread
 from flexctl.routing.space import fit_space as fit_space
 from flexctl.routing.space import measure_documents as measure_documents
 from flexctl.routing.space import measure_inputs as measure_inputs
+from flexctl.routing.space import measure_passages as measure_passages
 from flexctl.routing.start_rows import PASSAGES as PASSAGES
 from flexctl.routing.start_rows import Encoder as Encoder
 from flexctl.routing.start_rows import RowRecipe as RowRecipe

@@ -84,6 +84,7 @@ def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) 
     """Return d = ((1 - a) S + a W_i)^-1 (m_i - m), (L, H), float64.
 
     S alone says how public inputs vary; directions in which the owner's own inputs vary are no mark of them either.
+    Where the anchor was calibrated on text of other kinds too, S has their share here.
 
     Args:
         space: The anchor's router space.
@@ -95,7 +96,7 @@ def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) 
     """
     directions = []
     for layer, shift in enumerate(owner.mean - space.mean.double()):
-        blended = (1 - own_covariance) * space.covariance(layer) + own_covariance * owner.within[layer].double()
+        blended = (1 - own_covariance) * space.usual(layer) + own_covariance * owner.within[layer].double()
         directions.append(torch.cholesky_solve(shift[:, None], torch.linalg.cholesky(blended))[:, 0])
     return torch.stack(directions)
 

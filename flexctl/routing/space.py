@@ -5,7 +5,7 @@ Shapes: L num_hidden_layers, H hidden_size, R rank, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,9 @@ __all__ = [
 MAX_RANK = 256
 SHRINKAGE = 0.1
 """Share of the mean variance added to every direction: shares from 0.003 to 0.3 do about equally well."""
+
+VARIETY = 0.3
+"""Weight of other kinds' covariance beside public text's own. By measurement: docs/results.md, section 10."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +57,14 @@ class RouterSpace:
         mean: m, (L, H), float32.
         factor: F, (L, R, H), float32, R = min(H, 256).
         diagonal: D, (L, H), float32, positive.
+        variety: F and D, likewise, of the covariance with that of other kinds of text added; None where no other kind
+            was measured.
     """
 
     mean: Tensor
     factor: Tensor
     diagonal: Tensor
+    variety: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, RawBytes]) -> RouterSpace:
@@ -70,7 +76,14 @@ class RouterSpace:
         def stack(part: str) -> Tensor:
             return torch.stack([to_torch(tensors[f"layers.{i}.{part}"]) for i in range(layers)])
 
-        return cls(mean=stack("mean"), factor=stack("covariance_factor"), diagonal=stack("covariance_diagonal"))
+        return cls(
+            mean=stack("mean"),
+            factor=stack("covariance_factor"),
+            diagonal=stack("covariance_diagonal"),
+            variety=(stack("variety_factor"), stack("variety_diagonal"))
+            if "layers.0.variety_factor" in tensors
+            else None,
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of ``router-space.safetensors`` by name."""
@@ -79,12 +92,20 @@ class RouterSpace:
             tensors[f"layers.{i}.mean"] = self.mean[i]
             tensors[f"layers.{i}.covariance_factor"] = self.factor[i]
             tensors[f"layers.{i}.covariance_diagonal"] = self.diagonal[i]
+            if self.variety is not None:
+                tensors[f"layers.{i}.variety_factor"] = self.variety[0][i]
+                tensors[f"layers.{i}.variety_diagonal"] = self.variety[1][i]
         return tensors
 
     def covariance(self, layer: int) -> Tensor:
         """Return S of one layer, (H, H), float64."""
-        factor = self.factor[layer].double()
-        return factor.T @ factor + torch.diag(self.diagonal[layer].double())
+        return _dense(self.factor[layer], self.diagonal[layer])
+
+    def usual(self, layer: int) -> Tensor:
+        """Return how router inputs vary in text of many kinds, as far as that was measured; else S. (H, H), float64."""
+        if self.variety is None:
+            return self.covariance(layer)
+        return _dense(self.variety[0][layer], self.variety[1][layer])
 
     def solve(self, directions: Tensor) -> Tensor:
         """Return S^-1 d for directions of every layer, (..., L, H) -> (..., L, H), float64."""
@@ -148,26 +169,42 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatisti
     return InputStatistics(count=count, mean=mean / count, second=second / count)
 
 
-def fit_space(statistics: InputStatistics) -> RouterSpace:
+def fit_space(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> RouterSpace:
     """Return the shrunk, low-rank-plus-diagonal fit of public router inputs.
 
     The covariance keeps its ``min(H, 256)`` largest eigenvectors; what they leave stays on the diagonal, and
     ``SHRINKAGE`` times the mean variance is added to it.
+
+    Args:
+        statistics: Of public text.
+        kinds: Covariances inside passages of other kinds of text, (L, H, H) each, as ``measure_passages`` gives them.
     """
+    covariances = [
+        second - torch.outer(mean, mean) for mean, second in zip(statistics.mean, statistics.second, strict=True)
+    ]
+    factor, diagonal = _fit(covariances)
+    varied = None
+    if kinds:
+        mean_kind = torch.stack(list(kinds)).double().mean(dim=0)
+        varied = _fit([public + VARIETY * other for public, other in zip(covariances, mean_kind, strict=True)])
+    return RouterSpace(mean=statistics.mean.float(), factor=factor, diagonal=diagonal, variety=varied)
+
+
+def _fit(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return F, (L, R, H), and D, (L, H), float32, of covariances (H, H), float64, a layer each."""
     factors, diagonals = [], []
-    for mean, second in zip(statistics.mean, statistics.second, strict=True):
-        covariance = second - torch.outer(mean, mean)
+    for covariance in covariances:
         values, vectors = torch.linalg.eigh(covariance)
-        rank = min(len(mean), MAX_RANK)
+        rank = min(len(covariance), MAX_RANK)
         factor = (vectors * values.clamp(min=0).sqrt())[:, -rank:].T
         left = (covariance.diagonal() - factor.square().sum(dim=0)).clamp(min=0)
         factors.append(factor)
         diagonals.append(left + SHRINKAGE * covariance.diagonal().mean() + 1e-12)
-    return RouterSpace(
-        mean=statistics.mean.float(),
-        factor=torch.stack(factors).float(),
-        diagonal=torch.stack(diagonals).float(),
-    )
+    return torch.stack(factors).float(), torch.stack(diagonals).float()
+
+
+def _dense(factor: Tensor, diagonal: Tensor) -> Tensor:
+    return factor.double().T @ factor.double() + torch.diag(diagonal.double())
 
 
 def constant_spread(space: RouterSpace, statistics: InputStatistics) -> Tensor:

@@ -13,7 +13,8 @@ import tiny
 import torch
 import transformers
 
-from flexctl.bundle import open_anchor, store
+from flexctl.bundle import open_anchor, open_router_file, store
+from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.init_anchor import InitAnchorConfig, InitAnchorResult, init_anchor
 from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
@@ -99,6 +100,31 @@ def test_same_inputs_give_the_same_digest_and_others_do_not(tmp_path: Path, text
     assert digest("b") == first
     assert digest("c", seed=1) != first
     assert digest("d", data=(texts.public_test,)) != first
+
+
+def test_other_kinds_of_text_are_measured_and_leave_nothing_else(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    make(texts, tmp_path / "plain", source=str(checkpoint))
+    kinds = {"source": str(checkpoint), "calibrate": (texts.code, texts.sums)}
+    make(texts, tmp_path / "varied", **kinds)
+    plain, varied = (open_anchor(tmp_path / name) for name in ("plain", "varied"))
+    assert varied.digest != plain.digest
+    before, after = plain.router_space(), varied.router_space()
+    assert {name.split(".")[-1] for name in set(after) - set(before)} == {"variety_factor", "variety_diagonal"}
+    assert all(after[name].data.tobytes() == raw.data.tobytes() for name, raw in before.items())
+    assert varied.public_sample()["tokens"].data.tobytes() == plain.public_sample()["tokens"].data.tobytes()
+    assert make(texts, tmp_path / "other", **{**kinds, "calibrate": (texts.code,)}).digest != varied.digest
+
+    rows = {}
+    for name in ("plain", "varied"):
+        output = tmp_path / f"{name}.st"
+        embed_router(EmbedRouterConfig(data=(texts.sums_test,), anchor=tmp_path / name, output=output))
+        rows[name] = open_router_file(output).rows.data.tobytes()
+    assert rows["plain"] != rows["varied"]
+    assert verify(VerifyConfig(path=tmp_path / "varied")).ok
+    for dry_run in (False, True):
+        with pytest.raises(UsageError, match=r"^calibrate: .*nowhere does not exist"):
+            make(texts, tmp_path / "x", source=str(checkpoint), calibrate=(tmp_path / "nowhere",), dry_run=dry_run)
+    assert not (tmp_path / "x").exists()
 
 
 def test_sample_and_router_space_are_of_the_public_text(tmp_path: Path, texts: Any, checkpoint: Path) -> None:

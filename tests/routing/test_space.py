@@ -14,6 +14,7 @@ from flexctl.model.routed import routed_layers
 from flexctl.routing.space import (
     MAX_RANK,
     SHRINKAGE,
+    VARIETY,
     InputStatistics,
     RouterSpace,
     constant_spread,
@@ -115,6 +116,24 @@ def test_space_survives_its_tensors() -> None:
     for part in ("mean", "factor", "diagonal"):
         assert torch.equal(getattr(again, part), getattr(space, part))
         assert getattr(again, part).dtype == torch.float32
+
+
+def test_kinds_add_their_covariance_to_how_text_usually_varies_and_to_nothing_else() -> None:
+    samples = make_samples()
+    plain = fit_space(statistics_of(samples))
+    kinds = [covariance_of(make_samples(seed)).float() for seed in (1, 2)]
+    space = fit_space(statistics_of(samples), kinds)
+    assert torch.equal(space.factor, plain.factor)
+    assert torch.equal(space.diagonal, plain.diagonal)
+    assert torch.equal(space.constant(), plain.constant())
+    for layer in range(2):
+        mixed = covariance_of(samples)[layer] + VARIETY * (kinds[0][layer] + kinds[1][layer]).double() / 2
+        shrunk = mixed + SHRINKAGE * mixed.diagonal().mean() * torch.eye(8)
+        torch.testing.assert_close(space.usual(layer), shrunk, rtol=1e-4, atol=1e-4)
+        assert torch.equal(plain.usual(layer), plain.covariance(layer))
+    again = RouterSpace.from_tensors({name: tiny.raw(tensor) for name, tensor in space.to_tensors().items()})
+    assert torch.equal(again.usual(0), space.usual(0))
+    assert not any("variety" in name for name in plain.to_tensors())
 
 
 def test_space_without_layers_is_refused() -> None:
