@@ -24,7 +24,7 @@ from flexctl.model.building import WeightSource, build_model
 from flexctl.runtime import Reporter, counted, software_versions
 from flexctl.text.tokens import Framed, frame_documents
 
-__all__ = ["Baselines", "score_baselines"]
+__all__ = ["Baselines"]
 
 SCORING = 1
 """Part of what the cache knows a baseline by; goes up when the same ingredients and text get other figures."""
@@ -183,10 +183,3 @@ class Baselines:
             "device": self._device.type,
             "dtype": str(self._dtype),
         }
-
-
-def score_baselines(
-    ingredients: Ingredients, tokenizer: Any, domains: Sequence[Domain], **settings: Any
-) -> dict[str, dict[str, Score]]:
-    """Return {baseline: {domain: score}}: ``Baselines(ingredients, tokenizer, **settings).score(domains)``."""
-    return Baselines(ingredients, tokenizer, **settings).score(domains)
