@@ -33,7 +33,7 @@ from flexctl.steps.router_rows import given_rows, measured_rows
 from flexctl.steps.terms import data_info, warn_of_expired
 
 if TYPE_CHECKING:
-    from flexctl.bundle.dense import Comparison, DenseCheckpoint
+    from flexctl.bundle.dense import DenseChanges, DenseCheckpoint
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
 
@@ -184,7 +184,7 @@ def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpo
     return open_dense(path, anchor)
 
 
-def _refuse_misfit(config: ImportExpertConfig, checkpoint: DenseCheckpoint, found: Comparison) -> None:
+def _refuse_misfit(config: ImportExpertConfig, checkpoint: DenseCheckpoint, found: DenseChanges) -> None:
     if found.moved and not config.ffn_only:
         raise BundleError(
             f"{checkpoint.path}: not only feed-forward weights moved from the anchor's: {_moved(found.moved)} too",
@@ -206,7 +206,7 @@ def _make(
     config: ImportExpertConfig,
     base: Anchored,
     checkpoint: DenseCheckpoint,
-    found: Comparison,
+    found: DenseChanges,
     result: ImportExpertResult,
     reporter: Reporter,
 ) -> ImportExpertResult:

@@ -312,7 +312,7 @@ def _checkpoint(
     trained = _train(config, dense, tokenizer, work, reporter)
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    with model.silenced():
+    with model.quiet_transformers():
         dense.to(device="cpu", dtype=stored).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, trained

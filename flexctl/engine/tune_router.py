@@ -272,7 +272,7 @@ def _texts(task: _Task) -> _Texts:
 
     config, base, proxies = task.config, task.base, task.proxies
     reader = routing.public_reader(base.sample, base.tokenizer, config.public, config.text_field)
-    lists = routing.fetch(reader, proxies)
+    lists = routing.listed_documents(reader, proxies)
     texts = {proxy.name: documents for (_, proxy), documents in zip(proxies, lists, strict=True)}
     held_out = {name: documents[::_HELD_OUT_EVERY] for name, documents in texts.items()}
     # The experts' own training held these out, too.
