@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from flexctl.bundle.cache import cache_folder
 from flexctl.bundle.codec import canonical_json
 from flexctl.bundle.store import new_file
+from flexctl.runtime import cache_folder
 
 __all__ = ["Arrays", "recall", "remember"]
 

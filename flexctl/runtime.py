@@ -1,7 +1,8 @@
-"""What a run can know and say: its reporter, its memory, its software."""
+"""What a run can know and say: its reporter, its memory, its software, its cache."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-__all__ = ["SILENT", "Progress", "Reporter", "SilentReporter", "counted", "peak_rss_bytes", "software_versions"]
+__all__ = [
+    "SILENT",
+    "Progress",
+    "Reporter",
+    "SilentReporter",
+    "cache_folder",
+    "counted",
+    "peak_rss_bytes",
+    "software_versions",
+]
 
 Item = TypeVar("Item")
 
@@ -94,3 +104,9 @@ def _installed(packages: tuple[str, ...]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def cache_folder() -> Path:
+    """Return flexctl's folder in the user's cache directory; it need not exist."""
+    home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "flexctl"

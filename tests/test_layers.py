@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 import flexctl
+from flexctl.cli.reference import ROOMS
 
 ROOT = Path(flexctl.__file__).parent
 
@@ -65,6 +67,9 @@ WITHOUT_TORCH_AT_TOP = (
     "workspace.py",
     "__init__.py",
 )
+
+# Still to change: it says its imports where it needs them.
+LOCAL_IMPORTS = {"engine/evaluate.py"}
 
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
@@ -130,6 +135,11 @@ def test_engine_modules_do_not_import_each_other(source: str) -> None:
     assert not siblings
 
 
+@pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith("bundle/")])
+def test_the_format_knows_no_workspace_and_no_settings(source: str) -> None:
+    assert {part for part, _ in own_parts(source)} <= {"bundle", "errors", "families", "pointers", "runtime"}
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_special_packages_have_one_importer(source: str) -> None:
     for name in all_imports(source):
@@ -141,6 +151,24 @@ def test_special_packages_have_one_importer(source: str) -> None:
 def test_heavy_packages_are_imported_inside_functions(source: str) -> None:
     heavy = {"torch", "transformers", "sentence_transformers"}
     assert not heavy & {name.split(".")[0] for name in imports_at_top(source)}
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith(("engine/", "steps/"))])
+def test_what_is_flexctl_s_own_is_imported_at_the_top(source: str) -> None:
+    functions = [node for node in ast.walk(tree(source)) if isinstance(node, ast.FunctionDef)]
+    names = [name for function in functions for node in ast.walk(function) for name in imported(node)]
+    assert source in LOCAL_IMPORTS or not [name for name in names if name.startswith("flexctl")]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_costs_nothing_until_a_name_of_it_is_used(room: str) -> None:
+    assert set(imports_at_top(f"{room}/__init__.py")) == {"__future__.annotations", "flexctl.faces.face"}
+    package = importlib.import_module(f"flexctl.{room}")
+    for module, names in package.NAMES.items():
+        assert set(names) <= set(importlib.import_module(f"flexctl.{room}.{module}").__all__)
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = package.nothing
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if not source.startswith("cli/")])

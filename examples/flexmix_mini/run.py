@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from budgets import BUDGETS, PUBLIC_MIX
+from flops import Matrices
 from recipes import DEFAULT, MAIN_RECIPES, MAIN_VARIANTS, RECIPES, VARIANTS, Recipe, Variant
 from scoring import score_all_baselines, score_anchor, score_pairs, score_removal, score_variant
 from stages import TOP_K, make_anchor, make_btx, make_classifier, make_dense, make_expert, make_unrestricted
@@ -27,7 +28,6 @@ from table import read_removals, read_scores, rows_of, write_results
 from work import Work, hold_settings, prepare_data, say
 
 from flexctl.bundle import open_anchor
-from flexctl.training.flops import Matrices
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from work import Work, write_json
 import flexctl
 from flexctl.bundle import PUBLIC, Anchor, RawTensor, open_anchor, open_expert, open_router_file, reroute_expert
 from flexctl.bundle.runnable import open_runnable
-from flexctl.evaluation.baselines import find_ingredients, score_baselines
+from flexctl.evaluation.baselines import Baselines, find_ingredients
 from flexctl.evaluation.domains import Domain, score_domain
 from flexctl.evaluation.scoring import Score
 from flexctl.model.building import build_model, load_tokenizer, pick_device, pick_dtype
@@ -115,10 +115,10 @@ def score_all_baselines(work: Work) -> None:
     def make() -> None:
         device = pick_device("auto")
         ingredients = find_ingredients(work.dense, open_anchor(work.anchor).weights(), work.names, work.anchor)
-        found = score_baselines(
+        domains = [Domain(name=name, path=work.test(name)) for name in (PUBLIC, *work.names)]
+        baselines = Baselines(
             ingredients,
             load_tokenizer(work.anchor),
-            [Domain(name=name, path=work.test(name)) for name in (PUBLIC, *work.names)],
             seq_len=work.budget.seq_len,
             batch_tokens=BATCH_TOKENS,
             top_k=TOP_K,
@@ -126,6 +126,7 @@ def score_all_baselines(work: Work) -> None:
             dtype=pick_dtype(work.budget.dtype, device),
             reporter=SILENT,
         )
+        found = baselines.score(domains)
         write_json(path, {name: {domain: listed(s) for domain, s in by.items()} for name, by in found.items()})
 
     work.stage(path, make)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from budgets import ANNEAL_LR, CHECKPOINT_LR, PUBLIC_MIX
+from classifier import fit_classifier, save_classifier
 from recipes import Recipe
+from upcycled import btx_start, save_mixture, train_mixture, upcycle
 from work import Work, say, whole
 
 import flexctl
@@ -20,7 +22,7 @@ from flexctl.bundle import (
     write_router_file,
 )
 from flexctl.bundle.checkpoint import open_checkpoint
-from flexctl.evaluation.baselines import CLASSIFIER_FILE, btx_start, fit_classifier
+from flexctl.evaluation.baselines import CLASSIFIER_FILE
 from flexctl.model.building import autocast_dtype, build_model, load_dense, load_tokenizer, pick_device
 from flexctl.model.tensors import to_bytes
 from flexctl.routing.space import measure_documents
@@ -29,7 +31,6 @@ from flexctl.text.corpus import Corpus, prepare_corpus
 from flexctl.text.documents import read_documents, sample_passages
 from flexctl.text.sample import PublicSample
 from flexctl.text.tokens import Framed, TokenStream, frame_documents, frame_passages, pack
-from flexctl.training.upcycled import save_mixture, train_mixture, upcycle
 from flexctl.training.whole import WholeSettings, train_whole
 
 TOP_K = 4
@@ -211,7 +212,7 @@ def make_classifier(work: Work) -> None:
         for name in (PUBLIC, *work.names):
             passages = sample_passages(read_documents([work.train(name)]), work.budget.classifier_passages, work.seed)
             embedded[name] = measure_documents(model, frame_passages(tokenizer, passages))
-        fit_classifier(embedded).save(path)
+        save_classifier(fit_classifier(embedded), path)
 
     work.stage(path, make)
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from flexctl.bundle.cache import known, remember, seal
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition
@@ -43,6 +42,7 @@ from flexctl.bundle.merged import (
     router_layout,
 )
 from flexctl.bundle.placing import Placed, Site, WeightFile, place
+from flexctl.bundle.seals import known, remember, seal
 from flexctl.bundle.store import new_directory, require_space
 from flexctl.bundle.tensors import TensorType, check_agreement, is_finite, size_of
 from flexctl.errors import BundleError

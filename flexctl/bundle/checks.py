@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexctl.bundle.anchor import Anchor
-from flexctl.bundle.cache import known, remember, seal
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import Expert, check_fits
-from flexctl.bundle.hashing import Advance, Piece, check_tensors, hash_file, in_parallel, locked
+from flexctl.bundle.hashing import Advance, StoredTensor, check_tensors, hash_file, in_parallel, locked
 from flexctl.bundle.layout import ROUTER_TENSOR, index_json
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED, AnchorManifest, TensorInfo, has_expired
 from flexctl.bundle.merged import CARD_FILE, CONFIG_FILE, INDEX_FILE, Merged, expert_file, weight_files
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile
+from flexctl.bundle.seals import known, remember, seal
 from flexctl.bundle.tensors import Span
 from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Reporter
@@ -280,7 +280,7 @@ def _anchor_problems(merged: Merged, composition: Composition, anchor: Anchor) -
 
 def _infos(composition: Composition) -> list[TensorInfo]:
     public = composition.parts[0].feed_forward.values()
-    return [source.info for source in public if isinstance(source, Piece)]
+    return [source.info for source in public if isinstance(source, StoredTensor)]
 
 
 def _absence(merged: Merged, name: str, expert: Expert | None) -> tuple[Iterator[str], str]:

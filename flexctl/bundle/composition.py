@@ -18,7 +18,7 @@ import numpy as np
 
 from flexctl.bundle.anchor import PUBLIC_SAMPLE_FILE, Anchor
 from flexctl.bundle.expert import Expert, check_fits
-from flexctl.bundle.hashing import Piece
+from flexctl.bundle.hashing import StoredTensor
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, feed_forward_keys
 from flexctl.bundle.manifest import (
     OTHER_LICENSE,
@@ -59,8 +59,8 @@ class LowRank:
     """The expert tensor ``name``, to be expanded from ``a`` (rank, in), ``b`` (out, rank) and the public expert's."""
 
     name: str
-    a: Piece
-    b: Piece
+    a: StoredTensor
+    b: StoredTensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class Part:
     entry: ExpertEntry
     source: Path
     manifest: str | None
-    feed_forward: Mapping[str, Piece | LowRank]
+    feed_forward: Mapping[str, StoredTensor | LowRank]
     rows: tuple[Span, ...] | None
     rows_sha256: str | None
 
@@ -105,7 +105,7 @@ class Composition:
     architecture: Architecture
     moe_config: Mapping[str, Any]
     stock: Mapping[str, tuple[Path, str]]
-    shared: Mapping[str, Piece]
+    shared: Mapping[str, StoredTensor]
     parts: tuple[Part, ...]
     top_k: int = DEFAULT_TOP_K
     removed: tuple[Tombstone, ...] = ()
@@ -218,8 +218,10 @@ def compose_anchor(anchor: Anchor) -> Composition:
     """Return the merged model of an anchor alone."""
     manifest = anchor.manifest
 
-    def pieces(spans: Mapping[str, Span], prefix: str = "") -> dict[str, Piece]:
-        return {name: Piece(prefix + name, span, manifest.tensors[prefix + name]) for name, span in spans.items()}
+    def pieces(spans: Mapping[str, Span], prefix: str = "") -> dict[str, StoredTensor]:
+        return {
+            name: StoredTensor(prefix + name, span, manifest.tensors[prefix + name]) for name, span in spans.items()
+        }
 
     entry = ExpertEntry(
         name=PUBLIC,
@@ -264,7 +266,7 @@ def compose_merged(merged: Merged) -> Composition:
         moe_config=merged.config,
         stock={file: (merged.path / file, sha) for file, sha in manifest.files.items() if file not in made},
         shared={
-            name: Piece(name, span, manifest.tensors[name])
+            name: StoredTensor(name, span, manifest.tensors[name])
             for name, span in merged.headers[SHARED_FILE].tensors.items()
         },
         parts=tuple(_merged_part(merged, entry) for entry in manifest.experts),
@@ -276,7 +278,7 @@ def compose_merged(merged: Merged) -> Composition:
 def _merged_part(merged: Merged, entry: ExpertEntry) -> Part:
     tensors = merged.headers[expert_file(entry.name)].tensors
     keys = feed_forward_keys(merged.family, merged.manifest.architecture.num_hidden_layers, entry.index)
-    pieces = {name: Piece(key, tensors[key], merged.manifest.tensors[key]) for name, key in keys.items()}
+    pieces = {name: StoredTensor(key, tensors[key], merged.manifest.tensors[key]) for name, key in keys.items()}
     if entry.index == 0:
         return Part(entry=entry, source=merged.path, manifest=None, feed_forward=pieces, rows=None, rows_sha256=None)
     owner, text = merged.owner_manifest(entry.index)
@@ -309,11 +311,11 @@ def _entry(manifest: ExpertManifest, text: str, index: int = 0) -> ExpertEntry:
     )
 
 
-def _expert_pieces(expert: Expert) -> dict[str, Piece | LowRank]:
+def _expert_pieces(expert: Expert) -> dict[str, StoredTensor | LowRank]:
     manifest = expert.manifest
 
-    def piece(name: str) -> Piece:
-        return Piece(name, expert.spans[name], manifest.tensors[name])
+    def piece(name: str) -> StoredTensor:
+        return StoredTensor(name, expert.spans[name], manifest.tensors[name])
 
     names = [name for _, _, name in feed_forward_names(manifest.architecture.num_hidden_layers)]
     if manifest.rank is None:

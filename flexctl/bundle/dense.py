@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexctl.bundle.anchor import ROUTER_SPACE_PREFIX, Anchor
-from flexctl.bundle.hashing import Advance, Piece, hash_weights, silent
+from flexctl.bundle.hashing import Advance, StoredTensor, hash_weights, silent
 from flexctl.bundle.manifest import TensorInfo, digest_of
 from flexctl.bundle.stock import DENSE_PREFIX, EMBEDDING, HEAD, checkpoint_spans, read_dense_config
 from flexctl.bundle.tensors import Span, Typed, check_agreement
 from flexctl.bundle.weights import Weights, dense_weights
 from flexctl.errors import BundleError
 
-__all__ = ["Comparison", "DenseCheckpoint", "compare_dense", "open_dense"]
+__all__ = ["DenseChanges", "DenseCheckpoint", "compare_dense", "open_dense"]
 
 _TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 AnyTyped = TypeVar("AnyTyped", bound=Typed)
@@ -52,7 +52,7 @@ class DenseCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class DenseChanges:
     """What one pass over a checkpoint's bytes finds.
 
     Attributes:
@@ -63,7 +63,7 @@ class Comparison:
     """
 
     digest: str
-    feed_forward: Mapping[str, Piece]
+    feed_forward: Mapping[str, StoredTensor]
     changed: tuple[str, ...]
     moved: tuple[str, ...]
 
@@ -88,7 +88,7 @@ def open_dense(path: Path, anchor: Anchor) -> DenseCheckpoint:
     return DenseCheckpoint(path=path, config=read_dense_config(path), spans=spans)
 
 
-def compare_dense(checkpoint: DenseCheckpoint, anchor: Anchor, advance: Advance = silent) -> Comparison:
+def compare_dense(checkpoint: DenseCheckpoint, anchor: Anchor, advance: Advance = silent) -> DenseChanges:
     """Return where a checkpoint's bytes are not the anchor's, read once through small buffers.
 
     Args:
@@ -104,8 +104,8 @@ def compare_dense(checkpoint: DenseCheckpoint, anchor: Anchor, advance: Advance 
     theirs, ours = _with_head(infos, anchor), _with_head(expected, anchor)
     differing = [name for name in sorted(listed) if theirs[name] != ours[name]]
     spans = checkpoint.feed_forward(anchor)
-    pieces = {name: Piece(DENSE_PREFIX + name, span, infos[DENSE_PREFIX + name]) for name, span in spans.items()}
-    return Comparison(
+    pieces = {name: StoredTensor(DENSE_PREFIX + name, span, infos[DENSE_PREFIX + name]) for name, span in spans.items()}
+    return DenseChanges(
         digest=digest_of(infos),
         feed_forward=pieces,
         changed=tuple(name for name in pieces if DENSE_PREFIX + name in differing),

@@ -11,7 +11,7 @@ import numpy as np
 
 from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.codec import indented_json
-from flexctl.bundle.hashing import Advance, Piece, hash_raw, hash_spans, silent
+from flexctl.bundle.hashing import Advance, StoredTensor, hash_raw, hash_spans, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, expert_head, expert_layout
 from flexctl.bundle.lowrank import expand
@@ -116,7 +116,7 @@ def write_expert(
     *,
     anchor: Anchor,
     name: str,
-    tensors: Mapping[str, RawTensor | Piece],
+    tensors: Mapping[str, RawTensor | StoredTensor],
     data: DataInfo,
     training: Mapping[str, Any],
     router: RouterInfo,
@@ -156,7 +156,8 @@ def write_expert(
     """
     architecture = anchor.manifest.architecture
     typed = {
-        tensor_name: tensor.info if isinstance(tensor, Piece) else tensor for tensor_name, tensor in tensors.items()
+        tensor_name: tensor.info if isinstance(tensor, StoredTensor) else tensor
+        for tensor_name, tensor in tensors.items()
     }
     layout = _checked_layout(typed, architecture, rank, path)
     infos = {tensor_name: _info(tensors[tensor_name], f"{path}: tensor {tensor_name}") for tensor_name in layout}
@@ -208,7 +209,7 @@ def reroute_expert(
         BundleError: The rows are misshaped, of another dtype, or not finite, or the expert's bytes are not its
             manifest's.
     """
-    pieces = {key: Piece(key, span, expert.manifest.tensors[key]) for key, span in expert.spans.items()}
+    pieces = {key: StoredTensor(key, span, expert.manifest.tensors[key]) for key, span in expert.spans.items()}
     return write_expert(
         path,
         anchor=anchor,
@@ -224,17 +225,17 @@ def reroute_expert(
     )
 
 
-def _info(tensor: RawTensor | Piece, where: str) -> TensorInfo:
-    if isinstance(tensor, Piece):
+def _info(tensor: RawTensor | StoredTensor, where: str) -> TensorInfo:
+    if isinstance(tensor, StoredTensor):
         return tensor.info
     if not is_finite(tensor.dtype, tensor.data):
         raise BundleError(f"{where}: holds NaN or infinity", hint="train with a lower `lr`")
     return hash_raw(tensor)
 
 
-def _broken(tensor: RawTensor | Piece, where: str, finite: bool) -> BundleError:
+def _broken(tensor: RawTensor | StoredTensor, where: str, finite: bool) -> BundleError:
     """Return what is wrong with a tensor that was not found in the file as it should be."""
-    if isinstance(tensor, Piece):
+    if isinstance(tensor, StoredTensor):
         where, hint = f"{tensor.span.path}: tensor {tensor.name}", "the file was changed, fetch it again"
     else:
         hint = "the disk did not keep what was written"
@@ -243,8 +244,8 @@ def _broken(tensor: RawTensor | Piece, where: str, finite: bool) -> BundleError:
     )
 
 
-def _append(tensor: RawTensor | Piece, output: BinaryIO) -> None:
-    if isinstance(tensor, Piece):
+def _append(tensor: RawTensor | StoredTensor, output: BinaryIO) -> None:
+    if isinstance(tensor, StoredTensor):
         append_range(tensor.span.path, tensor.span.start, output, tensor.span.stop - tensor.span.start)
     else:
         output.write(tensor.view())

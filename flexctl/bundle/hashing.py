@@ -20,7 +20,7 @@ from flexctl.errors import BundleError
 
 __all__ = [
     "Advance",
-    "Piece",
+    "StoredTensor",
     "check_tensors",
     "hash_file",
     "hash_raw",
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StoredTensor:
     """One tensor of some bundle or checkpoint.
 
     Attributes:

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flexctl.bundle.cache import seal
 from flexctl.bundle.composition import LowRank
-from flexctl.bundle.hashing import Advance, Piece, hash_spans, silent
+from flexctl.bundle.hashing import Advance, StoredTensor, hash_spans, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.lowrank import expand
 from flexctl.bundle.manifest import TensorInfo
+from flexctl.bundle.seals import seal
 from flexctl.bundle.store import append_range
 from flexctl.bundle.tensors import ITEM_SIZES, Span, size_of
 from flexctl.errors import BundleError
@@ -31,7 +31,7 @@ class WeightFile:
 
     name: str
     head: bytes
-    tensors: Mapping[str, Piece | LowRank]
+    tensors: Mapping[str, StoredTensor | LowRank]
 
     @property
     def size(self) -> int:
@@ -80,7 +80,7 @@ def place(file: WeightFile, site: Site, public: Mapping[str, Span]) -> Placed:
     if not linked:
         _write(file, target, public)
     if source_seal is not None and source_seal in site.trusted:
-        tensors = {key: source.info for key, source in file.tensors.items() if isinstance(source, Piece)}
+        tensors = {key: source.info for key, source in file.tensors.items() if isinstance(source, StoredTensor)}
         site.advance(file.size)
     else:
         spans = read_header(target).tensors
@@ -118,11 +118,11 @@ def _write(file: WeightFile, target: Path, public: Mapping[str, Span]) -> None:
             append_range(source.path, source.start, output, source.stop - source.start)
 
 
-def _joined(sources: Iterable[Piece | LowRank]) -> Iterator[Span | LowRank]:
+def _joined(sources: Iterable[StoredTensor | LowRank]) -> Iterator[Span | LowRank]:
     """Yield spans of one file that follow each other as one, so that the kernel copies them in one go."""
     pending: Span | None = None
     for source in sources:
-        span = source.span if isinstance(source, Piece) else None
+        span = source.span if isinstance(source, StoredTensor) else None
         if pending and span and pending.path == span.path and pending.stop == span.start:
             pending = replace(pending, stop=span.stop)
             continue
@@ -136,7 +136,7 @@ def _joined(sources: Iterable[Piece | LowRank]) -> Iterator[Span | LowRank]:
 
 
 def _prove(
-    path: Path, spans: Mapping[str, Span], sources: Mapping[str, Piece | LowRank], advance: Advance
+    path: Path, spans: Mapping[str, Span], sources: Mapping[str, StoredTensor | LowRank], advance: Advance
 ) -> dict[str, TensorInfo]:
     """Return what the tensors of a file are, after comparing them with what their sources promise.
 
@@ -146,12 +146,14 @@ def _prove(
     found = {}
     for name, info, finite in hash_spans(path, spans, advance):
         source = sources[name]
-        piece = source if isinstance(source, Piece) else source.b
+        piece = source if isinstance(source, StoredTensor) else source.b
         where = f"{piece.span.path}: tensor {piece.name}"
-        if isinstance(source, Piece) and info != source.info:
+        if isinstance(source, StoredTensor) and info != source.info:
             raise BundleError(f"{where}: its bytes are not those of the manifest", hint="fetch the file again")
         if not finite:
-            problem = "holds NaN or infinity" if isinstance(source, Piece) else f"expanded, overflows {info.dtype}"
+            problem = (
+                "holds NaN or infinity" if isinstance(source, StoredTensor) else f"expanded, overflows {info.dtype}"
+            )
             raise BundleError(f"{where}: {problem}", hint="the owner must train it again")
         found[name] = info
     return found
@@ -159,14 +161,14 @@ def _prove(
 
 def _source_seal(file: WeightFile) -> str | None:
     """Return the seal of the one file that everything is copied from; None if it is several, or expanded."""
-    pieces = [source for source in file.tensors.values() if isinstance(source, Piece)]
+    pieces = [source for source in file.tensors.values() if isinstance(source, StoredTensor)]
     paths = {piece.span.path for piece in pieces}
     if len(pieces) < len(file.tensors) or len(paths) != 1:
         return None
     return seal(paths.pop(), {piece.name: piece.info for piece in pieces})
 
 
-def _size(source: Piece | LowRank) -> int:
-    if isinstance(source, Piece):
+def _size(source: StoredTensor | LowRank) -> int:
+    if isinstance(source, StoredTensor):
         return size_of(source.info)
     return ITEM_SIZES[source.a.info.dtype] * source.b.info.shape[0] * source.a.info.shape[1]

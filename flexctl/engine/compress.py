@@ -106,6 +106,16 @@ class CompressResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Task:
+    """What is to be made smaller, how, and where the result goes."""
+
+    config: CompressConfig
+    base: Anchored
+    expert: Expert
+    target: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Setup:
     """The pair, ready to be scored.
 
@@ -123,12 +133,10 @@ class _Setup:
 
     def losses(self, reporter: Reporter) -> dict[str, float]:
         """Return the model's loss on every part, nats a token."""
-
         return evaluation.held_out_losses(self.model, self.parts, seq_len=self.seq_len, reporter=reporter)
 
     def choosing_loss(self) -> float:
         """Return the model's loss on the documents that ranks are chosen on, nats a token."""
-
         return evaluation.score_documents(
             self.model, self.choosing, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS
         ).nll
@@ -155,14 +163,15 @@ def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressRes
     weights = _checked(config, anchor, expert, target)
     if config.dry_run:
         return CompressResult(path=target, digest=None, name=expert.manifest.name, parent=expert.digest, dry_run=True)
+    task = _Task(config=config, base=base, expert=expert, target=target)
     setup = _set_up(config, base, weights)
     held_out = _before(setup, reporter)
-    factors = _factors(config, anchor, setup, reporter)
-    ranks = _ranks(config, anchor, setup, factors, reporter)
+    factors = _factors(task, setup, reporter)
+    ranks = _ranks(task, setup, factors, reporter)
     tensors = _cut(anchor, setup, factors, ranks)
     for part, loss in setup.losses(reporter).items():
         held_out[part]["after"] = loss
-    written = _write(config, anchor, expert, target, tensors, ranks, held_out, reporter)
+    written = _write(task, tensors, ranks, held_out, reporter)
     return CompressResult(
         path=target,
         digest=written.digest,
@@ -183,7 +192,6 @@ def _way(config: CompressConfig) -> str:
 
 def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Path) -> Weights:
     """Return the weights of the pair after refusing what cannot be done."""
-
     check_file_target(target, overwrite=config.overwrite)
     machine_of(config)
     if config.size is not None and config.rank != "auto":
@@ -223,7 +231,6 @@ def _components(config: CompressConfig, anchor: Anchor) -> int:
 
 
 def _set_up(config: CompressConfig, base: Anchored, weights: Weights) -> _Setup:
-
     framed = text.frame_documents(base.tokenizer, text.read_documents(config.data, config.text_field))
     own = text.draw_sample(framed, _TOKENS, config.seed).documents
     if not own:
@@ -242,7 +249,6 @@ def _set_up(config: CompressConfig, base: Anchored, weights: Weights) -> _Setup:
 
 
 def _before(setup: _Setup, reporter: Reporter) -> dict[str, dict[str, float]]:
-
     model.exclude(setup.model, [1])
     anchor = setup.losses(reporter)
     model.exclude(setup.model, [])
@@ -250,10 +256,10 @@ def _before(setup: _Setup, reporter: Reporter) -> dict[str, dict[str, float]]:
     return {part: {"anchor": anchor[part], "before": pair[part]} for part in anchor}
 
 
-def _factors(config: CompressConfig, anchor: Anchor, setup: _Setup, reporter: Reporter) -> training.Factors:
+def _factors(task: _Task, setup: _Setup, reporter: Reporter) -> training.Factors:
     """Return A and B of every difference, as many components as any rank may keep, one matrix after the other."""
-
-    most = config.rank if isinstance(config.rank, int) else most_rank(anchor.manifest.architecture)
+    rank = task.config.rank
+    most = rank if isinstance(rank, int) else most_rank(task.base.anchor.manifest.architecture)
     public, own = setup.weights.experts.values()
     factors = {}
     with reporter.progress("decomposing", len(own), "matrices") as bar:
@@ -264,16 +270,13 @@ def _factors(config: CompressConfig, anchor: Anchor, setup: _Setup, reporter: Re
     return factors
 
 
-def _ranks(
-    config: CompressConfig, anchor: Anchor, setup: _Setup, factors: training.Factors, reporter: Reporter
-) -> dict[str, int]:
-
-    if isinstance(config.rank, int):
-        return dict.fromkeys(factors, config.rank)
+def _ranks(task: _Task, setup: _Setup, factors: training.Factors, reporter: Reporter) -> dict[str, int]:
+    if isinstance(task.config.rank, int):
+        return dict.fromkeys(factors, task.config.rank)
     return training.choose_ranks(
         setup.model,
         factors,
-        _components(config, anchor),
+        _components(task.config, task.base.anchor),
         list(_sequences(setup)),
         setup.choosing_loss,
         reporter,
@@ -308,23 +311,19 @@ def _cut(anchor: Anchor, setup: _Setup, factors: training.Factors, ranks: Mappin
 
 
 def _write(
-    config: CompressConfig,
-    anchor: Anchor,
-    expert: Expert,
-    target: Path,
+    task: _Task,
     tensors: Mapping[str, Tensor],
     ranks: Mapping[str, int],
     held_out: Mapping[str, Any],
     reporter: Reporter,
 ) -> Expert:
     """Write the new expert. Ranks that were chosen on the owner's text are no part of a privacy guarantee."""
-
-    manifest = expert.manifest
+    config, expert, manifest = task.config, task.expert, task.expert.manifest
     if manifest.privacy is not None and config.rank == "auto":
         reporter.warn("the ranks were chosen on the owner's text, so the new expert claims no privacy guarantee")
     return write_expert(
-        target,
-        anchor=anchor,
+        task.target,
+        anchor=task.base.anchor,
         name=manifest.name,
         tensors={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in tensors.items()}
         | {"router.weight": expert.router()},

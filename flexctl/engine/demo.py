@@ -128,7 +128,6 @@ def _clear(root: Path, overwrite: bool) -> None:
 
 
 def _write_text(root: Path, reporter: Reporter) -> dict[str, tuple[Path, Path]]:
-
     reporter.note("collecting text: pydoc topics, standard library, licence files, made-up arithmetic")
     return {name: text.write_domain(root / "data" / name, find(), _DOMAIN_BYTES) for name, find in text.DOMAINS.items()}
 
@@ -164,5 +163,4 @@ def _digest_of_others(root: Path, experts: dict[str, Path], anchor: Path, report
 
 
 def _stock_loads(merged: Path) -> bool:
-
     return not model.stock_problems(merged)

@@ -138,7 +138,6 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor or an expert is not valid, or they do not belong together.
     """
-
     base = open_anchored(config, reporter)
     anchor = base.anchor
     expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
@@ -205,7 +204,6 @@ def _expert_of(path: Path, anchor: Anchor) -> Expert:
 def _measure(
     config: EmbedRouterConfig, base: Anchored, others: Sequence[Expert], reporter: Reporter
 ) -> tuple[routing.Rows, RouterInfo, list[LayerReport]]:
-
     recipe_of(config)
     reader = machine_of(config).build(base.anchor.weights())
     reporter.note(f"measuring router inputs for {config.router} rows")
@@ -222,7 +220,6 @@ def _measure(
 def _report(
     model: nn.Module, rows: routing.Rows, own: Sequence[Tensor], public: Sequence[Tensor], rivals: dict[str, Tensor]
 ) -> list[LayerReport]:
-
     names = list(rivals)
     stacked = [rows.rows, *rivals.values()]
     ours, theirs = routing.row_logits(model, stacked, own), routing.row_logits(model, stacked, public)

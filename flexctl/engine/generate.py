@@ -84,7 +84,6 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
         UsageError: A setting is wrong, the prompt is empty, or there is no chat template where one is asked for.
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
-
     _refuse_bad_settings(config)
     place = workspace.find()
     runnable = sources.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)

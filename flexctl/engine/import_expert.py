@@ -33,7 +33,7 @@ from flexctl.steps.router_rows import given_rows, measured_rows
 from flexctl.steps.terms import data_info, warn_of_expired
 
 if TYPE_CHECKING:
-    from flexctl.bundle.dense import Comparison, DenseCheckpoint
+    from flexctl.bundle.dense import DenseChanges, DenseCheckpoint
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
 
@@ -138,7 +138,6 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
         BundleError: The anchor, the checkpoint or the router file is not valid, they do not belong together, or other
             weights than the feed-forward ones moved.
     """
-
     place = workspace.find()
     base = open_anchored(config, reporter)
     anchor = base.anchor
@@ -168,14 +167,12 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
 
 
 def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Path) -> None:
-
     check_file_target(target, overwrite=config.overwrite)
     machine_of(config)
     given_rows(config, anchor)
 
 
 def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpoint:
-
     path = Path(config.dense)
     if not path.is_dir():
         path = fetch_checkpoint(config.dense)
@@ -184,7 +181,7 @@ def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpo
     return open_dense(path, anchor)
 
 
-def _refuse_misfit(config: ImportExpertConfig, checkpoint: DenseCheckpoint, found: Comparison) -> None:
+def _refuse_misfit(config: ImportExpertConfig, checkpoint: DenseCheckpoint, found: DenseChanges) -> None:
     if found.moved and not config.ffn_only:
         raise BundleError(
             f"{checkpoint.path}: not only feed-forward weights moved from the anchor's: {_moved(found.moved)} too",
@@ -206,11 +203,10 @@ def _make(
     config: ImportExpertConfig,
     base: Anchored,
     checkpoint: DenseCheckpoint,
-    found: Comparison,
+    found: DenseChanges,
     result: ImportExpertResult,
     reporter: Reporter,
 ) -> ImportExpertResult:
-
     data = _data_info(config, base, reporter)
     rows, router, loss = _rows(config, base, checkpoint, reporter)
     warnings = _warnings(found.moved, loss)
@@ -250,7 +246,6 @@ def _make(
 
 def _data_info(config: ImportExpertConfig, base: Anchored, reporter: Reporter) -> DataInfo:
     """Return the manifest's account of the text, after one pass over it."""
-
     documents = tokens = num_bytes = 0
     with reporter.progress("counting tokens", text.size_bytes(config.data), "bytes") as bar:
         for document in text.frame_documents(base.tokenizer, text.read_documents(config.data, config.text_field)):
@@ -267,7 +262,6 @@ def _rows(
     config: ImportExpertConfig, base: Anchored, checkpoint: DenseCheckpoint, reporter: Reporter
 ) -> tuple[RawTensor, RouterInfo, dict[str, float] | None]:
     """Return router rows, how they came about, and the losses where models were built for them."""
-
     if (given := given_rows(config, base.anchor)) is not None:
         return given.rows, given.info, None
     own, unseen = text.sample_halves(text.read_documents(config.data, config.text_field), routing.PASSAGES, config.seed)
@@ -289,7 +283,6 @@ def _losses(
     reporter: Reporter,
 ) -> dict[str, float]:
     """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
-
     machine, anchor = machine_of(config), base.anchor
     tensors = {name: span.read() for name, span in checkpoint.feed_forward(anchor).items()}
     models = {

@@ -148,7 +148,6 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The source is no checkpoint of a supported family.
     """
-
     target = config.output or workspace.find().anchor
     work_path = place_of_work(target, "work")
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
@@ -177,7 +176,6 @@ def _finished(
     config: InitAnchorConfig, source: Path | None, target: Path, work_path: Path, reporter: Reporter
 ) -> InitAnchorResult:
     """Return the result of a run that finished before, and clear up what it left."""
-
     anchor = open_anchor(target)
     run = training.refuse_other_request(target, target / "run.json", anchor.digest, _asked(config, source))
     prove(anchor, reporter)
@@ -202,7 +200,6 @@ def _finished(
 
 def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
     """Return what decides the result."""
-
     return training.asked_for(
         config,
         name=_name(config),
@@ -213,7 +210,6 @@ def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
 
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
-
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
     check_anchor_name(_name(config), "`name`")
     machine_of(config)
@@ -222,7 +218,6 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
 
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
-
     if config.source is None:
         if config.anneal_tokens:
             raise UsageError(
@@ -245,7 +240,6 @@ def _source_directory(config: InitAnchorConfig) -> Path | None:
 
 def _refuse_other_tensors(checkpoint: Path) -> None:
     """Refuse a checkpoint whose weights are not those of its class, which Transformers would make up or leave out."""
-
     config, found = read_dense_config(checkpoint), read_checkpoint(checkpoint)
     expected = {
         name: TensorType(found[name].dtype if name in found else "F32", shape)
@@ -259,7 +253,6 @@ def _refuse_other_tensors(checkpoint: Path) -> None:
 
 def _warn_of_source(source: Path, config: InitAnchorConfig, reporter: Reporter) -> None:
     """Say what of a checkpoint is not taken, and what other software will take otherwise."""
-
     dense = read_dense_config(source)
     for where, code in named_code(source).items():
         reporter.warn(
@@ -292,7 +285,6 @@ def _name(config: InitAnchorConfig) -> str:
 
 
 def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> InitAnchorResult:
-
     preset = model.PRESETS[config.preset]
     sizes: Any = {"model_type": "olmo2"} if source is None else read_dense_config(source)
     return InitAnchorResult(
@@ -313,7 +305,6 @@ def _checkpoint(
     config: InitAnchorConfig, source: Path | None, work: Path, reporter: Reporter
 ) -> tuple[Path, tuple[int, float | None]]:
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
-
     preset = model.PRESETS[config.preset]
     if source is None:
         reporter.note(f"training a tokenizer of {preset.vocab_size} entries")
@@ -329,7 +320,7 @@ def _checkpoint(
     trained = _train(config, dense, tokenizer, work, reporter)
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    with model.silenced():
+    with model.quiet_transformers():
         dense.to(device="cpu", dtype=stored).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, trained
@@ -340,7 +331,6 @@ def _readable(source: Path, work: Path) -> Path:
 
     So what reads such a model is needed once, and by none of those who use the anchor.
     """
-
     if not model.is_bare_sentencepiece(source):
         return source
     folder = work / "checkpoint"
@@ -354,7 +344,6 @@ def _readable(source: Path, work: Path) -> Path:
 
 
 def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
-
     machine = machine_of(config)
     stream = text.pack(
         work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
@@ -371,7 +360,6 @@ def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, rep
 
 
 def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
-
     preset = model.PRESETS[config.preset]
     scratch = {"seq_len": preset.seq_len, "batch_tokens": preset.batch_tokens, "lr": preset.lr}
     defaults: Any = scratch if config.source is None else _ANNEAL
@@ -384,6 +372,37 @@ def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Calibration:
+    """What is measured on a dense model for its owners to come.
+
+    Attributes:
+        num_parameters: Of the model.
+        sample: The public text that owners mix into training.
+        space: Statistics of router inputs on it.
+        spread: As ``InitAnchorResult.constant_std``.
+    """
+
+    num_parameters: int
+    sample: text.PublicSample
+    space: routing.RouterSpace
+    spread: list[float]
+
+
+def _calibrate(config: InitAnchorConfig, checkpoint: Path, reporter: Reporter) -> _Calibration:
+    reporter.note("drawing the public sample")
+    tokenizer = model.load_tokenizer(checkpoint)
+    documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
+    sample = text.draw_sample(documents, config.sample_tokens, config.seed)
+    dense = model.load_dense(checkpoint)
+    num_parameters = dense.num_parameters()
+    routed = model.route(dense).to(machine_of(config).device)
+    statistics = _measure(routed, sample, reporter)
+    space = routing.fit_space(statistics, _measure_kinds(config, routed, tokenizer, reporter))
+    spread = [float(std) for std in routing.constant_spread(space, statistics)]
+    return _Calibration(num_parameters=num_parameters, sample=sample, space=space, spread=spread)
+
+
 def _calibrate_and_write(
     config: InitAnchorConfig,
     checkpoint: Path,
@@ -392,30 +411,20 @@ def _calibrate_and_write(
     asked: Mapping[str, Any],
     reporter: Reporter,
 ) -> InitAnchorResult:
-
-    reporter.note("drawing the public sample")
-    tokenizer = model.load_tokenizer(checkpoint)
-    documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
-    sample = text.draw_sample(documents, config.sample_tokens, config.seed)
-    loaded = model.load_dense(checkpoint)
-    num_parameters = loaded.num_parameters()
-    routed = model.route(loaded).to(machine_of(config).device)
-    statistics = _measure(routed, sample, reporter)
-    space = routing.fit_space(statistics, _measure_kinds(config, routed, tokenizer, reporter))
-    spread = [float(std) for std in routing.constant_spread(space, statistics)]
+    found = _calibrate(config, checkpoint, reporter)
     dense = read_dense_config(checkpoint)
-    sample_tensors = sample.to_tensors()
+    sample = found.sample.to_tensors()
     anchor = write_anchor(
         target,
         checkpoint=checkpoint,
         name=_name(config),
         moe_config=model.resolve_moe_config(dense),
-        router_space={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in space.to_tensors().items()},
-        public_sample={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in sample_tensors.items()},
+        router_space={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in found.space.to_tensors().items()},
+        public_sample={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in sample.items()},
         run={
             "asked": asked,
-            "num_parameters": num_parameters,
-            "constant_std": spread,
+            "num_parameters": found.num_parameters,
+            "constant_std": found.spread,
             "tokens": trained[0],
             "loss": trained[1],
             "software": software_versions(),
@@ -428,19 +437,18 @@ def _calibrate_and_write(
         digest=anchor.digest,
         name=_name(config),
         model_type=dense["model_type"],
-        num_parameters=num_parameters,
+        num_parameters=found.num_parameters,
         vocab_size=dense["vocab_size"],
         hidden_size=dense["hidden_size"],
         num_hidden_layers=dense["num_hidden_layers"],
         tokens=trained[0],
         loss=trained[1],
-        constant_std=spread,
-        sample_tokens=len(sample_tensors["tokens"]),
+        constant_std=found.spread,
+        sample_tokens=len(sample["tokens"]),
     )
 
 
 def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> routing.InputStatistics:
-
     def batches() -> Iterator[Tensor]:
         import torch
 

@@ -176,7 +176,6 @@ def _score(
 
 
 def _warn_of_length(config: ReplaceConfig, merged: Merged, reporter: Reporter) -> None:
-
     model.warn_of_length(config.seq_len, merged.config, reporter)
 
 

@@ -97,7 +97,6 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor is not valid.
     """
-
     place = workspace.find()
     base = open_anchored(config, reporter)
     name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
@@ -137,7 +136,6 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
 
 
 def _rank(config: SelectProxyConfig, base: Anchored, reporter: Reporter) -> routing.Ranking:
-
     own = text.sample_passages(
         text.read_documents(config.data, config.text_field), 2 * routing.PASSAGES_A_FOLD, config.seed
     )
@@ -159,7 +157,6 @@ def _rank(config: SelectProxyConfig, base: Anchored, reporter: Reporter) -> rout
 
 def _features(config: SelectProxyConfig, base: Anchored) -> Callable[[Sequence[Tensor]], Tensor]:
     """Return what the classifier sees of passages: mean router inputs of all layers, or sentence embeddings."""
-
     if config.encoder is not None:
         encoder = routing.Encoder(config.encoder)
         return lambda windows: encoder.embed(

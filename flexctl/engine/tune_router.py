@@ -207,7 +207,6 @@ def _asked(task: _Task) -> dict[str, Any]:
 
 def _finished(config: TuneRouterConfig, target: Path, asked: Mapping[str, Any]) -> TuneRouterResult | None:
     """Return the result of a run that finished before; None where there was none, or another that may be replaced."""
-
     run = target / "run.json"
     if not run.is_file():
         return None
@@ -261,7 +260,6 @@ def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[t
 
 
 def _refuse_bad_settings(config: TuneRouterConfig) -> None:
-
     machine_of(config)
     if config.public is not None:
         text.text_files([config.public], "public")
@@ -269,10 +267,9 @@ def _refuse_bad_settings(config: TuneRouterConfig) -> None:
 
 def _texts(task: _Task) -> _Texts:
     """Return the lists' documents and public ones; what any of them holds out, none of them trains on."""
-
     config, base, proxies = task.config, task.base, task.proxies
     reader = routing.public_reader(base.sample, base.tokenizer, config.public, config.text_field)
-    lists = routing.fetch(reader, proxies)
+    lists = routing.listed_documents(reader, proxies)
     texts = {proxy.name: documents for (_, proxy), documents in zip(proxies, lists, strict=True)}
     held_out = {name: documents[::_HELD_OUT_EVERY] for name, documents in texts.items()}
     # The experts' own training held these out, too.

@@ -12,9 +12,8 @@ from torch import nn
 
 from flexctl.bundle.runnable import Runnable
 from flexctl.errors import UsageError
-from flexctl.evaluation.cache import recall, remember
 from flexctl.evaluation.domains import Content, score_domain
-from flexctl.evaluation.scoring import Score
+from flexctl.evaluation.scoring import Score, recall_score, remember_score
 from flexctl.model.building import build_model, load_tokenizer
 from flexctl.model.routed import exclude, set_top_k
 from flexctl.runtime import Reporter, software_versions
@@ -100,12 +99,12 @@ class Passes:
         key = (content, variant)
         if key not in self._scores:
             identity = self._identity(content, variant)
-            score = recall(identity)
+            score = recall_score(identity)
             self.count += 1
             self.recalled += score is not None
             if score is None:
                 score = self._run(content, variant)
-                remember(identity, score)
+                remember_score(identity, score)
             self._scores[key] = score
         return self._scores[key]
 

@@ -5,6 +5,7 @@ Shapes: B windows, S positions, N num_experts, L num_hidden_layers.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flexctl import cache
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
 from flexctl.runtime import Reporter, counted
 
-__all__ = ["Score", "held_out_losses", "score_documents"]
+__all__ = ["SCORE_FIELDS", "Score", "held_out_losses", "recall_score", "remember_score", "score_documents"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
@@ -245,3 +247,22 @@ class _BatchRouting:
         block = self._totals.blocks[layer]
         if block.is_cut:
             self._totals.same_choice[layer] += int(same_in_bfloat16(block, inputs[real], kept[real]).sum())
+
+
+_CACHE_KIND = "scores"
+SCORE_FIELDS = tuple(field.name for field in dataclasses.fields(Score))
+
+
+def recall_score(identity: Mapping[str, Any]) -> Score | None:
+    """Return the score that was remembered for ``identity``; None if there is none, or it cannot be read.
+
+    Args:
+        identity: Everything that decides the figures, as JSON has it.
+    """
+    arrays = cache.recall(_CACHE_KIND, identity)
+    return Score(**arrays) if arrays is not None and arrays.keys() == set(SCORE_FIELDS) else None
+
+
+def remember_score(identity: Mapping[str, Any], score: Score) -> None:
+    """Keep a score."""
+    cache.remember(_CACHE_KIND, identity, {name: getattr(score, name) for name in SCORE_FIELDS})

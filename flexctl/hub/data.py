@@ -19,7 +19,7 @@ from flexctl.errors import FlexctlError, UsageError
 from flexctl.hub.address import DATA_FORM, DataAddress
 from flexctl.hub.refusals import explained
 from flexctl.hub.remote import read_range
-from flexctl.hub.transfer import silenced
+from flexctl.hub.transfer import quiet_hub
 
 __all__ = ["DataFile", "data_files"]
 
@@ -155,7 +155,7 @@ def _builder(address: DataAddress, commit: str) -> Any:
     """Return what the datasets library makes of a repository; of its data nothing is read."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with explained(address), silenced(), _library() as datasets, tempfile.TemporaryDirectory() as cache:
+    with explained(address), quiet_hub(), _library() as datasets, tempfile.TemporaryDirectory() as cache:
         try:
             return datasets.load_dataset_builder(address.repository, address.subset, revision=commit, cache_dir=cache)
         except LocalEntryNotFoundError:

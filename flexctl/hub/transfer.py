@@ -17,7 +17,7 @@ from flexctl.hub.refusals import explained
 from flexctl.hub.remote import IGNORED, Remote, look
 from flexctl.runtime import SILENT, Progress, Reporter
 
-__all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "prepare", "send", "silenced"]
+__all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "prepare", "send", "quiet_hub"]
 
 _ALONE_BYTES = 100_000
 _EARLIER_COMMITS = 50
@@ -42,7 +42,7 @@ def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
     if folder is None:
         names = [address.file] if address.file else sorted(remote.sizes)
         total = sum(remote.sizes[name] for name in names)
-        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), silenced():
+        with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), quiet_hub():
             count = _Count(progress)
             folder = Path(
                 snapshot_download(
@@ -102,7 +102,7 @@ def earlier_manifests(head: Remote) -> Iterator[Manifest]:
     from huggingface_hub.errors import EntryNotFoundError
 
     address = head.address
-    with explained(address), silenced():
+    with explained(address), quiet_hub():
         commits = HfApi().list_repo_commits(address.repository, revision=address.revision)
         for commit in commits[1 : 1 + _EARLIER_COMMITS]:
             try:
@@ -137,7 +137,7 @@ def send(head: Remote, files: Mapping[str, Path | bytes], *, message: str, repor
     with (
         reporter.progress(f"sending to {address.repository}", sum(sizes), "bytes") as progress,
         explained(address),
-        silenced(),
+        quiet_hub(),
     ):
         count = _Count(progress)
         for addition, size in zip(additions, sizes, strict=True):
@@ -171,7 +171,7 @@ def fetch_checkpoint(repository: str) -> Path:
 
     try:
         address = parse(repository)
-        with explained(address), silenced():
+        with explained(address), quiet_hub():
             return Path(
                 snapshot_download(
                     address.repository, revision=address.revision, allow_patterns=[*STOCK_FILES, *WEIGHT_FILES]
@@ -185,7 +185,7 @@ def fetch_checkpoint(repository: str) -> Path:
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Keep huggingface_hub from drawing its own progress and from warning of what is well."""
     from huggingface_hub import utils
 

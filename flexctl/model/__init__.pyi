@@ -10,9 +10,9 @@ from flexctl.model.building import load_tokenizer as load_tokenizer
 from flexctl.model.building import moved_tensors as moved_tensors
 from flexctl.model.building import pick_device as pick_device
 from flexctl.model.building import pick_dtype as pick_dtype
+from flexctl.model.building import quiet_transformers as quiet_transformers
 from flexctl.model.building import route as route
 from flexctl.model.building import set_threads as set_threads
-from flexctl.model.building import silenced as silenced
 from flexctl.model.building import stock_problems as stock_problems
 from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
 from flexctl.model.configs import resolve_moe_config as resolve_moe_config

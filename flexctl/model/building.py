@@ -36,7 +36,7 @@ __all__ = [
     "pick_dtype",
     "route",
     "set_threads",
-    "silenced",
+    "quiet_transformers",
     "stock_problems",
 ]
 
@@ -113,7 +113,7 @@ def set_threads(threads: int | None) -> None:
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep Transformers' own progress bars off inside the ``with`` statement: only reporters speak."""
     from transformers.utils import logging
 
@@ -145,7 +145,7 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
     experts = list(weights.experts.values())
     state = {name: to_torch(raw).to(dtype) for name, raw in weights.shared.items()}
     state |= {f"model.{name}": to_torch(raw).to(dtype) for name, raw in experts[0].items()}
-    with silenced():
+    with quiet_transformers():
         model = route(model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype))
     for index, block in enumerate(routed_layers(model)):
         public = block.experts[0]
@@ -236,7 +236,7 @@ def load_dense(path: Path) -> Any:
 
     loading = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     stored = transformers.AutoConfig.from_pretrained(path, local_files_only=True).dtype
-    with silenced():
+    with quiet_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **loading)
     model.config.dtype = stored or torch.float32
     return model
@@ -300,7 +300,7 @@ def stock_problems(path: Path) -> list[str]:
     """Return what stock Transformers finds missing, unexpected or misshaped in a merged model; empty is well."""
     import transformers
 
-    with silenced():
+    with quiet_transformers():
         _, found = transformers.AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
-    "proxies": ("PASSAGES_A_FOLD", "Ranking", "fetch", "public_reader", "rank_public"),
+    "proxies": ("PASSAGES_A_FOLD", "Ranking", "listed_documents", "public_reader", "rank_public"),
     "rows": ("Rows", "row_logits"),
     "space": (
         "InputStatistics",

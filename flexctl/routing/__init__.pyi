@@ -2,7 +2,7 @@
 
 from flexctl.routing.proxies import PASSAGES_A_FOLD as PASSAGES_A_FOLD
 from flexctl.routing.proxies import Ranking as Ranking
-from flexctl.routing.proxies import fetch as fetch
+from flexctl.routing.proxies import listed_documents as listed_documents
 from flexctl.routing.proxies import public_reader as public_reader
 from flexctl.routing.proxies import rank_public as rank_public
 from flexctl.routing.rows import Rows as Rows

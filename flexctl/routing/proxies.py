@@ -24,7 +24,7 @@ from flexctl.text.documents import read_documents
 from flexctl.text.sample import PublicSample
 from flexctl.text.tokens import PASSAGE_TOKENS, Framed, frame_documents
 
-__all__ = ["PASSAGES_A_FOLD", "Ranking", "fetch", "fit_classifier", "public_reader", "rank_public"]
+__all__ = ["PASSAGES_A_FOLD", "Ranking", "listed_documents", "fit_classifier", "public_reader", "rank_public"]
 
 Features = Callable[[Sequence[Tensor]], Tensor]
 """Turns token ids, (S,), int64 each, into (D, F), float32."""
@@ -135,7 +135,7 @@ def fit_classifier(own: Tensor, public: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda features: ((features - middle) / spread @ slope + offset).detach()
 
 
-def fetch(read: Callable[[], Iterator[Framed]], proxies: Sequence[tuple[Path, Proxy]]) -> list[list[Framed]]:
+def listed_documents(read: Callable[[], Iterator[Framed]], proxies: Sequence[tuple[Path, Proxy]]) -> list[list[Framed]]:
     """Return the documents of each proxy list, after checking that they are the ones that the owner meant.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flexctl import cache
 from flexctl.errors import UsageError
-from flexctl.model.building import silenced
+from flexctl.model.building import quiet_transformers
 from flexctl.model.tensors import tensors_digest
 from flexctl.routing.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
 from flexctl.routing.space import RouterSpace, measure_documents, measure_passages
@@ -191,7 +191,7 @@ class Encoder:
         from sentence_transformers import SentenceTransformer
 
         try:
-            with silenced():
+            with quiet_transformers():
                 self._model = SentenceTransformer(name, device="cpu", trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UsageError(

@@ -42,7 +42,6 @@ def recipe_of(config: RowConfig) -> routing.RowRecipe:
     Raises:
         UsageError: There is no such kind, or it needs an encoder.
     """
-
     recipe = routing.RowRecipe(kind=config.router, own_covariance=config.own_covariance, encoder=config.encoder)
     recipe.check()
     return recipe
@@ -87,7 +86,6 @@ def measured_rows(
     Raises:
         UsageError: There are too few passages, or the encoder cannot be loaded.
     """
-
     recipe = recipe_of(config)
     rows = routing.embed_rows(
         recipe, reader, base.space, own, public, partial(text.frame_passages, base.tokenizer), reporter

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexctl.bundle import cache
+from flexctl.bundle import seals
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.hashing import BUFFER_BYTES, check_tensors, hash_file, hash_spans, in_parallel
 from flexctl.bundle.manifest import MergedManifest, TensorInfo
@@ -87,33 +87,33 @@ def test_a_seal_is_broken_by_any_change(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"12")
     infos = {"a": TensorInfo("U8", (2,), "0" * 64)}
-    assert cache.known() == frozenset()
-    first = cache.seal(path, infos)
-    cache.remember([first])
-    assert cache.seal(path, infos) in cache.known()
-    assert cache.seal(path, {"a": TensorInfo("U8", (2,), "1" * 64)}) not in cache.known()
+    assert seals.known() == frozenset()
+    first = seals.seal(path, infos)
+    seals.remember([first])
+    assert seals.seal(path, infos) in seals.known()
+    assert seals.seal(path, {"a": TensorInfo("U8", (2,), "1" * 64)}) not in seals.known()
     stat = path.stat()
     path.write_bytes(b"21")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert cache.seal(path, infos) not in cache.known()
+    assert seals.seal(path, infos) not in seals.known()
 
 
 @pytest.mark.usefixtures("_empty_cache")
 def test_a_cache_that_is_broken_or_large_or_not_writable_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.remember(["a" * 64])
+    seals.remember(["a" * 64])
     file = tmp_path / "cache/flexctl/hashed-files"
     file.write_bytes(b"\xff")
-    assert cache.known() == frozenset()
+    assert seals.known() == frozenset()
     with file.open("wb") as output:
-        output.truncate(cache.MAX_CACHE_BYTES + 1)
-    cache.remember(["b" * 64])
-    assert cache.known() == {"b" * 64}
+        output.truncate(seals.MAX_CACHE_BYTES + 1)
+    seals.remember(["b" * 64])
+    assert seals.known() == {"b" * 64}
     (tmp_path / "flat").write_text("a file where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "flat"))
-    cache.remember(["c" * 64])
-    assert cache.known() == frozenset()
+    seals.remember(["c" * 64])
+    assert seals.known() == frozenset()
 
 
 def merged_fixture(**changes: Any) -> MergedManifest:

@@ -14,7 +14,7 @@ from flexctl.bundle import open_anchor
 from flexctl.bundle.proxy import ProxyDocument, PublicText, open_proxy, write_proxy
 from flexctl.engine.select_proxy import SelectProxyConfig, SelectProxyResult, select_proxy
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.routing.proxies import fetch, public_reader
+from flexctl.routing.proxies import listed_documents, public_reader
 from flexctl.text.sample import PublicSample
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
@@ -65,7 +65,7 @@ def test_the_file_is_a_set_of_public_documents_and_nothing_of_the_owners(
     assert indices == sorted(set(indices))
     assert [set(document) for document in content["documents"]] == [{"index", "sha256"}] * 5
     read = public_reader(sample, None, None, "text")
-    found = fetch(read, [(result.path, open_proxy(result.path))])[0]
+    found = listed_documents(read, [(result.path, open_proxy(result.path))])[0]
     assert [document.tokens.tolist() for document in found] == [sample.documents[i].tokens.tolist() for i in indices]
 
 
@@ -76,13 +76,13 @@ def test_another_public_text_and_wrong_documents_are_refused(
     proxy = open_proxy(path)
     sample = PublicSample.from_tensors(open_anchor(anchor).public_sample())
     with pytest.raises(BundleError, match="made from another public text"):
-        fetch(public_reader(sample, tokenizer, crawl, "text"), [(path, proxy)])
+        listed_documents(public_reader(sample, tokenizer, crawl, "text"), [(path, proxy)])
     moved = [ProxyDocument(index=d.index ^ 1, sha256=d.sha256) for d in proxy.documents]
     forged = tmp_path / "forged.json"
     settings = {"name": "code", "anchor": proxy.anchor, "public": proxy.public, "encoder": None}
     write_proxy(forged, **settings, documents=moved, overwrite=False)
     with pytest.raises(BundleError, match=r"forged\.json: documents: number \d+ of the public text has another sha256"):
-        fetch(public_reader(sample, None, None, "text"), [(forged, open_proxy(forged))])
+        listed_documents(public_reader(sample, None, None, "text"), [(forged, open_proxy(forged))])
     with pytest.raises(BundleError, match="expected each once, by index, below"):
         write_proxy(
             tmp_path / "far.json", **settings, documents=[ProxyDocument(index=10**6, sha256="")], overwrite=False

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from classifier import fit_classifier, save_classifier
 from torch.nn import functional as F
+from upcycled import btx_start
 
 from flexctl.bundle import Weights
 from flexctl.errors import BundleError, UsageError
-from flexctl.evaluation.baselines.blends import Blend, btx_start, dare, soup, ties
+from flexctl.evaluation.baselines.blends import Blend, dare, soup, ties
 from flexctl.evaluation.baselines.mixing import mixed_logit_losses, soup_losses
-from flexctl.evaluation.baselines.prompt import PromptClassifier, fit_classifier
+from flexctl.evaluation.baselines.prompt import PromptClassifier
 from flexctl.evaluation.baselines.windows import Windows, choose, cut, softmax_weights
 from flexctl.evaluation.scoring import score_documents
 from flexctl.model.losses import LOGIT_BUDGET
@@ -238,7 +240,7 @@ def test_classifier_is_bayes_rule_for_two_gaussians() -> None:
 def test_classifier_survives_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     classifier = fit_classifier({name: torch.randn(9, 2, 32, generator=generator) for name in ("public", "a")})
-    classifier.save(tmp_path / "c.safetensors")
+    save_classifier(classifier, tmp_path / "c.safetensors")
     again = PromptClassifier.load(tmp_path / "c.safetensors")
     assert again.names == ("public", "a")
     model, windows = tiny.build(MODELS[0]), windows_of((2, 40))

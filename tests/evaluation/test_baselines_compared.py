@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from classifier import fit_classifier, save_classifier
+from upcycled import save_mixture, upcycle
 
 from flexctl.bundle import open_merged
 from flexctl.engine.evaluate import EvaluateConfig, EvaluateResult, evaluate
@@ -25,10 +27,8 @@ from flexctl.evaluation.baselines import (
     PromptClassifier,
     comparing,
     find_ingredients,
-    fit_classifier,
     mixing,
     prompt,
-    score_baselines,
 )
 from flexctl.evaluation.domains import Domain
 from flexctl.model.building import build_model, load_tokenizer
@@ -36,7 +36,6 @@ from flexctl.routing.space import measure_documents
 from flexctl.runtime import SILENT, Reporter, SilentReporter
 from flexctl.text.documents import read_documents
 from flexctl.text.tokens import Framed, frame_documents, frame_passages
-from flexctl.training.upcycled import save_mixture, upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -75,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, anchor: Path, texts: Any) -
         name: measure_documents(model, frame_passages(tokenizer, list(read_documents([getattr(texts, name)]))[:20]))
         for name in ("public", "code", "sums")
     }
-    fit_classifier(embedded).save(root / CLASSIFIER_FILE)
+    save_classifier(fit_classifier(embedded), root / CLASSIFIER_FILE)
     upcycle(model, 3, 2, seed=0)
     save_mixture(model, root / "unrestricted", tokenizer)
     return root
@@ -270,7 +269,7 @@ def test_documents_are_read_anew_and_never_kept(
     monkeypatch.setattr(comparing, "frame_documents", watched)
     for module, name in ((scoring, "_SORTED_TOGETHER"), (mixing, "_TOGETHER"), (prompt, "_TOGETHER")):
         monkeypatch.setattr(module, name, 16)
-    found = score_baselines(made_of(mixtures={}), tokenizer, [Domain(name="a", path=texts)], **SETTINGS)
+    found = Baselines(made_of(mixtures={}), tokenizer, **SETTINGS).score([Domain(name="a", path=texts)])
     assert len(found) == 13
     cut, whole, alone, mixed, embedded = 1, 3, 2, 4, 1
     assert len(counts) == 100 * (cut + whole + alone + mixed + embedded)
@@ -316,9 +315,8 @@ def test_wrong_folders_are_refused(tmp_path: Path, merged: Path, folder: Path, t
     few = tmp_path / "few"
     few.mkdir()
     generator = torch.Generator().manual_seed(0)
-    fit_classifier({n: torch.randn(9, 2, 32, generator=generator) for n in ("public", "code")}).save(
-        few / CLASSIFIER_FILE
-    )
+    classifier = fit_classifier({n: torch.randn(9, 2, 32, generator=generator) for n in ("public", "code")})
+    save_classifier(classifier, few / CLASSIFIER_FILE)
     with pytest.raises(BundleError, match="tells public, code apart; expected public, code, sums"):
         find_ingredients(few, open_merged(merged).weights(), ["public", "code", "sums"], merged)
 

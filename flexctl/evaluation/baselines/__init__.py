@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from flexctl.evaluation.baselines.blends import btx_start, dare, soup, ties
-from flexctl.evaluation.baselines.comparing import Baselines, score_baselines
+from flexctl.evaluation.baselines.blends import dare, soup, ties
+from flexctl.evaluation.baselines.comparing import Baselines
 from flexctl.evaluation.baselines.ingredients import CLASSIFIER_FILE, MIXTURES, Ingredients, find_ingredients
-from flexctl.evaluation.baselines.prompt import PromptClassifier, fit_classifier
+from flexctl.evaluation.baselines.prompt import PromptClassifier
 
 __all__ = [
     "CLASSIFIER_FILE",
@@ -13,11 +13,8 @@ __all__ = [
     "Baselines",
     "Ingredients",
     "PromptClassifier",
-    "btx_start",
     "dare",
     "find_ingredients",
-    "fit_classifier",
-    "score_baselines",
     "soup",
     "ties",
 ]

@@ -17,11 +17,10 @@ from torch import Tensor
 from flexctl.bundle import PUBLIC, RawTensor, Weights
 from flexctl.model.tensors import RawBytes, to_bytes, to_torch
 
-__all__ = ["Blend", "btx_start", "dare", "soup", "ties"]
+__all__ = ["Blend", "dare", "soup", "ties"]
 
 TIES_DENSITY = 0.2
 DARE_DROP = 0.9
-ROUTER_STD = 0.02
 
 Combine = Callable[[str, Iterator[Tensor]], Tensor]
 """Given a tensor's name and each model's tensor of that name in float32, the anchor's first, returns one."""
@@ -105,34 +104,6 @@ def dare(models: Sequence[Weights], drop: float = DARE_DROP, seed: int = 0) -> B
         return base + total / len(models)
 
     return _blend(models, combine)
-
-
-def btx_start(models: Mapping[str, Weights], top_k: int, seed: int = 0) -> Blend:
-    """Return the mixture that BTX trains: the models' feed-forward networks as experts, other weights averaged.
-
-    Args:
-        models: By name, the anchor first.
-        top_k: Experts kept for each token.
-        seed: Of the router rows, which are drawn small; the public one is zero.
-
-    Source: Sukhbaatar et al., "Branch-Train-MiX" (arXiv 2403.07816), section 3.2.
-    """
-    every = list(models.values())
-    generator = torch.Generator().manual_seed(seed)
-    layers, hidden_size = len(every[0].router), every[0].router[0].shape[1]
-    return Blend(
-        dense_config=every[0].dense_config,
-        shared=_Made([model.shared for model in every], _mean(len(every))),
-        experts={name: _feed_forward(model) for name, model in models.items()},
-        router=[_random_rows(len(every), hidden_size, generator) for _ in range(layers)],
-        num_experts_per_tok=top_k,
-    )
-
-
-def _random_rows(count: int, hidden_size: int, generator: torch.Generator) -> RawTensor:
-    rows = ROUTER_STD * torch.randn(count, hidden_size, generator=generator)
-    rows[0] = 0
-    return RawTensor(*to_bytes(rows))
 
 
 def _feed_forward(model: Weights) -> Mapping[str, RawTensor]:

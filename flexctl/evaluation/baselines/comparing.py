@@ -17,14 +17,13 @@ from flexctl.evaluation.baselines.blends import DARE_DROP, TIES_DENSITY, dare, s
 from flexctl.evaluation.baselines.ingredients import Ingredients
 from flexctl.evaluation.baselines.panel import TEMPERATURE, Panel, names_alone, names_together
 from flexctl.evaluation.baselines.windows import Floats, Windows, cut
-from flexctl.evaluation.cache import recall, remember
 from flexctl.evaluation.domains import Domain
-from flexctl.evaluation.scoring import Score
+from flexctl.evaluation.scoring import Score, recall_score, remember_score
 from flexctl.model.building import WeightSource, build_model
 from flexctl.runtime import Reporter, counted, software_versions
 from flexctl.text.tokens import Framed, frame_documents
 
-__all__ = ["Baselines", "score_baselines"]
+__all__ = ["Baselines"]
 
 SCORING = 1
 """Part of what the cache knows a baseline by; goes up when the same ingredients and text get other figures."""
@@ -161,7 +160,7 @@ class Baselines:
 
     def _score(self, way: _Way, windows: Windows) -> dict[str, Score]:
         identities = {name: self._identity(name, way, windows) for name in way.names}
-        known = {name: score for name, identity in identities.items() if (score := recall(identity)) is not None}
+        known = {name: score for name, identity in identities.items() if (score := recall_score(identity)) is not None}
         self.count += len(identities)
         if len(known) == len(identities):
             self.recalled += len(known)
@@ -169,7 +168,7 @@ class Baselines:
         losses = way.losses(windows)
         scores = {name: windows.score(losses[name]) for name in way.names}
         for name, score in scores.items():
-            remember(identities[name], score)
+            remember_score(identities[name], score)
         return scores
 
     def _identity(self, name: str, way: _Way, windows: Windows) -> dict[str, Any]:
@@ -183,10 +182,3 @@ class Baselines:
             "device": self._device.type,
             "dtype": str(self._dtype),
         }
-
-
-def score_baselines(
-    ingredients: Ingredients, tokenizer: Any, domains: Sequence[Domain], **settings: Any
-) -> dict[str, dict[str, Score]]:
-    """Return {baseline: {domain: score}}: ``Baselines(ingredients, tokenizer, **settings).score(domains)``."""
-    return Baselines(ingredients, tokenizer, **settings).score(domains)

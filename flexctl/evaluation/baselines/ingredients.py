@@ -95,7 +95,7 @@ def _open(path: Path, anchor: Weights, tokenizer: Path, *, mixture: bool) -> Wei
 def _missing(folder: Path, experts: Sequence[str], there: Sequence[str], classified: bool) -> dict[str, str]:
     train = "flexctl init-anchor ANCHOR --data TEXT --anneal-tokens N -o"
     found = {f"dense {name}": f"{train} {folder / name}" for name in experts if name not in there}
-    by_hand = "trained by examples/flexmix_mini; see docs/baselines.md"
+    by_hand = "trained by examples/flexmix_mini in flexctl's source, by no command; see docs/baselines.md"
     found |= {name: by_hand for name in MIXTURES if name not in there}
     if not classified:
         found["prompt routing"] = f"{folder / CLASSIFIER_FILE} is {by_hand}"

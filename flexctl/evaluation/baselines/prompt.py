@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexctl.bundle.store import new_file
 from flexctl.errors import BundleError
-from flexctl.routing.space import SHRINKAGE, measure_documents
+from flexctl.routing.space import measure_documents
 from flexctl.text.tokens import Framed
 
-__all__ = ["PromptClassifier", "fit_classifier"]
+__all__ = ["PromptClassifier"]
 
 _TOGETHER = 64
 
@@ -66,16 +65,9 @@ class PromptClassifier:
             logits.append(self.logits(measure_documents(anchor, [tokens[0], *tokens])[1:]))
         return torch.cat(logits)
 
-    def save(self, path: Path) -> None:
-        """Write the classifier as safetensors."""
-        from safetensors.torch import save_file
-
-        with new_file(path, overwrite=True) as temporary:
-            save_file({"rows": self.rows, "offset": self.offset}, temporary, {"names": json.dumps(self.names)})
-
     @classmethod
     def load(cls, path: Path) -> PromptClassifier:
-        """Return the classifier in a file that ``save`` wrote.
+        """Return the classifier in a file, as examples/flexmix_mini fits and writes it.
 
         Raises:
             BundleError: It is no such file.
@@ -88,26 +80,3 @@ class PromptClassifier:
                 return cls(names=tuple(names), rows=file.get_tensor("rows"), offset=file.get_tensor("offset"))
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BundleError(f"{path}: holds no prompt classifier: {error}", hint="fit it again") from error
-
-
-def fit_classifier(embedded: Mapping[str, Tensor]) -> PromptClassifier:
-    """Return the linear discriminants of classes that are equally likely.
-
-    Args:
-        embedded: Mean router inputs of each class's texts, (D, L, H), at least two texts a class.
-
-    Source: linear discriminant analysis with the covariance pooled within classes, and shrunk as the router space is.
-    """
-    means = torch.stack([texts.double().mean(dim=0) for texts in embedded.values()], dim=1)
-    apart = torch.cat([texts.double() - texts.double().mean(dim=0) for texts in embedded.values()])
-    centre = means.mean(dim=1, keepdim=True)
-    rows, offset = [], []
-    for layer, middle in enumerate(centre):
-        spread = apart[:, layer]
-        covariance = spread.T @ spread / max(1, len(spread) - len(embedded))
-        ridge = SHRINKAGE * covariance.diagonal().mean() + 1e-12
-        from_centre = means[layer] - middle
-        row = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance), dtype=torch.float64), from_centre.T).T
-        rows.append(row)
-        offset.append(-((from_centre / 2 + middle) * row).sum(dim=1))
-    return PromptClassifier(names=tuple(embedded), rows=torch.stack(rows), offset=torch.stack(offset))

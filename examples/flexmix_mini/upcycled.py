@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flexctl.bundle import PUBLIC, RawTensor, Weights
+from flexctl.evaluation.baselines.blends import Blend, soup
 from flexctl.families import PROJECTIONS, family_of
 from flexctl.model.building import add_expert
 from flexctl.model.configs import resolve_moe_config
 from flexctl.model.routed import observing, routed_layers, set_top_k
+from flexctl.model.tensors import to_bytes
 from flexctl.runtime import Reporter
 from flexctl.text.tokens import TokenStream
 from flexctl.training.whole import WholeSettings, train_whole
 
-__all__ = ["LoadBalance", "save_mixture", "train_mixture", "upcycle"]
+__all__ = ["LoadBalance", "btx_start", "save_mixture", "train_mixture", "upcycle"]
 
 BALANCE = 0.01
 ROUTER_STD = 0.02
@@ -40,6 +44,34 @@ def upcycle(model: nn.Module, num_experts: int, top_k: int, seed: int) -> None:
     for _ in range(num_experts - 1):
         add_expert(model, ROUTER_STD * torch.randn(len(routed_layers(model)), hidden_size, generator=generator))
     set_top_k(model, top_k)
+
+
+def btx_start(models: Mapping[str, Weights], top_k: int, seed: int = 0) -> Blend:
+    """Return the mixture that BTX trains: the models' feed-forward networks as experts, other weights averaged.
+
+    Args:
+        models: By name, the anchor first.
+        top_k: Experts kept for each token.
+        seed: Of the router rows, which are drawn small; the public one is zero.
+
+    Source: Sukhbaatar et al., "Branch-Train-MiX" (arXiv 2403.07816), section 3.2.
+    """
+    every = list(models.values())
+    generator = torch.Generator().manual_seed(seed)
+    layers, hidden_size = len(every[0].router), every[0].router[0].shape[1]
+    return Blend(
+        dense_config=every[0].dense_config,
+        shared=soup(every).shared,
+        experts={name: model.experts[PUBLIC] for name, model in models.items()},
+        router=[_random_rows(len(every), hidden_size, generator) for _ in range(layers)],
+        num_experts_per_tok=top_k,
+    )
+
+
+def _random_rows(count: int, hidden_size: int, generator: torch.Generator) -> RawTensor:
+    rows = ROUTER_STD * torch.randn(count, hidden_size, generator=generator)
+    rows[0] = 0
+    return RawTensor(*to_bytes(rows))
 
 
 def train_mixture(

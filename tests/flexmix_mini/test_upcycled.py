@@ -9,11 +9,11 @@ import pytest
 import tiny
 import torch
 import transformers
+from upcycled import LoadBalance, save_mixture, train_mixture, upcycle
 
 from flexctl.model.routed import observing, routed_layers
 from flexctl.runtime import SILENT
 from flexctl.text.tokens import TokenStream, frame_documents, pack
-from flexctl.training.upcycled import LoadBalance, save_mixture, train_mixture, upcycle
 from flexctl.training.whole import WholeSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

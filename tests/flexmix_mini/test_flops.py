@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from flops import Matrices
 from torch.utils.flop_counter import FlopCounterMode
+from upcycled import upcycle
 
 from flexctl.model.routed import set_top_k
-from flexctl.training.flops import Matrices
-from flexctl.training.upcycled import upcycle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

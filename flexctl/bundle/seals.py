@@ -7,15 +7,14 @@ to have. The cache lies with the user, never in a bundle; losing it costs time a
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from flexctl.bundle.manifest import TensorInfo, digest_of
+from flexctl.runtime import cache_folder
 
-__all__ = ["cache_folder", "known", "remember", "seal"]
+__all__ = ["known", "remember", "seal"]
 
 MAX_CACHE_BYTES = 4_000_000
 
@@ -50,12 +49,6 @@ def remember(seals: Iterable[str]) -> None:
         # One short append is atomic, so that commands that run at once do not mix their lines.
         with path.open("a", encoding="ascii") as file:
             file.write("".join(f"{line}\n" for line in seals))
-
-
-def cache_folder() -> Path:
-    """Return flexctl's folder in the user's cache directory; it need not exist."""
-    home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or home) / "flexctl"
 
 
 def _cache_file() -> Path:
