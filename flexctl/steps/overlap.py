@@ -35,11 +35,9 @@ def expected_between(anchor: Anchor, rows: Mapping[str, RawTensor]) -> Routing:
 
 
 def warn_of_overlaps(routing: Routing, reporter: Reporter) -> list[str]:
-    """Tell the reporter which experts are expected to take each other's text, and return what was told."""
-    told = [
-        f"{found.taker} is expected to take {found.share:.0%} of {found.text}'s text (from router rows alone)"
-        for found in overlaps(routing)
-    ]
+    """Tell the reporter, in one line, which experts are expected to take each other's text; return what was told."""
+    found = [f"{overlap.taker} {overlap.share:.0%} of {overlap.text}" for overlap in overlaps(routing)]
+    told = [f"by router rows alone, experts will take each other's text: {', '.join(found)}"] if found else []
     for line in told:
         reporter.warn(line)
     return told

@@ -28,6 +28,7 @@ from flexctl.engine.merge import MergeConfig, MergeResult, merge
 from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.families import FAMILIES
+from flexctl.routing.overlap import overlaps
 from flexctl.runtime import SilentReporter
 
 NAMES = ("code", "law", "low", "math")
@@ -94,6 +95,23 @@ def test_the_workspace_s_own_model_is_added_to_in_place(world: World) -> None:
         merge(MergeConfig(experts=(Path("fresh"), *world.files("low"))))
     with pytest.raises(UsageError, match="exists already"):
         merged(world, Path("merged"), *world.files("low"))
+
+
+def test_who_will_take_whose_text_is_expected_from_the_rows_and_told_once(world: World) -> None:
+    listener = Listener()
+    config = MergeConfig(experts=tuple(world.files("code", "law")), anchor=world.anchor.path, output=Path("m"))
+    routing = merge(config, listener).expected_routing
+    assert routing is not None
+    assert list(routing) == ["public", "code", "law"]
+    assert all(list(shares) == list(routing) for shares in routing.values())
+    assert all(sum(shares.values()) == pytest.approx(1) for shares in routing.values())
+    told = [warning for warning in listener.warnings if "take each other's text" in warning]
+    assert len(told) == bool(overlaps(routing))
+    for overlap in overlaps(routing):
+        assert f"{overlap.taker} {overlap.share:.0%} of {overlap.text}" in told[0]
+    assert merged(world, Path("planned"), *world.files("code", "law"), dry_run=True).expected_routing == routing
+    # Adding needs no anchor, and without one nothing can be expected.
+    assert merge(MergeConfig(experts=(Path("m"),), output=Path("n"))).expected_routing is None
 
 
 # Laws 3 and 4: the owner's and the anchor's bytes.
@@ -223,7 +241,7 @@ def test_the_license_is_computed_and_never_invented(
     listener = Listener()
     result = merge(MergeConfig(experts=files, anchor=anchor.path, output=Path("m")), listener)
     assert result.license == expected == open_merged(Path("m")).manifest.license
-    about_rights = [warning for warning in listener.warnings if "is expected to take" not in warning]
+    about_rights = [warning for warning in listener.warnings if "take each other's text" not in warning]
     unknown = {anchor_license, *licenses} == {None}
     assert bool(about_rights) == (expected == "other" and not unknown)
     assert listener.notes == (["license: unknown, as the inputs' are"] if unknown else [])
