@@ -2,7 +2,7 @@
 #   make demo    an expert's whole life on text that this machine has, in a few minutes
 #   make test    the tests          make test-slow   those that take minutes as well
 #   make check   formatter, linter, types
-#   make docs    docs/cli.md from the help pages
+#   make docs    docs/cli.md from the help pages, and what type checkers read of names imported on first use
 #   make bench   measurements; they never fail on time
 
 VENV := .venv
