@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,11 +130,13 @@ class _Setup:
 
         return held_out_losses(self.model, self.parts, seq_len=self.seq_len, reporter=reporter)
 
-    def choosing_loss(self) -> float:
+    def choosing_loss(self, reporter: Reporter) -> float:
         """Return the model's loss on the documents that ranks are chosen on, nats a token."""
-        from flexctl.evaluation.scoring import score_documents
+        from flexctl.evaluation.scoring import held_out_losses
 
-        return score_documents(self.model, self.choosing, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS).nll
+        parts = {"to choose by": self.choosing}
+        (loss,) = held_out_losses(self.model, parts, seq_len=self.seq_len, reporter=reporter).values()
+        return loss
 
 
 def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressResult:
@@ -287,7 +290,7 @@ def _ranks(
         factors,
         _components(config, anchor),
         list(_sequences(setup)),
-        setup.choosing_loss,
+        partial(setup.choosing_loss, reporter),
         reporter,
     )
 
