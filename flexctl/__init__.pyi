@@ -2,6 +2,7 @@
 
 from flexctl.bundle.checks import Check as Check
 from flexctl.bundle.manifest import PrivacyInfo as PrivacyInfo
+from flexctl.bundle.manifest import Tombstone as Tombstone
 from flexctl.engine.compress import CompressConfig as CompressConfig
 from flexctl.engine.compress import CompressResult as CompressResult
 from flexctl.engine.compress import compress as compress
@@ -12,10 +13,8 @@ from flexctl.engine.embed_router import EmbedRouterConfig as EmbedRouterConfig
 from flexctl.engine.embed_router import EmbedRouterResult as EmbedRouterResult
 from flexctl.engine.embed_router import LayerReport as LayerReport
 from flexctl.engine.embed_router import embed_router as embed_router
-from flexctl.engine.evaluate import DomainScore as DomainScore
 from flexctl.engine.evaluate import EvaluateConfig as EvaluateConfig
 from flexctl.engine.evaluate import EvaluateResult as EvaluateResult
-from flexctl.engine.evaluate import TaskScore as TaskScore
 from flexctl.engine.evaluate import evaluate as evaluate
 from flexctl.engine.generate import GenerateConfig as GenerateConfig
 from flexctl.engine.generate import GenerateResult as GenerateResult
@@ -68,10 +67,17 @@ from flexctl.errors import BundleError as BundleError
 from flexctl.errors import FlexctlError as FlexctlError
 from flexctl.errors import Interrupted as Interrupted
 from flexctl.errors import UsageError as UsageError
-from flexctl.evaluation.comparison import Comparison as Comparison
-from flexctl.evaluation.comparison import DomainComparison as DomainComparison
-from flexctl.evaluation.comparison import Moved as Moved
 from flexctl.evaluation.explaining import Piece as Piece
+from flexctl.evaluation.figures import Comparison as Comparison
+from flexctl.evaluation.figures import DomainComparison as DomainComparison
+from flexctl.evaluation.figures import DomainScore as DomainScore
+from flexctl.evaluation.figures import Estimate as Estimate
+from flexctl.evaluation.figures import Figures as Figures
+from flexctl.evaluation.figures import Lineage as Lineage
+from flexctl.evaluation.figures import Member as Member
+from flexctl.evaluation.figures import Moved as Moved
+from flexctl.evaluation.figures import Settings as Settings
+from flexctl.evaluation.figures import TaskScore as TaskScore
 from flexctl.hub.remote import BundleFile as BundleFile
 from flexctl.runtime import SILENT as SILENT
 from flexctl.runtime import Progress as Progress

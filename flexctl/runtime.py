@@ -6,13 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 __all__ = [
     "SILENT",
+    "Parts",
     "Progress",
     "Reporter",
     "SilentReporter",
@@ -65,6 +66,33 @@ class _SilentProgress:
 
 
 SILENT = SilentReporter()
+
+
+class Parts:
+    """A reporter whose tasks come one after the other and are parts of a whole.
+
+    Each is shown as far as the whole is, so that the time left is that of all that are still to come.
+
+    Args:
+        reporter: Shows them, and hears everything else.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.note, self.warn = reporter.note, reporter.warn
+        self._reporter = reporter
+        self._total = self._done = 0.0
+
+    def expect(self, total: float) -> None:
+        """Count on tasks of ``total`` units more."""
+        self._total += total
+
+    @contextmanager
+    def progress(self, title: str, total: float, unit: str, /) -> Iterator[Progress]:
+        """Show one of the tasks that were expected while the block runs."""
+        with self._reporter.progress(title, self._total, unit) as bar:
+            bar.advance(self._done)
+            yield bar
+        self._done += total
 
 
 def counted(items: Iterable[Item], bar: Progress) -> Iterator[Item]:

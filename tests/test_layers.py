@@ -68,9 +68,6 @@ WITHOUT_TORCH_AT_TOP = (
     "__init__.py",
 )
 
-# Still to change: it says its imports where it needs them.
-LOCAL_IMPORTS = {"engine/evaluate.py"}
-
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 
@@ -157,7 +154,7 @@ def test_heavy_packages_are_imported_inside_functions(source: str) -> None:
 def test_what_is_flexctl_s_own_is_imported_at_the_top(source: str) -> None:
     functions = [node for node in ast.walk(tree(source)) if isinstance(node, ast.FunctionDef)]
     names = [name for function in functions for node in ast.walk(function) for name in imported(node)]
-    assert source in LOCAL_IMPORTS or not [name for name in names if name.startswith("flexctl")]
+    assert not [name for name in names if name.startswith("flexctl")]
 
 
 @pytest.mark.parametrize("room", ROOMS)

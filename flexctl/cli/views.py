@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flexctl.cli.text import amount, cell, local, number, paint, pairs, printable, table
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         CompressResult,
         DemoResult,
         EmbedRouterResult,
+        Estimate,
         EvaluateResult,
         GenerateResult,
         ImportExpertResult,
@@ -66,7 +68,7 @@ def _everything(fields: Mapping[str, Any], *, whole: bool = True) -> list[str]:
     nested = {name: value for name, value in fields.items() if value and _is_nested(value)}
     lines = pairs({name: value for name, value in fields.items() if not _is_nested(value)}, whole=True)
     for name, value in nested.items():
-        lines += ["", f"{name.replace('_', ' ')}:", *(f"  {line}" for line in _nested(value, whole=whole))]
+        lines += ["", f"{str(name).replace('_', ' ')}:", *(f"  {line}" for line in _nested(value, whole=whole))]
     return lines
 
 
@@ -187,9 +189,11 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     without = f" without {cell(result.without)}" if result.without else ""
     active = f"{result.num_experts_per_tok} active for a token"
     lines = [f"{cell(result.path)}: {cell(result.experts)}{without}, {active}, {cell(result.digest)}"]
+    if result.dry_run:
+        return [f"Dry run, nothing scored and nothing written. {lines[0]}", *_to_come(result)]
     headers = ("perplexity", "bits_per_byte", "nll", "tokens", "documents")
     rows = [
-        [name, *(getattr(score, key) for key in headers), _span(score.bits_per_byte_low, score.bits_per_byte_high)]
+        [name, *(getattr(score, key) for key in headers), _span(score.estimate)]
         for name, score in result.perplexity.items()
     ]
     if rows:
@@ -199,16 +203,26 @@ def _evaluate(result: EvaluateResult) -> list[str]:
         lines += ["", *_tasks(result.tasks)]
     whole = {name: score.bits_per_byte for name, score in result.perplexity.items()}
     if result.ablation:
-        lines += ["", *_changes(result.ablation, whole, "bits per byte without")]
+        lines += ["", *_changes(result.ablation, result.ablation_change, "bits per byte without")]
     if result.top_k:
-        lines += ["", *_changes({str(k): row for k, row in result.top_k.items()}, whole, "bits per byte, active")]
+        lines += ["", *_changes(result.top_k, result.top_k_change, "bits per byte, active")]
     if result.router_agreement:
         lines += ["", *_matrix({"same experts in bfloat16": result.router_agreement}, "share of tokens")]
     if result.baselines:
-        lines += ["", *_matrix({"this bundle": whole, **result.baselines}, "bits per byte")]
+        below = _changes(result.baselines, result.baselines_change, "bits per byte", {"this bundle": whole})
+        lines += ["", *below]
+    if any("?" in line for line in lines[1:]):
+        lines += ["", "?: the 95 % interval of the change crosses zero"]
     lines += [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
     lines += _comparison(result) if result.compare else []
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _to_come(result: EvaluateResult) -> list[str]:
+    """Return what a run would score."""
+    domains = f"{cell(list(result.data))}: {number(result.passes)} passes over a text" if result.data else None
+    missing = [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
+    return [*([f"To be scored, or recalled from the cache: {domains}"] if domains else []), *missing]
 
 
 def _tasks(tasks: Mapping[str, TaskScore]) -> list[str]:
@@ -228,15 +242,25 @@ def _with_error(task: TaskScore, metric: str) -> str | None:
     return number(task.metrics[metric]) + ("" if error is None else f" +- {number(error)}")
 
 
-def _changes(rows: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], corner: str) -> list[str]:
-    """Return {row: {domain: bits per byte}} as a table, with what each is above or below the whole model's."""
-    return _matrix(
-        {
-            name: {domain: f"{number(value)} {_signed(value - whole[domain])}" for domain, value in row.items()}
-            for name, row in rows.items()
-        },
-        corner,
-    )
+def _changes(
+    rows: Mapping[Any, Mapping[str, float]],
+    changes: Mapping[Any, Mapping[str, Estimate]],
+    corner: str,
+    first: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+) -> list[str]:
+    """Return {row: {domain: bits per byte}} as a table, with the change from the whole model beside each.
+
+    A question mark is behind a change whose interval crosses zero; rows of ``first`` are on top, without changes.
+    """
+    shown = {
+        str(name): {domain: f"{number(value)} {_change(changes[name][domain])}" for domain, value in row.items()}
+        for name, row in rows.items()
+    }
+    return _matrix({**{name: {d: number(v) for d, v in row.items()} for name, row in first.items()}, **shown}, corner)
+
+
+def _change(change: Estimate) -> str:
+    return _signed(change.value) + (" ?" if change.crosses_zero else "")
 
 
 def _comparison(result: EvaluateResult) -> list[str]:
@@ -248,7 +272,7 @@ def _comparison(result: EvaluateResult) -> list[str]:
             result.perplexity[name].bits_per_byte,
             row.bits_per_byte,
             _signed(row.difference),
-            _span(row.difference_low, row.difference_high, _signed),
+            _span(row.change, _signed),
             row.documents_better,
             row.documents_worse,
         ]
@@ -263,8 +287,8 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}" if abs(value) >= 0.0005 else "0.000"
 
 
-def _span(low: float | None, high: float | None, shown: Callable[[float], str] = number) -> str | None:
-    return None if low is None or high is None else f"{shown(low)} to {shown(high)}"
+def _span(found: Estimate, shown: Callable[[float], str] = number) -> str | None:
+    return None if found.low is None or found.high is None else f"{shown(found.low)} to {shown(found.high)}"
 
 
 def _inspect(result: InspectResult) -> list[str]:
