@@ -200,7 +200,7 @@ def _figures(score: Score, content: Content) -> DomainFigures:
 def _passage(passes: Passes, content: Content, whole: Variant) -> Passage:
     """Return about PASSAGE_TOKENS tokens from the beginning of a domain."""
     set_top_k(passes.model, whole.top_k)
-    exclude(passes.model, passes.runnable.indices(whole.without))
+    exclude(passes.model, passes.runnable.select(whole.without).left_out)
     pieces: list[Piece] = []
     texts = islice(content.domain.documents(), _PASSAGE_DOCUMENTS)
     for framed in frame_documents(passes.tokenizer, texts):
