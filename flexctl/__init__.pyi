@@ -2,12 +2,21 @@
 
 from flexctl.bundle.checks import Check as Check
 from flexctl.bundle.manifest import PrivacyInfo as PrivacyInfo
+from flexctl.engine.chat import ChatConfig as ChatConfig
+from flexctl.engine.chat import ChatResult as ChatResult
+from flexctl.engine.chat import ChatSession as ChatSession
+from flexctl.engine.chat import Turn as Turn
+from flexctl.engine.chat import chat as chat
 from flexctl.engine.compress import CompressConfig as CompressConfig
 from flexctl.engine.compress import CompressResult as CompressResult
 from flexctl.engine.compress import compress as compress
 from flexctl.engine.demo import DemoConfig as DemoConfig
 from flexctl.engine.demo import DemoResult as DemoResult
 from flexctl.engine.demo import demo as demo
+from flexctl.engine.doctor import CacheFolder as CacheFolder
+from flexctl.engine.doctor import DoctorConfig as DoctorConfig
+from flexctl.engine.doctor import DoctorResult as DoctorResult
+from flexctl.engine.doctor import doctor as doctor
 from flexctl.engine.embed_router import EmbedRouterConfig as EmbedRouterConfig
 from flexctl.engine.embed_router import EmbedRouterResult as EmbedRouterResult
 from flexctl.engine.embed_router import LayerReport as LayerReport

@@ -40,7 +40,7 @@ ONLY_IMPORTER = {
     "torch": ("model/", "text/", "routing/", "training/", "evaluation/", "steps/", "engine/"),
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
-    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "engine/generate.py"),
+    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

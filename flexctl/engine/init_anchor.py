@@ -29,7 +29,7 @@ from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
-from flexctl.runtime import SILENT, Reporter, software_versions
+from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,6 +154,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     source = _source_directory(config)
     if ends:
         return _finished(config, source, target, work_path, reporter)
+    note_busy_cores(config.threads, reporter)
     if source is not None:
         _warn_of_source(source, config, reporter)
     if config.dry_run:

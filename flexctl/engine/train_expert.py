@@ -29,7 +29,7 @@ from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
 from flexctl.hub import localise
 from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag
-from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 
 if TYPE_CHECKING:
@@ -354,6 +354,7 @@ def _set_up(config: TrainExpertConfig, anchor: Anchor, work: Path, reporter: Rep
     from flexctl.training.loop import LoopSettings
 
     set_threads(config.threads)
+    note_busy_cores(config.threads, reporter)
     tokenizer = load_tokenizer(anchor.path)
     corpus = prepare_corpus(
         config.data, tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter

@@ -38,11 +38,12 @@ def commands(checkpoint: Path, anchor: Path, experts: dict[str, Path], merged: P
         "replace": ["replace", "code", old, "--from", str(merged), "--data", f"code={code}"],
         "evaluate": ["evaluate", str(anchor), "--data", f"code={code}"],
         "generate": ["generate", str(anchor), "--prompt", "x"],
+        "chat": ["chat", str(anchor)],
         "demo": ["demo"],
     }
 
 
-WITHOUT_DRY_RUN = ("evaluate", "generate", "demo")
+WITHOUT_DRY_RUN = ("evaluate", "generate", "chat", "doctor", "demo")
 WITH_THREADS = (
     "init-anchor",
     "train-expert",
@@ -53,6 +54,7 @@ WITH_THREADS = (
     "replace",
     "evaluate",
     "generate",
+    "chat",
     "demo",
 )
 FILES = ("train-expert", "import-expert", "embed-router", "compress", "select-proxy")
@@ -160,9 +162,8 @@ def test_threads_that_no_machine_has(
     commands: Commands, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flags, "_MOST_THREADS", 300)
-    asked = (
-        [*commands[command], "-o", "new.st"] if command != "evaluate" and command != "generate" else commands[command]
-    )
+    has_output = command not in ("evaluate", "generate", "chat")
+    asked = [*commands[command], "-o", "new.st"] if has_output else commands[command]
     assert refused(capsys, [*asked, "--threads", "100000"]) == "error: --threads: 100000 is above 300"
     assert refused(capsys, [*asked, "--threads", "301"]) == "error: --threads: 301 is above 300"
     for few in ("0", "-1"):
