@@ -81,6 +81,9 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
     if not config.prompt:
         raise UsageError("it is empty", hint='for example "def main("', field="prompt")
     answerer = Answerer(config, reporter)
+    if config.chat and not answerer.has_template:
+        place = answerer.runnable.tokenizer
+        raise UsageError(f"the tokenizer in {place} has no chat template", hint="leave it out", field="chat")
     message = {"role": "user", "content": config.prompt}
     ids = answerer.frame([message]) if config.chat else answerer.encode(config.prompt)
     if not ids.shape[1]:

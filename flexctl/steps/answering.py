@@ -113,27 +113,23 @@ class Answerer:
         return ids
 
     def frame(self, messages: Sequence[Mapping[str, str]]) -> Tensor:
-        """Return the token ids of a conversation in the chat template, up to the next answer, (1, S), int64.
+        """Return the token ids of a conversation in the chat template there is, up to the next answer, (1, S), int64.
 
         Args:
             messages: Each with its ``role`` and ``content``.
 
         Raises:
-            UsageError: There is no template, or it fails.
+            UsageError: The template fails.
         """
         from jinja2 import TemplateError
 
-        folder = self.runnable.tokenizer
-        if not self.has_template:
-            raise UsageError(f"the tokenizer in {folder} has no chat template", hint="leave it out", field="chat")
         options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         try:
             framed: Tensor = self._tokenizer.apply_chat_template(list(messages), **options)["input_ids"]
         except TemplateError as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(
-                f"the chat template in {folder} fails: {said}", hint="leave it out", field="chat"
-            ) from error
+            place = self.runnable.tokenizer
+            raise UsageError(f"the chat template in {place} fails: {said}", hint="mend its template") from error
         return framed
 
     def answer(self, ids: Tensor, seed: int) -> Iterator[Piece]:

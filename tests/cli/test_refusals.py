@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +184,15 @@ def test_devices_that_nothing_runs_on(commands: Commands, command: str, capsys: 
     assert os.listdir() == []
 
 
-LIMITED = """
-import resource, sys
-from flexctl.cli.app import main
-from flexctl.errors import UsageError
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
-sys.exit(main(sys.argv[2:]))
-"""
+@contextmanager
+def files_up_to(size_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as on a disk without room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +211,13 @@ sys.exit(main(sys.argv[2:]))
     ],
 )
 def test_a_disk_without_room_is_one_line_with_the_file(
-    commands: Commands, command: str, limit: int, more: list[str], file: str
+    commands: Commands, command: str, limit: int, more: list[str], file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = [] if command == "evaluate" else ["-o", "new.st" if command in FILES else "new"]
     threads = [] if command == "merge" else ["--threads", "1"]
-    asked = [str(limit), *commands[command], *more, *output, *threads]
-    done = subprocess.run([sys.executable, "-c", LIMITED, *asked, "-q"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines() == [
+    with files_up_to(limit):
+        assert main([*commands[command], *more, *output, *threads, "-q"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
         f"error: File too large: {file}",
         "hint: the file system or ulimit -f allows no larger file; write to another place with -o",
     ]

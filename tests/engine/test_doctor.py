@@ -9,14 +9,18 @@ import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+from conftest import Texts
 
 import flexctl.engine.doctor as module
 from flexctl.cli.app import main
 from flexctl.engine.doctor import DoctorConfig, doctor
+from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
+from flexctl.engine.train_expert import TrainExpertConfig, train_expert
 from flexctl.hub.reach import reach
 from flexctl.runtime import SilentReporter, busy_cores, note_busy_cores
 
@@ -124,6 +128,26 @@ def test_busy_cores_are_noticed_where_threads_are_left_open(
     note_busy_cores(threads, listener)
     assert bool(busy_cores(threads)) == is_busy
     assert len(listener.notes) == is_busy
+
+
+def test_training_says_once_that_the_cores_are_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anchor: Path, checkpoint: Path, texts: Texts
+) -> None:
+    load(monkeypatch, 9.0, 2)
+
+    def said(threads: int | None) -> list[str]:
+        listener = Listener()
+        trained = tmp_path / f"{threads}.st"
+        train_expert(
+            TrainExpertConfig(data=(texts.code,), anchor=anchor, output=trained, max_steps=1, threads=threads), listener
+        )
+        made = tmp_path / f"{threads}"
+        source: dict[str, Any] = {"source": str(checkpoint), "sample_tokens": 2000}
+        init_anchor(InitAnchorConfig(data=(texts.public,), output=made, threads=threads, **source), listener)
+        return [note for note in listener.notes if "the load is" in note]
+
+    assert len(said(None)) == 2
+    assert said(1) == []
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):
