@@ -17,8 +17,10 @@ __all__ = [
     "Progress",
     "Reporter",
     "SilentReporter",
+    "busy_cores",
     "cache_folder",
     "counted",
+    "note_busy_cores",
     "peak_rss_bytes",
     "software_versions",
 ]
@@ -34,7 +36,7 @@ class Progress(Protocol):
 
 
 class Reporter(Protocol):
-    """Where the engine says what it is doing. The command line shows it; the Python API is silent."""
+    """Where the engine says what it is doing and hears the user: the command line. The Python API is silent."""
 
     def note(self, text: str, /) -> None:
         """Say one line that a person may want to read."""
@@ -44,6 +46,15 @@ class Reporter(Protocol):
 
     def progress(self, title: str, total: float, unit: str, /) -> AbstractContextManager[Progress]:
         """Show a task of ``total`` units ("tokens", "bytes", "documents") while the block runs."""
+
+    def write(self, text: str, by: int = 0, /) -> None:
+        """Show a piece of an answer at once; ``by`` is the index of the expert that led in it, 0 for nobody's."""
+
+    def read(self) -> str | None:
+        """Return the next line that the user says, without its end; None where there are no more."""
+
+    def stoppable(self) -> AbstractContextManager[object]:
+        """Let the user stop what runs inside the ``with`` statement, and go on behind it."""
 
 
 class SilentReporter:
@@ -58,6 +69,17 @@ class SilentReporter:
     def progress(self, _title: str, _total: float, _unit: str, /) -> AbstractContextManager[Progress]:
         """Show nothing."""
         return nullcontext(_SilentProgress())
+
+    def write(self, _text: str, _by: int = 0, /) -> None:
+        """Show nothing."""
+
+    def read(self) -> str | None:
+        """Nobody is there."""
+        return None
+
+    def stoppable(self) -> AbstractContextManager[object]:
+        """Nobody stops it."""
+        return nullcontext()
 
 
 class _SilentProgress:
@@ -79,6 +101,7 @@ class Parts:
 
     def __init__(self, reporter: Reporter) -> None:
         self.note, self.warn = reporter.note, reporter.warn
+        self.write, self.read, self.stoppable = reporter.write, reporter.read, reporter.stoppable
         self._reporter = reporter
         self._total = self._done = 0.0
 
@@ -100,6 +123,25 @@ def counted(items: Iterable[Item], bar: Progress) -> Iterator[Item]:
     for item in items:
         yield item
         bar.advance(1)
+
+
+def busy_cores(threads: int | None) -> str | None:
+    """Return what to do where other work keeps the cores busy; None where nothing does, or ``threads`` were chosen.
+
+    On busy cores torch's threads wait for each other at every step, and one thread is faster than several.
+    """
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if threads is not None or cores == 1 or load <= cores:
+        return None
+    return f"the load is {load:.1f} on {cores} cores, where torch's threads wait for each other: use `threads` 1"
+
+
+def note_busy_cores(threads: int | None, reporter: Reporter) -> None:
+    """Say once, as a training begins, what ``busy_cores`` advises."""
+    advice = busy_cores(threads)
+    if advice:
+        reporter.note(advice)
 
 
 def peak_rss_bytes() -> int:

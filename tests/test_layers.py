@@ -54,7 +54,7 @@ ONLY_IMPORTER = {
     "torch": ("model/", "text/", "routing/", "training/", "evaluation/", "steps/", "engine/"),
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
-    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "engine/generate.py"),
+    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (
@@ -67,6 +67,9 @@ WITHOUT_TORCH_AT_TOP = (
     "workspace.py",
     "__init__.py",
 )
+
+# It also runs where packages are missing that hub/ needs.
+LOCAL_IMPORTS = {"engine/doctor.py"}
 
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
@@ -154,7 +157,7 @@ def test_heavy_packages_are_imported_inside_functions(source: str) -> None:
 def test_what_is_flexctl_s_own_is_imported_at_the_top(source: str) -> None:
     functions = [node for node in ast.walk(tree(source)) if isinstance(node, ast.FunctionDef)]
     names = [name for function in functions for node in ast.walk(function) for name in imported(node)]
-    assert not [name for name in names if name.startswith("flexctl")]
+    assert source in LOCAL_IMPORTS or not [name for name in names if name.startswith("flexctl")]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flexctl.cli.text import amount, cell, local, number, paint, pairs, printable, table
+from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
+        ChatResult,
         CompressResult,
         DemoResult,
+        DoctorResult,
         EmbedRouterResult,
         Estimate,
         EvaluateResult,
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     )
 
 __all__ = ["render"]
-
-# Readable on light and dark backgrounds; the public expert keeps the terminal's own colour.
-_COLOURS = ("36", "33", "35", "32", "34", "31")
 
 
 def render(command: str, result: Any, *, verbose: bool, colour: bool) -> str:
@@ -385,22 +383,24 @@ def _bundle_line(root: Path, kind: str, bundle: ListedAnchor | ListedMerged, abo
 
 
 def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
-    """Return the text; with pieces, also who answered: in colours with a legend, or as a table."""
-    names = list(result.experts)
-    codes = dict(zip([name for name in names if name != "public"], itertools.cycle(_COLOURS), strict=False))
-    shares = table(["expert", "share"], result.experts.items())
-    prompt = printable(result.prompt) + ("\n\n" if result.chat else "")
+    """Return who answered, where that was asked for: a legend to the text's colours, or a table of its pieces.
+
+    The text itself was written as it came.
+    """
     if not result.pieces:
-        return [prompt + printable(result.text)]
+        return []
+    names = list(result.experts)
+    shares = table(["expert", "share"], result.experts.items())
     if colour:
-        legend = [
-            paint(line, codes[name]) if name in codes else line for name, line in zip(names, shares[1:], strict=True)
-        ]
-        pieces = [(printable(piece.text), _leading(piece.shares)) for piece in result.pieces]
-        text = "".join(paint(text, codes[name]) if name in codes else text for text, name in pieces)
-        return [prompt + text, "", shares[0], *legend]
-    rows = [[repr(piece.text), _leading(piece.shares), *map(piece.shares.get, names)] for piece in result.pieces]
-    return [prompt + printable(result.text), "", *table(["piece", "leading", *names], rows), "", *shares]
+        closed = [paint(line, expert_colour(index)) for index, line in enumerate(shares[2:], start=1)]
+        return ["", *shares[:2], *closed]
+    rows = [[repr(piece.text), names[piece.leader], *map(piece.shares.get, names)] for piece in result.pieces]
+    return ["", *table(["piece", "leading", *names], rows), "", *shares]
+
+
+def _chat(_result: ChatResult) -> list[str]:
+    """Return nothing: all was written as it came."""
+    return []
 
 
 def _select_proxy(result: SelectProxyResult) -> list[str]:
@@ -418,6 +418,46 @@ def _tune_router(result: TuneRouterResult) -> list[str]:
     return [*lines, "", *_matrix(result.held_out, "held-out loss")] if result.held_out else lines
 
 
+def _doctor(result: DoctorResult) -> list[str]:
+    """Return the machine's figures, what is missing, and which precision its CPU multiplies faster."""
+    extras = {name: f"missing: {', '.join(gone)}" if gone else "installed" for name, gone in result.extras.items()}
+    machine = {
+        "devices": result.devices,
+        "processors": result.cpus,
+        "torch's threads": result.threads,
+        "load": result.load,
+        "matrix products": _speeds(result.matmul_gflops_per_s) or None,
+        "memory": f"{_room(result.memory_bytes)}, {_room(result.memory_available_bytes)} available",
+        f"disk at {cell(result.path)}": f"{_room(result.disk_free_bytes)} free",
+        f"the Hub, {result.hub}": result.hub_state,
+    }
+    caches = {f"cache {each.name}": f"{_room(each.size_bytes)} in {cell(each.path)}" for each in result.caches}
+    versions = {name: version or "MISSING" for name, version in result.versions.items()}
+    missing = [f"missing: pip install {' '.join(result.missing)}"] if result.missing else []
+    return [
+        *pairs(versions),
+        "",
+        *pairs({f"extra {name}": said for name, said in extras.items()}),
+        "",
+        *pairs({name: value for name, value in (machine | caches).items() if value is not None}),
+        *missing,
+    ]
+
+
+def _room(size_bytes: int | None) -> str:
+    return "unknown" if size_bytes is None else amount(size_bytes, "bytes")
+
+
+def _speeds(gflops_per_s: Mapping[str, float]) -> str:
+    """Return which dtype's matrix products are fastest on the CPU, and by how much."""
+    ranked = sorted(gflops_per_s, key=lambda name: -gflops_per_s[name])
+    if len(ranked) < 2:
+        return ""
+    first, last = ranked[0], ranked[-1]
+    times = gflops_per_s[first] / gflops_per_s[last]
+    return f"{first} is {times:.1f} times as fast as {last} ({number(gflops_per_s[first])} GFLOP/s)"
+
+
 def _demo(result: DemoResult) -> list[str]:
     checks = {
         f"removing {result.removed} == never having merged it": result.removal_exact,
@@ -427,10 +467,6 @@ def _demo(result: DemoResult) -> list[str]:
         "left for you in": result.path,
     }
     return [*_matrix(result.bits_per_byte, "bits per byte"), "", *pairs(checks)]
-
-
-def _leading(shares: Mapping[str, float]) -> str:
-    return max(shares, key=lambda name: shares[name])
 
 
 _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
@@ -445,10 +481,12 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "select_proxy": _select_proxy,
     "tune_router": _tune_router,
     "evaluate": _evaluate,
+    "chat": _chat,
     "inspect": _inspect,
     "verify": _verify,
     "list": _list,
     "push": _push,
     "pull": _pull,
+    "doctor": _doctor,
     "demo": _demo,
 }

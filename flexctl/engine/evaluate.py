@@ -236,10 +236,10 @@ def _set_up(config: EvaluateConfig, reporter: Reporter) -> _Run:
     anchor = config.anchor or workspace.find().anchor
     runnable = sources.runnable(config.bundle or workspace.find().merged, anchor, reporter)
     other = sources.runnable(config.compare, anchor, reporter) if config.compare else None
-    left_out = runnable.indices(config.without)
-    runnable.warn_of_expired(left_out, reporter)
-    top_k = runnable.active(config.top_k, len(left_out), reporter)
-    whole = evaluation.Variant(without=tuple(sorted(set(config.without))), top_k=top_k)
+    selection = runnable.select(config.without)
+    runnable.warn_of_expired(selection, reporter)
+    top_k = runnable.active(config.top_k, selection, reporter)
+    whole = evaluation.Variant(without=selection.without, top_k=top_k)
     ingredients = _ingredients(config, runnable)
     passes, *others = _prepare(config, machine, [runnable, other] if other else [runnable], reporter)
     contents = [evaluation.read_domain(domain, reporter) for domain in domains]

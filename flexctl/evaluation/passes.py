@@ -140,7 +140,7 @@ class Passes:
     def model_as(self, variant: Variant) -> nn.Module:
         """Return the model, set to run as ``variant`` until the next pass."""
         set_top_k(self.model, variant.top_k)
-        exclude(self.model, self.runnable.indices(variant.without))
+        exclude(self.model, self.runnable.select(variant.without).left_out)
         return self.model
 
     def _run(self, content: Content, variant: Variant) -> Score:
