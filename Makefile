@@ -40,8 +40,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/flexctl demo --overwrite
 
+# A process for every core, each with one thread; the tests of one file stay together, as they share what they build.
+TEST_PROCESSES := 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --durations=25
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'not gpu and not network'

@@ -52,8 +52,9 @@ COMMANDS = (
     Command("replace", "Replace one expert by its new version; say what changed.", ("Change",)),
     Command("select_proxy", "Choose, at home, the public documents most like your text."),
     Command("tune_router", "Tune the router of a merged model on public text."),
-    Command("evaluate", "Score a bundle on held-out text and on tasks.", ("DomainScore", "TaskScore")),
+    Command("evaluate", "Score a bundle on held-out text and on tasks."),
     Command("generate", "Continue a text, and show on request which expert answered."),
+    Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
     Command(
@@ -63,6 +64,7 @@ COMMANDS = (
     ),
     Command("push", "Publish a bundle on the Hugging Face Hub."),
     Command("pull", "Bring a bundle from the Hugging Face Hub."),
+    Command("doctor", "Say what this machine offers, and what is missing.", ("CacheFolder",)),
     Command("demo", "Show an expert's whole life, offline, in a few minutes."),
 )
 """In the order of an expert's life."""
@@ -72,9 +74,20 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "runtime": ("SILENT", "Progress", "Reporter"),
     "workspace": ("Workspace",),
     "bundle.checks": ("Check",),
-    "bundle.manifest": ("PrivacyInfo",),
-    "evaluation.comparison": ("Comparison", "DomainComparison", "Moved"),
+    "bundle.manifest": ("PrivacyInfo", "Tombstone"),
     "evaluation.explaining": ("Piece",),
+    "evaluation.figures": (
+        "Comparison",
+        "DomainComparison",
+        "DomainScore",
+        "Estimate",
+        "Figures",
+        "Lineage",
+        "Member",
+        "Moved",
+        "Settings",
+        "TaskScore",
+    ),
     "hub.remote": ("BundleFile",),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
 }

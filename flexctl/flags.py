@@ -45,6 +45,7 @@ __all__ = [
     "Label",
     "License",
     "Lr",
+    "MaxNewTokens",
     "MaxSteps",
     "Name",
     "OutputElsewhere",
@@ -57,6 +58,7 @@ __all__ = [
     "Seed",
     "SeqLen",
     "Source",
+    "Temperature",
     "Tether",
     "TextField",
     "Threads",
@@ -131,6 +133,9 @@ BundlePath = Annotated[
 ]
 TopK = Annotated[int | None, flag("K", "Experts active for a token (default: what the bundle says).", MODEL, above=0)]
 Without = Annotated[tuple[str, ...], flag("NAME", "Leave this expert out, by a mask at run time; repeatable.", MODEL)]
+
+MaxNewTokens = Annotated[int, flag("N", "Length of the answer.", OUTPUT, above=0)]
+Temperature = Annotated[float, flag("T", "0 takes the likeliest token; above, tokens are drawn.", MODEL, at_least=0)]
 
 # Training.
 SeqLen = Annotated[

@@ -6,18 +6,21 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 __all__ = [
     "SILENT",
+    "Parts",
     "Progress",
     "Reporter",
     "SilentReporter",
+    "busy_cores",
     "cache_folder",
     "counted",
+    "note_busy_cores",
     "peak_rss_bytes",
     "software_versions",
 ]
@@ -33,7 +36,7 @@ class Progress(Protocol):
 
 
 class Reporter(Protocol):
-    """Where the engine says what it is doing. The command line shows it; the Python API is silent."""
+    """Where the engine says what it is doing and hears the user: the command line. The Python API is silent."""
 
     def note(self, text: str, /) -> None:
         """Say one line that a person may want to read."""
@@ -43,6 +46,15 @@ class Reporter(Protocol):
 
     def progress(self, title: str, total: float, unit: str, /) -> AbstractContextManager[Progress]:
         """Show a task of ``total`` units ("tokens", "bytes", "documents") while the block runs."""
+
+    def write(self, text: str, by: int = 0, /) -> None:
+        """Show a piece of an answer at once; ``by`` is the index of the expert that led in it, 0 for nobody's."""
+
+    def read(self) -> str | None:
+        """Return the next line that the user says, without its end; None where there are no more."""
+
+    def stoppable(self) -> AbstractContextManager[object]:
+        """Let the user stop what runs inside the ``with`` statement, and go on behind it."""
 
 
 class SilentReporter:
@@ -58,6 +70,17 @@ class SilentReporter:
         """Show nothing."""
         return nullcontext(_SilentProgress())
 
+    def write(self, _text: str, _by: int = 0, /) -> None:
+        """Show nothing."""
+
+    def read(self) -> str | None:
+        """Nobody is there."""
+        return None
+
+    def stoppable(self) -> AbstractContextManager[object]:
+        """Nobody stops it."""
+        return nullcontext()
+
 
 class _SilentProgress:
     def advance(self, amount: float, **figures: float | str) -> None:
@@ -67,11 +90,58 @@ class _SilentProgress:
 SILENT = SilentReporter()
 
 
+class Parts:
+    """A reporter whose tasks come one after the other and are parts of a whole.
+
+    Each is shown as far as the whole is, so that the time left is that of all that are still to come.
+
+    Args:
+        reporter: Shows them, and hears everything else.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.note, self.warn = reporter.note, reporter.warn
+        self.write, self.read, self.stoppable = reporter.write, reporter.read, reporter.stoppable
+        self._reporter = reporter
+        self._total = self._done = 0.0
+
+    def expect(self, total: float) -> None:
+        """Count on tasks of ``total`` units more."""
+        self._total += total
+
+    @contextmanager
+    def progress(self, title: str, total: float, unit: str, /) -> Iterator[Progress]:
+        """Show one of the tasks that were expected while the block runs."""
+        with self._reporter.progress(title, self._total, unit) as bar:
+            bar.advance(self._done)
+            yield bar
+        self._done += total
+
+
 def counted(items: Iterable[Item], bar: Progress) -> Iterator[Item]:
     """Yield items; the bar moves on by one after each."""
     for item in items:
         yield item
         bar.advance(1)
+
+
+def busy_cores(threads: int | None) -> str | None:
+    """Return what to do where other work keeps the cores busy; None where nothing does, or ``threads`` were chosen.
+
+    On busy cores torch's threads wait for each other at every step, and one thread is faster than several.
+    """
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if threads is not None or cores == 1 or load <= cores:
+        return None
+    return f"the load is {load:.1f} on {cores} cores, where torch's threads wait for each other: use `threads` 1"
+
+
+def note_busy_cores(threads: int | None, reporter: Reporter) -> None:
+    """Say once, as a training begins, what ``busy_cores`` advises."""
+    advice = busy_cores(threads)
+    if advice:
+        reporter.note(advice)
 
 
 def peak_rss_bytes() -> int:

@@ -297,6 +297,24 @@ def make_world(root: Path, names: tuple[str, ...] = ("code", "law", "math"), **s
     return World(root, anchor, experts)
 
 
+TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+
+
+def anchor_with_chat_template(anchor: Path, folder: Path, template: str = TURNS) -> Path:
+    """The same dense model as an anchor whose tokenizer knows how user and assistant take turns."""
+    import tiny
+
+    from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
+
+    source = folder / "source"
+    shutil.copytree(anchor, source, ignore=shutil.ignore_patterns("flexctl.json", "router-space*", "public-sample*"))
+    (source / "chat_template.jinja").write_text(template)
+    (folder / "public.txt").write_text("\n".join(tiny.make_texts("public", 40)))
+    chatty = folder / "chatty"
+    init_anchor(InitAnchorConfig(source=str(source), data=(folder / "public.txt",), output=chatty, threads=1))
+    return chatty
+
+
 def _dense_shapes(
     model_type: str, layers: int, hidden: int, inner: int, vocab: int, tied: bool
 ) -> dict[str, tuple[int, ...]]:

@@ -13,20 +13,19 @@ from typing import Any
 
 from flexctl.bundle.manifest import Tombstone
 from flexctl.evaluation.explaining import Piece
-from flexctl.evaluation.report import (
-    Contrast,
-    DomainFigures,
+from flexctl.evaluation.figures import (
+    Comparison,
+    DomainComparison,
+    DomainScore,
     Estimate,
+    Figures,
+    Lineage,
     Member,
-    MovedDocument,
-    Other,
-    Passage,
-    Report,
-    Setting,
-    Shift,
-    TaskFigures,
-    TaskMetric,
+    Moved,
+    Settings,
+    TaskScore,
 )
+from flexctl.evaluation.report import Passage, render
 
 EXPERTS = ("public", "code", "math", "news")
 MERGED = {"public": 2.197, "code": 3.450, "math": 3.123, "news": 2.576}
@@ -50,6 +49,23 @@ TEXTS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shift:
+    """What another model scores on a domain, and how much that is above this one."""
+
+    bits_per_byte: float
+    change: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric of a task."""
+
+    score: Estimate
+    stderr: float | None = None
+    chance: float | None = None
+
+
 def shifts(scores: dict[str, float], spread: float = 0.03) -> dict[str, Shift]:
     """Return scores beside the merged model's, with intervals."""
     return {name: shift(score, score - MERGED[name], spread) for name, score in scores.items()}
@@ -60,47 +76,75 @@ def shift(score: float, change: float, spread: float) -> Shift:
     return Shift(bits_per_byte=score, change=Estimate(value=change, low=change - spread, high=change + spread))
 
 
-def contrast(other: float, change: float, spread: float) -> Contrast:
-    """Return another model's score beside this one's, whose change has an interval of twice ``spread``."""
-    ends = Estimate(value=change, low=change - spread, high=change + spread)
-    return Contrast(bits_per_byte=other, change=ends, better=3 + (change < 0) * 100, worse=3 + (change > 0) * 100)
-
-
-def example_other(members: tuple[Member, ...]) -> Other:
-    """Return a model of one expert less and an older code expert."""
-    scores = {"public": 2.199, "code": 3.592, "math": 4.022, "news": 2.551}
-    spreads = {"public": 0.011, "code": 0.03, "math": 0.09, "news": 0.014}
-    public, code, _, news = members
-    older = Member(name=code.name, digest="sha256:" + "5e5e7a10" * 8, license=code.license)
-    return Other(
-        kind="merged",
-        anchor="micro-anchor",
-        digest="sha256:" + "0b5d3c9a" * 8,
-        num_experts_per_tok=3,
-        members=(public, older, news),
-        domains={name: contrast(score, MERGED[name] - score, spreads[name]) for name, score in scores.items()},
-        moved=tuple(
-            MovedDocument(domain=domain, index=index, change=change)
-            for domain, index, change in (("math", 17, -2.31), ("math", 3, -1.874), ("news", 101, 0.212))
-        ),
+def contrast(other: float, change: Estimate, better: int = 0, worse: int = 0) -> DomainComparison:
+    """Return another model's score beside this one's."""
+    return DomainComparison(
+        bits_per_byte=other,
+        difference=change.value,
+        difference_low=change.low,
+        difference_high=change.high,
+        documents_better=better,
+        documents_worse=worse,
     )
 
 
-def example_tasks() -> dict[str, TaskFigures]:
+def task(metrics: dict[str, Metric], items: int = 100, shots: int = 1, digest: str = "sha256:00") -> TaskScore:
+    """Return the figures of a task."""
+    return TaskScore(
+        metrics={name: metric.score.value for name, metric in metrics.items()},
+        stderr={name: metric.stderr for name, metric in metrics.items() if metric.stderr is not None},
+        items=items,
+        shots=shots,
+        digest=digest,
+        intervals={name: metric.score for name, metric in metrics.items() if metric.score.has_interval},
+        chance={name: metric.chance for name, metric in metrics.items() if metric.chance is not None},
+    )
+
+
+def example_other(members: tuple[Member, ...]) -> Comparison:
+    """Return a model of one expert less and an older code expert."""
+    scores = {"public": 2.199, "code": 3.592, "math": 4.022, "news": 2.551}
+    spreads = {"public": 0.011, "code": 0.03, "math": 0.09, "news": 0.014}
+    changes = {name: MERGED[name] - score for name, score in scores.items()}
+    public, code, _, news = members
+    older = Member(name=code.name, digest="sha256:" + "5e5e7a10" * 8, license=code.license)
+    return Comparison(
+        digest="sha256:" + "0b5d3c9a" * 8,
+        lineage=Lineage(
+            kind="merged", anchor="micro-anchor", model_type="olmo2", license=None, members=(public, older, news)
+        ),
+        num_experts_per_tok=3,
+        domains={
+            name: contrast(
+                score,
+                shift(score, changes[name], spreads[name]).change,
+                better=3 + (changes[name] < 0) * 100,
+                worse=3 + (changes[name] > 0) * 100,
+            )
+            for name, score in scores.items()
+        },
+        moved=[
+            Moved(domain=domain, index=index, difference=change)
+            for domain, index, change in (("math", 17, -2.31), ("math", 3, -1.874), ("news", 101, 0.212))
+        ],
+    )
+
+
+def example_tasks() -> dict[str, TaskScore]:
     """Return a task of each kind: choices above guessing and not, right answers, code."""
 
-    def mean(value: float, spread: float, chance: float | None = None) -> TaskMetric:
+    def mean(value: float, spread: float, chance: float | None = None) -> Metric:
         ends = Estimate(value=value, low=value - spread, high=value + spread)
-        return TaskMetric(score=ends, stderr=spread / 2, chance=chance)
+        return Metric(score=ends, stderr=spread / 2, chance=chance)
 
     found = {
         "arc_easy": {"acc": mean(0.46, 0.096, 0.25), "acc_norm": mean(0.35, 0.092, 0.25)},
         "winogrande_of_a_long_name": {"acc": mean(0.52, 0.097, 0.5)},
-        "nq_open": {"exact_match": mean(0.07, 0.05), "bits_per_byte": TaskMetric(score=Estimate(value=1.792))},
-        "humaneval": {"edit_similarity": mean(0.31, 0.03), "bits_per_byte": TaskMetric(score=Estimate(value=0.982))},
+        "nq_open": {"exact_match": mean(0.07, 0.05), "bits_per_byte": Metric(score=Estimate(value=1.792))},
+        "humaneval": {"edit_similarity": mean(0.31, 0.03), "bits_per_byte": Metric(score=Estimate(value=0.982))},
     }
     return {
-        name: TaskFigures(metrics=metrics, items=100 * i, shots=i % 2, digest="sha256:" + f"{i}f00d5e1" * 8)
+        name: task(metrics, items=100 * i, shots=i % 2, digest="sha256:" + f"{i}f00d5e1" * 8)
         for i, (name, metrics) in enumerate(found.items(), start=1)
     }
 
@@ -126,8 +170,32 @@ def layered(domain: str, num_layers: int) -> dict[str, list[float]]:
     return rows
 
 
-def example_report(**changes: Any) -> Report:
-    """Return a report with everything in it; ``changes`` replace fields."""
+def draw(**changes: Any) -> str:
+    """Return the page of an example, with sample texts; ``changes`` as of ``example_report``, and passages."""
+    passages = changes.pop("passages", example_passages())
+    return render(example_report(**changes), passages)
+
+
+def example_passages() -> tuple[Passage, ...]:
+    """Return a sample text a domain."""
+    return tuple(passage(domain) for domain in ROUTING)
+
+
+def with_change(name: str, measured: dict[Any, Any]) -> dict[str, Any]:
+    """Return what other models score, row by row, as the two fields that figures have of it."""
+    rows = measured.items()
+    return {
+        name: {row: {domain: shift.bits_per_byte for domain, shift in found.items()} for row, found in rows},
+        f"{name}_change": {row: {domain: shift.change for domain, shift in found.items()} for row, found in rows},
+    }
+
+
+def example_report(**changes: Any) -> Figures:
+    """Return figures with everything in them.
+
+    Args:
+        changes: Replace fields of figures and of their lineage; what other models score is given as shifts.
+    """
     digests = {name: "sha256:" + f"{i:x}3b1c5f0" * 8 for i, name in enumerate(EXPERTS, start=1)}
     licenses = {"public": "CC-BY-SA-3.0", "code": "PSF-2.0", "math": "GFDL-1.2-or-later", "news": "CC-BY-2.5"}
     labels = {"code": "Python's own documentation and library", "news": "Reports of one agency, 2005"}
@@ -144,30 +212,28 @@ def example_report(**changes: Any) -> Report:
         for name in EXPERTS
     )
     figures = {
-        name: DomainFigures(
-            bits_per_byte=Estimate(value=score, low=score - 0.04, high=score + 0.05),
+        name: DomainScore(
+            nll=score * 1.7,
             perplexity=math.exp(score * 1.7),
+            bits_per_byte=score,
+            bits_per_byte_low=score - 0.04,
+            bits_per_byte_high=score + 0.05,
             tokens=61_234 + 1000 * i,
             bytes=301_000,
             documents=120 + 7 * i,
-            digest="sha256:" + f"{i:x}7d20e4a" * 8,
         )
         for i, (name, score) in enumerate(MERGED.items())
     }
-    content = {
+    whose: dict[str, Any] = {
         "kind": "merged",
         "anchor": "micro-anchor",
         "model_type": "olmo2",
-        "digest": "sha256:" + "6f633a1e" * 8,
         "license": "other",
-        "num_experts_per_tok": 4,
         "members": members,
         "removed": (Tombstone(name="reddit", digest="sha256:" + "90aa31c2" * 8),),
-        "domains": figures,
-        "tasks": example_tasks(),
-        "alone": shifts(ALONE, 0.02),
-        "routing": {domain: dict(zip(EXPERTS, shares, strict=True)) for domain, shares in ROUTING.items()},
-        "routing_layers": {domain: layered(domain, 6) for domain in ROUTING},
+    }
+    others: dict[str, Any] = {
+        "public_alone": shifts(ALONE, 0.02),
         "ablation": {name: shifts(scores) for name, scores in WITHOUT.items()},
         "top_k": {
             k: shifts({name: score * (1 + 0.05 * (4 - k) ** 2 / 9) for name, score in MERGED.items()})
@@ -178,14 +244,27 @@ def example_report(**changes: Any) -> Report:
             "own expert alone": shifts({"public": 2.169, "code": 3.324, "math": 2.819, "news": 2.443}),
             "average of weights": shifts({"public": 2.31, "code": 4.92, "math": 3.87, "news": 2.66}),
         },
-        "other": example_other(members),
-        "passages": tuple(passage(domain) for domain in ROUTING),
-        "settings": (
-            Setting(name="window", value="256 tokens, not overlapping"),
-            Setting(name="precision", value="float32"),
-        ),
     }
-    return Report(**{**content, **changes})
+    content: dict[str, Any] = {
+        "digest": "sha256:" + "6f633a1e" * 8,
+        "without": [],
+        "num_experts_per_tok": 4,
+        "settings": Settings(seq_len=256, device="cpu", dtype="float32"),
+        "perplexity": figures,
+        "tasks": example_tasks(),
+        "routing": {domain: dict(zip(EXPERTS, shares, strict=True)) for domain, shares in ROUTING.items()},
+        "routing_layers": {domain: layered(domain, 6) for domain in ROUTING},
+        "compare": example_other(members),
+        "data": {name: "sha256:" + f"{i:x}7d20e4a" * 8 for i, name in enumerate(MERGED)},
+    }
+    whose |= {name: changes.pop(name) for name in list(changes) if name in whose}
+    others |= {name: changes.pop(name) for name in list(changes) if name in others}
+    alone = with_change("public_alone", {"": others.pop("public_alone")})
+    fields = {name: rows[""] for name, rows in alone.items()}
+    for name, measured in others.items():
+        fields |= with_change(name, measured)
+    named = [member.name for member in whose["members"]]
+    return Figures(**{**content, "experts": named, "lineage": Lineage(**whose), **fields, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)

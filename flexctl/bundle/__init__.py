@@ -10,6 +10,7 @@ from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
+from flexctl.bundle.selection import Selection, select
 from flexctl.bundle.stock import head_differs, left_out, named_code, read_checkpoint, read_dense_config, unread_weights
 from flexctl.bundle.tensors import RawTensor, TensorType, check_agreement
 from flexctl.bundle.weights import Weights
@@ -24,6 +25,7 @@ __all__ = [
     "RawTensor",
     "RouterFile",
     "RouterInfo",
+    "Selection",
     "TensorType",
     "Weights",
     "check_agreement",
@@ -41,6 +43,7 @@ __all__ = [
     "read_checkpoint",
     "read_dense_config",
     "reroute_expert",
+    "select",
     "slug",
     "unread_weights",
     "weights_beside",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from flexctl.bundle.anchor import Anchor, open_anchor
 from flexctl.bundle.expert import Expert, pair_weights
 from flexctl.bundle.manifest import has_expired
 from flexctl.bundle.merged import Merged
-from flexctl.bundle.names import PUBLIC
 from flexctl.bundle.opening import open_bundle
+from flexctl.bundle.selection import Selection, select
 from flexctl.bundle.weights import Weights
 from flexctl.errors import UsageError
 from flexctl.runtime import Reporter
@@ -43,26 +43,15 @@ class Runnable:
         """Names of its experts, the public one first."""
         return list(self.weights.experts)
 
-    def indices(self, without: Sequence[str]) -> list[int]:
-        """Return the indices of experts to leave out.
+    def select(self, without: Sequence[str] = ()) -> Selection:
+        """Return who may answer: see ``selection.select``."""
+        return select(self.experts, self.path, without=without)
 
-        Raises:
-            UsageError: One of them is not there, or is the public expert.
-        """
-        for name in without:
-            if name == PUBLIC:
-                raise UsageError("the public expert cannot be left out", field="without")
-            if name not in self.experts:
-                raise UsageError(
-                    f"{name!r} is not in {self.path}, which holds {', '.join(self.experts)}", field="without"
-                )
-        return sorted({self.experts.index(name) for name in without})
-
-    def warn_of_expired(self, left_out: Collection[int], reporter: Reporter) -> None:
-        """Warn of each expert whose rights are over, but for those that are left out."""
+    def warn_of_expired(self, selection: Selection, reporter: Reporter) -> None:
+        """Warn of each expert that may answer and whose rights are over."""
         today = datetime.date.today()
         for expires, name in self._rights():
-            if has_expired(expires, today) and self.experts.index(name) not in left_out:
+            if has_expired(expires, today) and name not in selection.without:
                 reporter.warn(f"{self.path}: the rights in {name} ended on {expires}; `without` {name} leaves it out")
 
     def _rights(self) -> Iterator[tuple[str | None, str]]:
@@ -72,15 +61,15 @@ class Runnable:
             elif isinstance(bundle, Merged):
                 yield from ((entry.expires, entry.name) for entry in bundle.manifest.experts)
 
-    def active(self, top_k: int | None, left_out: int, reporter: Reporter) -> int:
+    def active(self, top_k: int | None, selection: Selection, reporter: Reporter) -> int:
         """Return how many experts run on each token.
 
         Args:
             top_k: As asked for; None is the bundle's own number.
-            left_out: Experts that are left out.
+            selection: Who may answer.
             reporter: Warned when there are fewer than were asked for.
         """
-        most = len(self.experts) - left_out
+        most = selection.count
         if top_k is not None and top_k > most:
             reporter.warn(f"`top_k`: {top_k} is more than the {most} experts there are; using {most}")
         return min(top_k or self.weights.num_experts_per_tok, most)

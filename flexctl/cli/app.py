@@ -17,7 +17,7 @@ from flexctl.cli.output import Output
 from flexctl.cli.parsing import Call, make_app
 from flexctl.commands import COMMANDS
 from flexctl.config import resolve
-from flexctl.errors import BundleError, FlexctlError, Interrupted, UsageError, system_error
+from flexctl.errors import FlexctlError, Interrupted, UsageError, system_error
 from flexctl.options import shown_names
 
 __all__ = ["main", "run"]
@@ -52,6 +52,7 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A model's text and a user's file names hold characters that not every terminal has.
         cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
+    cast(TextIOWrapper, sys.stdin).reconfigure(errors="replace")
     sys.exit(main())
 
 
@@ -62,6 +63,7 @@ def _open_closed_streams() -> None:
             os.fstat(number)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
 
@@ -112,7 +114,7 @@ def _execute(call: Call, config_class: type[Any], output: Output) -> int:
     config = resolve(config_class, call.command, call.given)
     result = getattr(flexctl, call.command)(config, output.reporter)
     output.result(call.command, result)
-    return 0 if getattr(result, "ok", True) else BundleError.exit_code
+    return int(getattr(result, "exit_code", 0))
 
 
 def _explain(error: BaseException) -> tuple[str, FlexctlError]:

@@ -27,7 +27,7 @@ class Manner(Config):
     """How a result is said; every command can be told."""
 
     json: Annotated[bool, switch("Print one JSON object instead of text.", OUTPUT)] = False
-    quiet: Annotated[bool, switch("No progress, notes or warnings.", OUTPUT, short="-q")] = False
+    quiet: Annotated[bool, switch("Nothing on stderr but errors.", OUTPUT, short="-q")] = False
     verbose: Annotated[bool, switch("Show every figure of the result.", OUTPUT, short="-v")] = False
 
 

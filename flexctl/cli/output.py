@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import flexctl
-from flexctl.cli.text import local, named, paint, printable, progress_figures, progress_line
+from flexctl.cli.text import expert_colour, local, named, paint, printable, progress_figures, progress_line
 from flexctl.cli.views import render
 from flexctl.errors import FlexctlError
-from flexctl.runtime import Progress, Reporter
+from flexctl.runtime import Progress, Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -37,7 +38,7 @@ class Output:
     """What one run of a command says, and how.
 
     Args:
-        json: One object on stdout, errors as one object on stderr, no progress.
+        json: One object on stdout with what was warned of inside, or one with the error on stderr; no progress.
         quiet: Nothing on stderr but errors.
         verbose: Every field of the result.
         names: Field of the command's Config -> how the command line calls it, in what the engine says.
@@ -55,24 +56,31 @@ class Output:
         self._quiet = quiet
         self._verbose = verbose
         self._names = names
+        self._warnings: list[str] = []
+        self._answer = _Answer()
 
     @cached_property
     def reporter(self) -> Reporter:
         """Where the engine says what it is doing."""
-        if self._quiet or self._json:
-            return _PlainReporter(self._names, warnings=not self._quiet)
+        if self._json:
+            return _JsonReporter(self._names, self._warnings)
+        if self._quiet:
+            return _LineReporter(self._names, self._answer, is_quiet=True)
         if sys.stderr.isatty():
-            return _BarReporter(self._names)
-        return _PlainReporter(self._names, notes=True, progress=True)
+            return _BarReporter(self._names, self._answer)
+        return _LineReporter(self._names, self._answer)
 
     def result(self, command: str, result: Any) -> None:
         """Print a command's Result."""
         if self._json:
-            fields = {"schema_version": SCHEMA_VERSION, "command": command.replace("_", "-")}
-            _write(json.dumps(fields | _plain(dataclasses.asdict(result)), allow_nan=False), sys.stdout)
-        else:
-            colour = _has_colour(sys.stdout)
-            _write(render(command, result, verbose=self._verbose, colour=colour), sys.stdout)
+            head = {"schema_version": SCHEMA_VERSION, "command": command.replace("_", "-")}
+            fields = head | _plain(dataclasses.asdict(result)) | {"warnings": self._warnings}
+            _write(json.dumps(fields, allow_nan=False), sys.stdout)
+            return
+        self._answer.end()
+        text = render(command, result, verbose=self._verbose, colour=_has_colour(sys.stdout))
+        if text:
+            _write(text, sys.stdout)
 
     def error(self, kind: str, error: FlexctlError) -> int:
         """Print an error of type ``kind`` and return its exit code."""
@@ -86,9 +94,11 @@ class Output:
                 "message": message,
                 "hint": hint,
                 "exit_code": error.exit_code,
+                "warnings": self._warnings,
             }
             _write(json.dumps({"error": fields}), sys.stderr)
         else:
+            self._answer.end()
             _write_labelled("error", message)
             if hint:
                 _write_labelled("hint", hint)
@@ -105,28 +115,90 @@ def print_text(text: str) -> None:
     _write(text, sys.stdout)
 
 
-class _PlainReporter(Reporter):
+class _Answer:
+    """An answer on stdout, as it is written."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+
+    def write(self, text: str, by: int) -> None:
+        shown = printable(text)
+        if text:
+            _write(paint(shown, expert_colour(by)) if by and _has_colour(sys.stdout) else shown, sys.stdout, end="")
+            self._is_open = not text.endswith("\n")
+
+    def end(self) -> None:
+        """End the line that was begun."""
+        if self._is_open:
+            _write("", sys.stdout)
+        self._is_open = False
+
+
+class _TextReporter(Reporter):
+    """What reporters for people have in common: answers on stdout, lines from stdin."""
+
+    def __init__(self, names: Mapping[str, str], answer: _Answer) -> None:
+        self._names, self._answer = names, answer
+
+    def write(self, text: str, by: int = 0) -> None:
+        self._answer.write(text, by)
+
+    def read(self) -> str | None:
+        is_live = _is_live()
+        if is_live and sys.stdout.isatty():
+            # input() then lets the user edit the line.
+            with suppress(ImportError):
+                importlib.import_module("readline")
+        while True:
+            try:
+                return input("> " if is_live and sys.stdout.isatty() else "")
+            except EOFError:
+                if is_live:
+                    _write("", sys.stdout)
+                return None
+            except KeyboardInterrupt:
+                if not is_live:
+                    raise
+                _write("\nCtrl-D leaves", sys.stderr)
+
+    def stoppable(self) -> AbstractContextManager[object]:
+        return suppress(KeyboardInterrupt) if _is_live() else nullcontext()
+
+
+class _JsonReporter(SilentReporter):
+    """Keeps warnings for the one object, and reads lines."""
+
+    def __init__(self, names: Mapping[str, str], warnings: list[str]) -> None:
+        self._names, self._warnings = names, warnings
+
+    def warn(self, text: str) -> None:
+        self._warnings.append(named(text, self._names))
+
+    def read(self) -> str | None:
+        try:
+            return input()
+        except EOFError:
+            return None
+
+
+class _LineReporter(_TextReporter):
     """Plain lines; a running task says one every few seconds, and one at its end if it had said any."""
 
-    def __init__(
-        self, names: Mapping[str, str], *, notes: bool = False, warnings: bool = True, progress: bool = False
-    ) -> None:
-        self._names = names
-        self._notes = notes
-        self._warnings = warnings
-        self._progress = progress
+    def __init__(self, names: Mapping[str, str], answer: _Answer, *, is_quiet: bool = False) -> None:
+        super().__init__(names, answer)
+        self._is_quiet = is_quiet
 
     def note(self, text: str) -> None:
-        if self._notes:
+        if not self._is_quiet:
             _write(printable(local(named(text, self._names))), sys.stderr)
 
     def warn(self, text: str) -> None:
-        if self._warnings:
+        if not self._is_quiet:
             _write_labelled("warning", named(text, self._names))
 
     @contextmanager
     def progress(self, title: str, total: float, unit: str) -> Iterator[Progress]:
-        task = _Lines(title, total, unit, silent=not self._progress)
+        task = _Lines(title, total, unit, silent=self._is_quiet)
         yield task
         task.finish()
 
@@ -169,10 +241,10 @@ class _Lines:
         return (now_s - start_s) * (self._total - self._done) / (self._done - start)
 
 
-class _BarReporter(Reporter):
+class _BarReporter(_TextReporter):
     """Bars on a terminal, all in one display however tasks are nested; lines go above it."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
+    def __init__(self, names: Mapping[str, str], answer: _Answer) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -185,8 +257,8 @@ class _BarReporter(Reporter):
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(compact=True),
         )
+        super().__init__(names, answer)
         self._bars = Bars(*columns, console=console, transient=True)
-        self._names = names
         self._running = 0
 
     def note(self, text: str) -> None:
@@ -225,8 +297,8 @@ class _Bar:
         self._bars.update(self._task, advance=amount, figures=shown)
 
 
-def _write(text: str, stream: TextIO) -> None:
-    print(text, file=stream, flush=True)
+def _write(text: str, stream: TextIO, end: str = "\n") -> None:
+    print(text, end=end, file=stream, flush=True)
 
 
 def _write_labelled(label: str, text: str) -> None:
@@ -234,6 +306,11 @@ def _write_labelled(label: str, text: str) -> None:
     if _has_colour(sys.stderr):
         shown = paint(shown, {"error": "1;31", "warning": "1;33", "hint": "1"}[label])
     _write(f"{shown} {printable(local(text))}", sys.stderr)
+
+
+def _is_live() -> bool:
+    """Return whether a person types the lines."""
+    return sys.stdin.isatty()
 
 
 def _has_colour(stream: TextIO) -> bool:

@@ -29,8 +29,8 @@ you stand. In Python the same options are fields of the command's Config, under 
 `merged`); `FLEXCTL_ANCHOR`, `FLEXCTL_EXPERTS` and `FLEXCTL_MERGED` override it.
 
 The result goes to stdout; progress, warnings and errors go to stderr. With `--json` the result is one object on one
-line, with `schema_version` and `command`, and an error is the last line of stderr:
-`{"error": {"type", "message", "hint", "exit_code"}}`.
+line, with `schema_version`, `command` and `warnings` (a list), and stderr stays empty; of a command that fails, stdout
+stays empty and stderr has one object: `{"error": {"type", "message", "hint", "exit_code", "warnings"}}`.
 
 | exit code | means |
 |---|---|

@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "amount",
     "cell",
+    "expert_colour",
     "local",
     "named",
     "number",
@@ -23,6 +24,8 @@ __all__ = [
     "table",
 ]
 
+# Readable on light and dark backgrounds; the public expert keeps the terminal's own colour.
+_COLOURS = ("36", "33", "35", "32", "34", "31")
 _DIGEST_SHOWN = len("sha256:") + 12
 
 
@@ -39,6 +42,11 @@ def named(text: str, names: Mapping[str, str]) -> str:
 def paint(text: str, code: str) -> str:
     """Return text wrapped in a terminal's colour ``code`` ("1;31" is bold red)."""
     return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def expert_colour(index: int) -> str:
+    """Return the code of a closed expert's colour by its index, from 1."""
+    return _COLOURS[(index - 1) % len(_COLOURS)]
 
 
 def number(value: float) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flexctl.cli.text import amount, cell, local, number, paint, pairs, printable, table
+from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
+        ChatResult,
         CompressResult,
         DemoResult,
+        DoctorResult,
         EmbedRouterResult,
+        Estimate,
         EvaluateResult,
         GenerateResult,
         ImportExpertResult,
@@ -37,9 +40,6 @@ if TYPE_CHECKING:
     )
 
 __all__ = ["render"]
-
-# Readable on light and dark backgrounds; the public expert keeps the terminal's own colour.
-_COLOURS = ("36", "33", "35", "32", "34", "31")
 
 
 def render(command: str, result: Any, *, verbose: bool, colour: bool) -> str:
@@ -66,7 +66,7 @@ def _everything(fields: Mapping[str, Any], *, whole: bool = True) -> list[str]:
     nested = {name: value for name, value in fields.items() if value and _is_nested(value)}
     lines = pairs({name: value for name, value in fields.items() if not _is_nested(value)}, whole=True)
     for name, value in nested.items():
-        lines += ["", f"{name.replace('_', ' ')}:", *(f"  {line}" for line in _nested(value, whole=whole))]
+        lines += ["", f"{str(name).replace('_', ' ')}:", *(f"  {line}" for line in _nested(value, whole=whole))]
     return lines
 
 
@@ -187,9 +187,11 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     without = f" without {cell(result.without)}" if result.without else ""
     active = f"{result.num_experts_per_tok} active for a token"
     lines = [f"{cell(result.path)}: {cell(result.experts)}{without}, {active}, {cell(result.digest)}"]
+    if result.dry_run:
+        return [f"Dry run, nothing scored and nothing written. {lines[0]}", *_to_come(result)]
     headers = ("perplexity", "bits_per_byte", "nll", "tokens", "documents")
     rows = [
-        [name, *(getattr(score, key) for key in headers), _span(score.bits_per_byte_low, score.bits_per_byte_high)]
+        [name, *(getattr(score, key) for key in headers), _span(score.estimate)]
         for name, score in result.perplexity.items()
     ]
     if rows:
@@ -199,16 +201,26 @@ def _evaluate(result: EvaluateResult) -> list[str]:
         lines += ["", *_tasks(result.tasks)]
     whole = {name: score.bits_per_byte for name, score in result.perplexity.items()}
     if result.ablation:
-        lines += ["", *_changes(result.ablation, whole, "bits per byte without")]
+        lines += ["", *_changes(result.ablation, result.ablation_change, "bits per byte without")]
     if result.top_k:
-        lines += ["", *_changes({str(k): row for k, row in result.top_k.items()}, whole, "bits per byte, active")]
+        lines += ["", *_changes(result.top_k, result.top_k_change, "bits per byte, active")]
     if result.router_agreement:
         lines += ["", *_matrix({"same experts in bfloat16": result.router_agreement}, "share of tokens")]
     if result.baselines:
-        lines += ["", *_matrix({"this bundle": whole, **result.baselines}, "bits per byte")]
+        below = _changes(result.baselines, result.baselines_change, "bits per byte", {"this bundle": whole})
+        lines += ["", *below]
+    if any("?" in line for line in lines[1:]):
+        lines += ["", "?: the 95 % interval of the change crosses zero"]
     lines += [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
     lines += _comparison(result) if result.compare else []
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _to_come(result: EvaluateResult) -> list[str]:
+    """Return what a run would score."""
+    domains = f"{cell(list(result.data))}: {number(result.passes)} passes over a text" if result.data else None
+    missing = [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
+    return [*([f"To be scored, or recalled from the cache: {domains}"] if domains else []), *missing]
 
 
 def _tasks(tasks: Mapping[str, TaskScore]) -> list[str]:
@@ -228,15 +240,25 @@ def _with_error(task: TaskScore, metric: str) -> str | None:
     return number(task.metrics[metric]) + ("" if error is None else f" +- {number(error)}")
 
 
-def _changes(rows: Mapping[str, Mapping[str, float]], whole: Mapping[str, float], corner: str) -> list[str]:
-    """Return {row: {domain: bits per byte}} as a table, with what each is above or below the whole model's."""
-    return _matrix(
-        {
-            name: {domain: f"{number(value)} {_signed(value - whole[domain])}" for domain, value in row.items()}
-            for name, row in rows.items()
-        },
-        corner,
-    )
+def _changes(
+    rows: Mapping[Any, Mapping[str, float]],
+    changes: Mapping[Any, Mapping[str, Estimate]],
+    corner: str,
+    first: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+) -> list[str]:
+    """Return {row: {domain: bits per byte}} as a table, with the change from the whole model beside each.
+
+    A question mark is behind a change whose interval crosses zero; rows of ``first`` are on top, without changes.
+    """
+    shown = {
+        str(name): {domain: f"{number(value)} {_change(changes[name][domain])}" for domain, value in row.items()}
+        for name, row in rows.items()
+    }
+    return _matrix({**{name: {d: number(v) for d, v in row.items()} for name, row in first.items()}, **shown}, corner)
+
+
+def _change(change: Estimate) -> str:
+    return _signed(change.value) + (" ?" if change.crosses_zero else "")
 
 
 def _comparison(result: EvaluateResult) -> list[str]:
@@ -248,7 +270,7 @@ def _comparison(result: EvaluateResult) -> list[str]:
             result.perplexity[name].bits_per_byte,
             row.bits_per_byte,
             _signed(row.difference),
-            _span(row.difference_low, row.difference_high, _signed),
+            _span(row.change, _signed),
             row.documents_better,
             row.documents_worse,
         ]
@@ -263,8 +285,8 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}" if abs(value) >= 0.0005 else "0.000"
 
 
-def _span(low: float | None, high: float | None, shown: Callable[[float], str] = number) -> str | None:
-    return None if low is None or high is None else f"{shown(low)} to {shown(high)}"
+def _span(found: Estimate, shown: Callable[[float], str] = number) -> str | None:
+    return None if found.low is None or found.high is None else f"{shown(found.low)} to {shown(found.high)}"
 
 
 def _inspect(result: InspectResult) -> list[str]:
@@ -361,22 +383,24 @@ def _bundle_line(root: Path, kind: str, bundle: ListedAnchor | ListedMerged, abo
 
 
 def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
-    """Return the text; with pieces, also who answered: in colours with a legend, or as a table."""
-    names = list(result.experts)
-    codes = dict(zip([name for name in names if name != "public"], itertools.cycle(_COLOURS), strict=False))
-    shares = table(["expert", "share"], result.experts.items())
-    prompt = printable(result.prompt) + ("\n\n" if result.chat else "")
+    """Return who answered, where that was asked for: a legend to the text's colours, or a table of its pieces.
+
+    The text itself was written as it came.
+    """
     if not result.pieces:
-        return [prompt + printable(result.text)]
+        return []
+    names = list(result.experts)
+    shares = table(["expert", "share"], result.experts.items())
     if colour:
-        legend = [
-            paint(line, codes[name]) if name in codes else line for name, line in zip(names, shares[1:], strict=True)
-        ]
-        pieces = [(printable(piece.text), _leading(piece.shares)) for piece in result.pieces]
-        text = "".join(paint(text, codes[name]) if name in codes else text for text, name in pieces)
-        return [prompt + text, "", shares[0], *legend]
-    rows = [[repr(piece.text), _leading(piece.shares), *map(piece.shares.get, names)] for piece in result.pieces]
-    return [prompt + printable(result.text), "", *table(["piece", "leading", *names], rows), "", *shares]
+        closed = [paint(line, expert_colour(index)) for index, line in enumerate(shares[2:], start=1)]
+        return ["", *shares[:2], *closed]
+    rows = [[repr(piece.text), names[piece.leader], *map(piece.shares.get, names)] for piece in result.pieces]
+    return ["", *table(["piece", "leading", *names], rows), "", *shares]
+
+
+def _chat(_result: ChatResult) -> list[str]:
+    """Return nothing: all was written as it came."""
+    return []
 
 
 def _select_proxy(result: SelectProxyResult) -> list[str]:
@@ -394,6 +418,46 @@ def _tune_router(result: TuneRouterResult) -> list[str]:
     return [*lines, "", *_matrix(result.held_out, "held-out loss")] if result.held_out else lines
 
 
+def _doctor(result: DoctorResult) -> list[str]:
+    """Return the machine's figures, what is missing, and which precision its CPU multiplies faster."""
+    extras = {name: f"missing: {', '.join(gone)}" if gone else "installed" for name, gone in result.extras.items()}
+    machine = {
+        "devices": result.devices,
+        "processors": result.cpus,
+        "torch's threads": result.threads,
+        "load": result.load,
+        "matrix products": _speeds(result.matmul_gflops_per_s) or None,
+        "memory": f"{_room(result.memory_bytes)}, {_room(result.memory_available_bytes)} available",
+        f"disk at {cell(result.path)}": f"{_room(result.disk_free_bytes)} free",
+        f"the Hub, {result.hub}": result.hub_state,
+    }
+    caches = {f"cache {each.name}": f"{_room(each.size_bytes)} in {cell(each.path)}" for each in result.caches}
+    versions = {name: version or "MISSING" for name, version in result.versions.items()}
+    missing = [f"missing: pip install {' '.join(result.missing)}"] if result.missing else []
+    return [
+        *pairs(versions),
+        "",
+        *pairs({f"extra {name}": said for name, said in extras.items()}),
+        "",
+        *pairs({name: value for name, value in (machine | caches).items() if value is not None}),
+        *missing,
+    ]
+
+
+def _room(size_bytes: int | None) -> str:
+    return "unknown" if size_bytes is None else amount(size_bytes, "bytes")
+
+
+def _speeds(gflops_per_s: Mapping[str, float]) -> str:
+    """Return which dtype's matrix products are fastest on the CPU, and by how much."""
+    ranked = sorted(gflops_per_s, key=lambda name: -gflops_per_s[name])
+    if len(ranked) < 2:
+        return ""
+    first, last = ranked[0], ranked[-1]
+    times = gflops_per_s[first] / gflops_per_s[last]
+    return f"{first} is {times:.1f} times as fast as {last} ({number(gflops_per_s[first])} GFLOP/s)"
+
+
 def _demo(result: DemoResult) -> list[str]:
     checks = {
         f"removing {result.removed} == never having merged it": result.removal_exact,
@@ -403,10 +467,6 @@ def _demo(result: DemoResult) -> list[str]:
         "left for you in": result.path,
     }
     return [*_matrix(result.bits_per_byte, "bits per byte"), "", *pairs(checks)]
-
-
-def _leading(shares: Mapping[str, float]) -> str:
-    return max(shares, key=lambda name: shares[name])
 
 
 _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
@@ -421,10 +481,12 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "select_proxy": _select_proxy,
     "tune_router": _tune_router,
     "evaluate": _evaluate,
+    "chat": _chat,
     "inspect": _inspect,
     "verify": _verify,
     "list": _list,
     "push": _push,
     "pull": _pull,
+    "doctor": _doctor,
     "demo": _demo,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,11 +136,11 @@ class _Setup:
         """Return the model's loss on every part, nats a token."""
         return evaluation.held_out_losses(self.model, self.parts, seq_len=self.seq_len, reporter=reporter)
 
-    def choosing_loss(self) -> float:
+    def choosing_loss(self, reporter: Reporter) -> float:
         """Return the model's loss on the documents that ranks are chosen on, nats a token."""
-        return evaluation.score_documents(
-            self.model, self.choosing, seq_len=self.seq_len, batch_tokens=_BATCH_TOKENS
-        ).nll
+        parts = {"to choose by": self.choosing}
+        (loss,) = evaluation.held_out_losses(self.model, parts, seq_len=self.seq_len, reporter=reporter).values()
+        return loss
 
 
 def compress(config: CompressConfig, reporter: Reporter = SILENT) -> CompressResult:
@@ -278,7 +279,7 @@ def _ranks(task: _Task, setup: _Setup, factors: training.Factors, reporter: Repo
         factors,
         _components(task.config, task.base.anchor),
         list(_sequences(setup)),
-        setup.choosing_loss,
+        partial(setup.choosing_loss, reporter),
         reporter,
     )
 

@@ -6,28 +6,21 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from flexctl import flags, workspace
+from flexctl import evaluation, flags, model, workspace
 from flexctl.bundle.checks import prove
 from flexctl.bundle.runnable import Runnable
-from flexctl.bundle.store import check_file_target
+from flexctl.bundle.store import check_file_target, new_file
 from flexctl.errors import UsageError
-from flexctl.families import family_of
+from flexctl.evaluation.figures import Figures
+from flexctl.evaluation.lineage import lineage
 from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
-from flexctl.runtime import SILENT, Reporter, peak_rss_bytes, software_versions
+from flexctl.runtime import SILENT, Parts, Reporter, peak_rss_bytes, software_versions
 from flexctl.steps import sources
+from flexctl.steps.machine import Machine, machine_of
 
-if TYPE_CHECKING:
-    from flexctl.evaluation.baselines import Baselines, Ingredients
-    from flexctl.evaluation.comparison import Comparison
-    from flexctl.evaluation.domains import Content
-    from flexctl.evaluation.passes import Passes, Variant
-    from flexctl.evaluation.report.data import Report
-    from flexctl.evaluation.scoring import Score
-    from flexctl.evaluation.tasks.harness import Task, TaskRun
-
-__all__ = ["DomainScore", "EvaluateConfig", "EvaluateResult", "TaskScore", "evaluate"]
+__all__ = ["EvaluateConfig", "EvaluateResult", "evaluate"]
 
 _BTM_TOP_K = 4
 
@@ -43,6 +36,7 @@ class EvaluateConfig(Config):
 
     The page of `report` holds every figure, those of `ablate` and `sweep_top_k` included: with n closed
     experts some 2n + 1 more passes over the texts. It also holds the first 120 tokens or so of each text.
+    `results_from` draws it again from a results.json alone, without those tokens.
 
     Examples:
         flexctl evaluate --data law=heldout/law --data news=heldout/news
@@ -52,6 +46,7 @@ class EvaluateConfig(Config):
         flexctl evaluate merged-2 --compare merged --data law=heldout/law
         flexctl evaluate --data law=heldout/law --baselines dense
         flexctl evaluate --tasks arc_easy.jsonl --tasks my-tasks/ --limit 100 --without law
+        flexctl evaluate --from merged/results.json --report report.html
     """
 
     bundle: flags.Bundle = None
@@ -74,6 +69,10 @@ class EvaluateConfig(Config):
             "Write a page with all figures; it ablates and sweeps too, and holds passages of the texts.",
             OUTPUT,
         ),
+    ] = None
+    results_from: Annotated[
+        Path | None,
+        flag("FILE.json", "Show a results.json again, without a model; with `report`, as a page.", MODEL, name="from"),
     ] = None
     text_field: flags.TextField = "text"
     shots: Annotated[
@@ -101,102 +100,72 @@ class EvaluateConfig(Config):
     device: flags.Device = "auto"
     dtype: flags.Dtype = "auto"
     overwrite: flags.Overwrite = False
+    dry_run: flags.DryRun = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DomainScore:
-    """Figures of one domain.
+class EvaluateResult(Figures):
+    """What ``evaluate`` found, and where it was kept.
 
     Attributes:
-        nll: Mean over targets, nats a token.
-        perplexity: Its exponential.
-        bits_per_byte: Total nll / ln 2 / UTF-8 bytes.
-        bits_per_byte_low: Lower end of its 95 % interval over resampled documents; None for a single document.
-        bits_per_byte_high: Upper end.
-        tokens: Targets.
-        bytes: UTF-8 bytes.
-        documents: Documents.
-    """
-
-    nll: float
-    perplexity: float
-    bits_per_byte: float
-    bits_per_byte_low: float | None
-    bits_per_byte_high: float | None
-    tokens: int
-    bytes: int
-    documents: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskScore:
-    """Figures of one task.
-
-    Attributes:
-        metrics: Name, as lm-evaluation-harness calls it -> value.
-        stderr: Name -> standard error, for metrics that are means over items.
-        items: Items that were scored.
-        shots: Solved examples in each prompt.
-        digest: Of the task's file and all that it refers to.
-    """
-
-    metrics: dict[str, float]
-    stderr: dict[str, float]
-    items: int
-    shots: int
-    digest: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateResult:
-    """What ``evaluate`` found.
-
-    Attributes:
-        path: The bundle; text for one on the Hub.
-        experts: Experts that were there, the public one first.
-        without: Those left out.
-        perplexity: A score a domain.
-        routing: Domain -> expert -> share of the kept probability, mean over targets and layers.
-        routing_layers: Domain -> expert -> the same layer by layer.
-        ablation: Expert left out -> domain -> bits per byte; empty unless asked for.
-        top_k: Experts active -> domain -> bits per byte; empty unless asked for.
-        router_agreement: Domain -> how often a bfloat16 router keeps the same experts, mean over targets and layers;
-            empty where all experts are active.
-        post_norm_ratio: Mean square of each layer's feed-forward output over rms_norm_eps, the smallest over domains;
-            only for families with a norm after the feed-forward network, where it must be far above 1 for the norm to
-            absorb that kept probabilities do not add up to 1.
-        compare: How it stands beside another model.
-        baselines: Baseline -> domain -> bits per byte.
+        path: The bundle; text for one on the Hub; the results that were shown again.
         baselines_missing: Ingredient of a baseline that was not there -> how to make it.
-        tasks: A score a task.
-        data: Domain -> digest of its documents.
         samples: The file with a line a document and a task item.
         report: The file with the page.
         results: Where these figures were kept beside the bundle; None where that cannot be written, for a bundle on
             the Hub, and for a model that is not the bundle as it is.
+        passes: Passes over a text by the bundle and by the model beside it, those from the cache included.
+        dry_run: Whether nothing was scored and nothing written.
     """
 
     path: Path | str
-    digest: str
-    experts: list[str]
-    without: list[str]
-    num_experts_per_tok: int
-    perplexity: dict[str, DomainScore]
-    routing: dict[str, dict[str, float]]
-    routing_layers: dict[str, dict[str, list[float]]]
-    ablation: dict[str, dict[str, float]] = field(default_factory=dict)
-    top_k: dict[int, dict[str, float]] = field(default_factory=dict)
-    router_agreement: dict[str, float] = field(default_factory=dict)
-    post_norm_ratio: list[float] | None = None
-    compare: Comparison | None = None
-    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     baselines_missing: dict[str, str] = field(default_factory=dict)
-    tasks: dict[str, TaskScore] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
     samples: Path | None = None
     report: Path | None = None
     results: Path | None = None
+    passes: int = 0
     peak_rss_bytes: int = 0
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Run:
+    """Everything a run needs, read and proven, before anything is scored.
+
+    Attributes:
+        measured: The bundle on the domains.
+        other: The model beside it, on the same.
+        ablated: Expert left out -> how the bundle then runs.
+        swept: Experts active -> how the bundle then runs.
+        alone: How the public expert alone runs; None where that is not asked for.
+        tasks: The tasks.
+        ingredients: Of baselines.
+    """
+
+    config: EvaluateConfig
+    reporter: Reporter
+    measured: evaluation.Measured
+    other: evaluation.Measured | None
+    ablated: dict[str, evaluation.Variant]
+    swept: dict[int, evaluation.Variant]
+    alone: evaluation.Variant | None
+    tasks: list[evaluation.Task]
+    ingredients: evaluation.Ingredients | None
+
+    @property
+    def variants(self) -> list[evaluation.Variant]:
+        """Every way in which the bundle runs."""
+        return [
+            self.measured.whole,
+            *self.ablated.values(),
+            *self.swept.values(),
+            *([self.alone] if self.alone else []),
+        ]
+
+    @property
+    def all_passes(self) -> list[evaluation.Passes]:
+        """The bundle's passes, and those of the model beside it."""
+        return [self.measured.passes, *([self.other.passes] if self.other else [])]
 
 
 def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateResult:
@@ -213,72 +182,32 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         UsageError: A setting or the data is wrong.
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
-    from flexctl.evaluation.domains import parse_domains, read_domain
-    from flexctl.evaluation.passes import Variant, ablate, sweep_top_k
-    from flexctl.evaluation.records import write_results, write_samples
-    from flexctl.evaluation.report.measured import other_of, report_of, tasks_of
-
-    domains = parse_domains(config.data, config.text_field) if config.data or not config.tasks else []
     _refuse_bad_settings(config)
-    tasks = _read_tasks(config)
-    anchor = config.anchor or workspace.find().anchor
-    runnable = sources.runnable(config.bundle or workspace.find().merged, anchor, reporter)
-    other = sources.runnable(config.compare, anchor, reporter) if config.compare else None
-    left_out = runnable.indices(config.without)
-    runnable.warn_of_expired(left_out, reporter)
-    top_k = runnable.active(config.top_k, len(left_out), reporter)
-    whole = Variant(without=tuple(sorted(set(config.without))), top_k=top_k)
-    ingredients = _ingredients(config, runnable)
-    passes, *others = _prepare(config, [runnable, other] if other else [runnable], reporter)
-    contents = [read_domain(domain, reporter) for domain in domains]
-    scores = _score(passes, contents, whole)
-    runs = _run_tasks(tasks, passes, whole, config, reporter)
-    result = EvaluateResult(
-        path=runnable.path,
-        digest=runnable.digest,
-        experts=runnable.experts,
-        without=list(config.without),
-        num_experts_per_tok=top_k,
-        **_figures(scores, runnable),
-        ablation=ablate(passes, contents, whole) if config.ablate or config.report else {},
-        top_k=sweep_top_k(passes, contents, whole) if config.sweep_top_k or config.report else {},
-        tasks={task.name: _task_score(task, runs[task.name]) for task in tasks},
-        data={content.domain.name: content.digest for content in contents},
-        samples=config.samples,
-        report=config.report,
-    )
-    answered = tasks_of(tasks, runs)
-    report = report_of(passes, contents, whole, result.post_norm_ratio, answered) if config.report else None
-    passes.free()
-    if others:
-        beside = _compare(others[0], contents, scores)
-        result = dataclasses.replace(result, compare=beside)
-        report = report and dataclasses.replace(report, other=other_of(others[0].runnable, beside))
-    baselines = _baselines(ingredients, passes, config, reporter)
-    compared = baselines.score(domains) if baselines else {}
-    if ingredients:
-        bits = {way: {name: score.bits_per_byte for name, score in row.items()} for way, row in compared.items()}
-        result = dataclasses.replace(result, baselines=bits, baselines_missing=dict(ingredients.missing))
-    _say_what_was_recalled([passes, *others, *([baselines] if baselines else [])], reporter)
-    if config.samples:
-        answers = [record for run in runs.values() for record in run.records]
-        write_samples(config.samples, contents, scores, runnable.experts, answers, overwrite=config.overwrite)
-    if config.report and report:
-        _write_report(config.report, report, compared, scores, overwrite=config.overwrite)
-    if isinstance(runnable.path, Path) and not config.without and config.top_k is None:
-        kept = write_results(runnable.path, _results(result, passes), reporter)
-        result = dataclasses.replace(result, results=kept)
-    return dataclasses.replace(result, peak_rss_bytes=peak_rss_bytes())
+    if config.results_from is not None:
+        return _shown_again(config, config.results_from)
+    run = _set_up(config, reporter)
+    if config.dry_run:
+        return _result(run, _facts(run))
+    _score(run)
+    answers = _answer_tasks(run)
+    passages = _take_passages(run)
+    run.measured.passes.free()
+    compared = _score_others(run)
+    figures = _figures(run, answers, compared)
+    _write_files(run, figures, answers, passages)
+    return _result(run, figures)
 
 
 def _refuse_bad_settings(config: EvaluateConfig) -> None:
-    from flexctl.evaluation.report.charts import require_matplotlib
-    from flexctl.model.building import pick_device, pick_dtype
-
-    pick_dtype(config.dtype, pick_device(config.device))
-    for name in () if config.data else ("ablate", "sweep_top_k", "compare", "baselines", "report"):
-        if getattr(config, name):
-            raise UsageError("there is no text to score", hint="add `data`", field=name)
+    needs_text = ("ablate", "sweep_top_k", "compare", "baselines")
+    if config.results_from is not None:
+        for name in ("bundle", "data", "tasks", *needs_text, "samples", "dry_run"):
+            if getattr(config, name):
+                raise UsageError("nothing is scored with `results_from`", hint="leave it out", field=name)
+    elif not config.data:
+        for name in (*needs_text, "report"):
+            if getattr(config, name):
+                raise UsageError("there is no text to score", hint="add `data`", field=name)
     for name, path in (("samples", config.samples), ("report", config.report)):
         if path is None:
             continue
@@ -286,161 +215,155 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
         if path.exists() and not config.overwrite:
             raise UsageError(f"{path} exists", hint="give another file, or `overwrite` to replace it", field=name)
     if config.report:
-        require_matplotlib()
+        evaluation.require_matplotlib()
 
 
-def _read_tasks(config: EvaluateConfig) -> list[Task]:
+def _shown_again(config: EvaluateConfig, path: Path) -> EvaluateResult:
+    """Return the figures of an earlier run; a page of them is written where one is asked for."""
+    figures = evaluation.read_results(path)
+    if config.report and not figures.perplexity:
+        raise UsageError(f"{path} has scores of tasks alone; a page shows scores on text", field="report")
+    if config.report:
+        _write_page(config.report, figures, (), overwrite=config.overwrite)
+    return _with_places(figures, path=path, report=config.report, peak_rss_bytes=peak_rss_bytes())
+
+
+def _set_up(config: EvaluateConfig, reporter: Reporter) -> _Run:
+    """Read and refuse everything that can be before a model is built, and say which passes are to come."""
+    domains = evaluation.parse_domains(config.data, config.text_field) if config.data or not config.tasks else []
+    machine = machine_of(config)
+    tasks = _read_tasks(config)
+    anchor = config.anchor or workspace.find().anchor
+    runnable = sources.runnable(config.bundle or workspace.find().merged, anchor, reporter)
+    other = sources.runnable(config.compare, anchor, reporter) if config.compare else None
+    selection = runnable.select(config.without)
+    runnable.warn_of_expired(selection, reporter)
+    top_k = runnable.active(config.top_k, selection, reporter)
+    whole = evaluation.Variant(without=selection.without, top_k=top_k)
+    ingredients = _ingredients(config, runnable)
+    passes, *others = _prepare(config, machine, [runnable, other] if other else [runnable], reporter)
+    contents = [evaluation.read_domain(domain, reporter) for domain in domains]
+    alone = evaluation.public_alone(passes)
+    run = _Run(
+        config=config,
+        reporter=reporter,
+        measured=evaluation.Measured(passes=passes, contents=contents, whole=whole),
+        other=_as_it_is(others[0], contents) if others else None,
+        ablated=evaluation.one_left_out(passes, whole) if config.ablate or config.report else {},
+        swept=evaluation.every_top_k(passes, whole) if config.sweep_top_k or config.report else {},
+        alone=alone if config.report and whole.without != alone.without else None,
+        tasks=tasks,
+        ingredients=ingredients,
+    )
+    passes.expect(contents, run.variants)
+    if run.other:
+        run.other.passes.expect(contents, [run.other.whole])
+    return run
+
+
+def _as_it_is(passes: evaluation.Passes, contents: Sequence[evaluation.Content]) -> evaluation.Measured:
+    whole = evaluation.Variant.of(passes.runnable)
+    return evaluation.Measured(passes=passes, contents=contents, whole=whole)
+
+
+def _read_tasks(config: EvaluateConfig) -> list[evaluation.Task]:
     if not config.tasks:
         return []
-    from flexctl.evaluation.tasks import refuse_without_harness
 
-    refuse_without_harness()
-    from flexctl.evaluation.tasks.harness import read_tasks
+    evaluation.refuse_without_harness()
 
-    return read_tasks(config.tasks, config.shots)
+    return evaluation.read_tasks(config.tasks, config.shots)
 
 
-def _run_tasks(
-    tasks: Sequence[Task], passes: Passes, variant: Variant, config: EvaluateConfig, reporter: Reporter
-) -> dict[str, TaskRun]:
-    if not tasks:
-        return {}
-    from flexctl.evaluation.tasks.harness import run_task
-    from flexctl.evaluation.tasks.model import HarnessModel
-
-    model = HarnessModel(
-        passes.model_as(variant), passes.tokenizer, batch_tokens=config.forward_tokens, reporter=reporter
-    )
-    return {task.name: run_task(task, model, config.limit) for task in tasks}
-
-
-def _task_score(task: Task, run: TaskRun) -> TaskScore:
-    return TaskScore(metrics=run.metrics, stderr=run.stderr, items=run.items, shots=task.shots, digest=task.digest)
-
-
-def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Reporter) -> list[Passes]:
+def _prepare(
+    config: EvaluateConfig, machine: Machine, runnables: Sequence[Runnable], reporter: Reporter
+) -> list[evaluation.Passes]:
     """Return the models' passes, with windows that all of them can hold, once their bytes are proven."""
-    from flexctl.evaluation.domains import window_length
-    from flexctl.evaluation.passes import Passes
-    from flexctl.model.building import pick_device, pick_dtype, set_threads
-    from flexctl.model.configs import warn_of_length
-
     for runnable in runnables:
-        warn_of_length(config.seq_len, runnable.weights.dense_config, reporter)
+        model.warn_of_length(config.seq_len, runnable.weights.dense_config, reporter)
     for bundle in [bundle for runnable in runnables for bundle in runnable.bundles]:
         prove(bundle, reporter)
-    set_threads(config.threads)
-    device = pick_device(config.device)
-    seq_len = min(window_length(runnable.weights.dense_config, config.seq_len) for runnable in runnables)
+    seq_len = min(evaluation.window_length(runnable.weights.dense_config, config.seq_len) for runnable in runnables)
+    parts = Parts(reporter)
     return [
-        Passes(
+        evaluation.Passes(
             runnable,
             seq_len=seq_len,
             batch_tokens=config.forward_tokens,
-            device=device,
-            dtype=pick_dtype(config.dtype, device),
-            reporter=reporter,
+            device=machine.device,
+            dtype=machine.dtype,
+            reporter=parts,
         )
         for runnable in runnables
     ]
 
 
-def _score(passes: Passes, contents: Sequence[Content], variant: Variant) -> dict[str, Score]:
-    return {content.domain.name: passes.score(content, variant) for content in contents}
-
-
-def _figures(scores: Mapping[str, Score], runnable: Runnable) -> dict[str, Any]:
-    """Return the fields of the result that follow from the whole model's scores."""
-    layers = {name: score.routing_layers() for name, score in scores.items()}
-    agreement = {name: score.router_agreement for name, score in scores.items()}
-    return {
-        "perplexity": {name: _domain_score(score) for name, score in scores.items()},
-        "routing": {name: dict(zip(runnable.experts, score.routing(), strict=True)) for name, score in scores.items()},
-        "routing_layers": {name: dict(zip(runnable.experts, rows, strict=True)) for name, rows in layers.items()},
-        "router_agreement": {name: share for name, share in agreement.items() if share is not None},
-        "post_norm_ratio": _post_norm_ratio(runnable.weights.dense_config, list(scores.values())),
-    }
-
-
-def _domain_score(score: Score) -> DomainScore:
-    from flexctl.evaluation.bootstrap import interval
-
-    low, high = interval(score.per_document) or (None, None)
-    return DomainScore(
-        nll=score.nll,
-        perplexity=score.perplexity,
-        bits_per_byte=score.bits_per_byte,
-        bits_per_byte_low=low,
-        bits_per_byte_high=high,
-        tokens=score.tokens,
-        bytes=score.num_bytes,
-        documents=score.documents,
-    )
-
-
-def _post_norm_ratio(config: Mapping[str, Any], scores: Sequence[Score]) -> list[float] | None:
-    import transformers
-
-    if not scores or not family_of(config["model_type"]).post_norm:
-        return None
-    eps = transformers.AutoConfig.for_model(**config).rms_norm_eps
-    ratios = [(score.output_square / score.tokens / eps).tolist() for score in scores]
-    return [min(layer) for layer in zip(*ratios, strict=True)]
-
-
-def _compare(other: Passes, contents: Sequence[Content], scores: Mapping[str, Score]) -> Comparison:
-    from flexctl.evaluation.comparison import compare
-    from flexctl.evaluation.passes import Variant
-
-    runnable = other.runnable
-    others = _score(other, contents, Variant(without=(), top_k=runnable.weights.num_experts_per_tok))
-    return compare(runnable.path, runnable.digest, contents, scores, others)
-
-
-def _ingredients(config: EvaluateConfig, runnable: Runnable) -> Ingredients | None:
-    from flexctl.evaluation.baselines import find_ingredients
-
+def _ingredients(config: EvaluateConfig, runnable: Runnable) -> evaluation.Ingredients | None:
     if config.baselines is None:
         return None
     experts = [name for name in runnable.experts if name not in config.without]
-    return find_ingredients(config.baselines, runnable.weights, experts, runnable.tokenizer)
+    return evaluation.find_ingredients(config.baselines, runnable.weights, experts, runnable.tokenizer)
 
 
-def _baselines(
-    ingredients: Ingredients | None, passes: Passes, config: EvaluateConfig, reporter: Reporter
-) -> Baselines | None:
+def _score(run: _Run) -> None:
+    """Make all passes of the bundle that no earlier run has made."""
+    for variant in run.variants:
+        for content in run.measured.contents:
+            run.measured.passes.score(content, variant)
+
+
+def _answer_tasks(run: _Run) -> dict[str, evaluation.TaskRun]:
+    if not run.tasks:
+        return {}
+
+    passes, config = run.measured.passes, run.config
+    model = evaluation.HarnessModel(
+        passes.model_as(run.measured.whole),
+        passes.tokenizer,
+        batch_tokens=config.forward_tokens,
+        reporter=run.reporter,
+    )
+    return {task.name: evaluation.run_task(task, model, config.limit) for task in run.tasks}
+
+
+def _take_passages(run: _Run) -> list[evaluation.Passage]:
+    if not run.config.report:
+        return []
+
+    measured = run.measured
+    return [evaluation.take_passage(measured.passes, content, measured.whole) for content in measured.contents]
+
+
+def _score_others(run: _Run) -> dict[str, dict[str, evaluation.Score]]:
+    """Score the model beside the bundle, and return baseline -> domain -> score."""
+    if run.other:
+        for content in run.other.contents:
+            run.other.passes.score(content, run.other.whole)
+        run.other.passes.free()
+    baselines = _baselines(run)
+    compared = baselines.score([content.domain for content in run.measured.contents]) if baselines else {}
+    _say_what_was_recalled([*run.all_passes, *([baselines] if baselines else [])], run.reporter)
+    return compared
+
+
+def _baselines(run: _Run) -> evaluation.Baselines | None:
     """Return the baselines, to be scored as the bundle was."""
-    from flexctl.evaluation.baselines import Baselines
-
-    if ingredients is None:
+    if run.ingredients is None:
         return None
-    return Baselines(
-        ingredients,
+    passes = run.measured.passes
+    return evaluation.Baselines(
+        run.ingredients,
         passes.tokenizer,
         seq_len=passes.seq_len,
-        batch_tokens=config.forward_tokens,
-        top_k=config.top_k or _BTM_TOP_K,
+        batch_tokens=run.config.forward_tokens,
+        top_k=run.config.top_k or _BTM_TOP_K,
         device=passes.device,
         dtype=passes.dtype,
-        reporter=reporter,
+        reporter=run.reporter,
     )
 
 
-def _write_report(
-    path: Path,
-    report: Report,
-    baselines: Mapping[str, Mapping[str, Score]],
-    scores: Mapping[str, Score],
-    *,
-    overwrite: bool,
-) -> None:
-    from flexctl.evaluation.report.measured import shifts_of, write_report
-
-    compared = {way: shifts_of(row, scores) for way, row in baselines.items()}
-    write_report(path, dataclasses.replace(report, baselines=compared), overwrite=overwrite)
-
-
-def _say_what_was_recalled(passes: Sequence[Passes | Baselines], reporter: Reporter) -> None:
+def _say_what_was_recalled(passes: Sequence[evaluation.Passes | evaluation.Baselines], reporter: Reporter) -> None:
     count, recalled = (sum(getattr(each, name) for each in passes) for name in ("count", "recalled"))
     if recalled:
         which = "all" if recalled == count else f"{recalled} of"
@@ -449,11 +372,83 @@ def _say_what_was_recalled(passes: Sequence[Passes | Baselines], reporter: Repor
         )
 
 
-def _results(result: EvaluateResult, passes: Passes) -> dict[str, Any]:
-    """Return what results.json says: the figures and what they were computed with; no path and no text."""
-    fields = dataclasses.asdict(result)
-    for name in ("path", "samples", "report", "results", "peak_rss_bytes", "without", "baselines_missing"):
-        del fields[name]
-    if result.compare:
-        fields["compare"] = {"digest": result.compare.digest, "domains": fields["compare"]["domains"]}
-    return {"schema_version": 1, "settings": passes.settings, "software": software_versions(), **fields}
+def _facts(run: _Run) -> Figures:
+    """Return what is known before anything is scored."""
+    passes, whole = run.measured.passes, run.measured.whole
+    return Figures(
+        digest=passes.runnable.digest,
+        experts=passes.runnable.experts,
+        without=list(run.config.without),
+        num_experts_per_tok=whole.top_k,
+        lineage=lineage(passes.runnable.bundles, whole.without),
+        settings=passes.settings,
+        data={content.domain.name: content.digest for content in run.measured.contents},
+        software=software_versions(),
+    )
+
+
+def _figures(
+    run: _Run, answers: Mapping[str, evaluation.TaskRun], compared: Mapping[str, Mapping[str, evaluation.Score]]
+) -> Figures:
+    """Return all that was found; what it is worked out from has been scored."""
+    measured = run.measured
+    return dataclasses.replace(
+        _facts(run),
+        perplexity=measured.perplexity(),
+        routing=measured.routing(),
+        routing_layers=measured.routing_layers(),
+        public_alone=measured.bits(run.alone) if run.alone else {},
+        public_alone_change=measured.change(run.alone) if run.alone else {},
+        ablation={name: measured.bits(variant) for name, variant in run.ablated.items()},
+        ablation_change={name: measured.change(variant) for name, variant in run.ablated.items()},
+        top_k={k: measured.bits(variant) for k, variant in run.swept.items()},
+        top_k_change={k: measured.change(variant) for k, variant in run.swept.items()},
+        baselines={way: {name: score.bits_per_byte for name, score in row.items()} for way, row in compared.items()},
+        baselines_change={way: measured.change_of(row) for way, row in compared.items()},
+        compare=measured.beside(run.other) if run.other else None,
+        tasks={task.name: evaluation.task_score(task, answers[task.name]) for task in run.tasks},
+        router_agreement=measured.router_agreement(),
+        post_norm_ratio=measured.post_norm_ratio(),
+    )
+
+
+def _write_files(
+    run: _Run, figures: Figures, answers: Mapping[str, evaluation.TaskRun], passages: Sequence[evaluation.Passage]
+) -> None:
+    """Write the samples and the page, where they are asked for."""
+    config, measured = run.config, run.measured
+    if config.samples:
+        records = [record for answer in answers.values() for record in answer.records]
+        evaluation.write_samples(
+            config.samples, measured.contents, measured.scores, figures.experts, records, overwrite=config.overwrite
+        )
+    if config.report:
+        _write_page(config.report, figures, passages, overwrite=config.overwrite)
+
+
+def _write_page(path: Path, figures: Figures, passages: Sequence[evaluation.Passage], *, overwrite: bool) -> None:
+    page = evaluation.render(figures, passages)
+    with new_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _result(run: _Run, figures: Figures) -> EvaluateResult:
+    """Return the figures with where they were kept; results.json is written for a bundle that is here as it is."""
+    config, path = run.config, run.measured.passes.runnable.path
+    keep = isinstance(path, Path) and not (config.without or config.top_k is not None or config.dry_run)
+    return _with_places(
+        figures,
+        path=path,
+        baselines_missing=dict(run.ingredients.missing) if run.ingredients else {},
+        samples=config.samples,
+        report=config.report,
+        results=evaluation.write_results(path, figures, run.reporter) if keep and isinstance(path, Path) else None,
+        passes=sum(passes.count for passes in run.all_passes),
+        peak_rss_bytes=peak_rss_bytes(),
+        dry_run=config.dry_run,
+    )
+
+
+def _with_places(figures: Figures, **places: Any) -> EvaluateResult:
+    found = {item.name: getattr(figures, item.name) for item in dataclasses.fields(Figures)}
+    return EvaluateResult(**found, **places)

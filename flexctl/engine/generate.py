@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-from flexctl import flags, model, workspace
+from flexctl import flags
 from flexctl.errors import UsageError
-from flexctl.evaluation.explaining import Piece, ShareCollector, texts_of
-from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
+from flexctl.evaluation.explaining import Piece, mean_shares
+from flexctl.options import DATA, OUTPUT, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter
-from flexctl.steps import sources
-from flexctl.steps.machine import machine_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from flexctl.steps.answering import Answerer
 
 __all__ = ["GenerateConfig", "GenerateResult", "generate"]
 
@@ -34,10 +30,8 @@ class GenerateConfig(Config):
     without: flags.Without = ()
     explain: Annotated[bool, switch("Show which expert answered, piece by piece.", OUTPUT)] = False
     chat: Annotated[bool, switch("Put the prompt as a user's message, in the model's chat template.", DATA)] = False
-    max_new_tokens: Annotated[int, flag("N", "Length of the answer.", OUTPUT, above=0)] = 64
-    temperature: Annotated[
-        float, flag("T", "0 takes the likeliest token; above, tokens are drawn.", MODEL, at_least=0)
-    ] = 0.0
+    max_new_tokens: flags.MaxNewTokens = 64
+    temperature: flags.Temperature = 0.0
     anchor: flags.Anchor = None
     top_k: flags.TopK = None
     seed: flags.Seed = 0
@@ -75,7 +69,7 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
 
     Args:
         config: Which bundle, which prompt, whom to leave out.
-        reporter: Hears of warnings.
+        reporter: Hears the prompt and each piece of the answer as soon as it is final, and warnings.
 
     Returns:
         The continuation and who had what share in it.
@@ -84,77 +78,29 @@ def generate(config: GenerateConfig, reporter: Reporter = SILENT) -> GenerateRes
         UsageError: A setting is wrong, the prompt is empty, or there is no chat template where one is asked for.
         BundleError: The bundle is not valid, or does not belong to the anchor.
     """
-    _refuse_bad_settings(config)
-    place = workspace.find()
-    runnable = sources.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
-    left_out = runnable.indices(config.without)
-    runnable.warn_of_expired(left_out, reporter)
-    machine = machine_of(config)
-    built = machine.build(runnable.weights)
-    model.set_top_k(built, runnable.active(config.top_k, len(left_out), reporter))
-    model.exclude(built, left_out)
-    tokenizer = model.load_tokenizer(runnable.tokenizer)
-    ids = _prompt_ids(config, tokenizer, runnable.tokenizer)
-    tokens = ids.shape[1] + config.max_new_tokens
-    model.warn_of_length(tokens, runnable.weights.dense_config, reporter, "prompt and continuation may have")
-    shares = ShareCollector(len(model.routed_layers(built)), positions=1)
-    new = _continue(config, built, tokenizer, ids.to(machine.device), shares)
-    totals = shares.mean(runnable.experts)
-    pieces = [
-        Piece(text=text, shares=dict(zip(runnable.experts, row, strict=True)))
-        for text, row in zip(texts_of(tokenizer, new), shares.rows, strict=True)
-    ]
+    if not config.prompt:
+        raise UsageError("it is empty", hint='for example "def main("', field="prompt")
+    answerer = Answerer(config, reporter)
+    if config.chat and not answerer.has_template:
+        place = answerer.runnable.tokenizer
+        raise UsageError(f"the tokenizer in {place} has no chat template", hint="leave it out", field="chat")
+    message = {"role": "user", "content": config.prompt}
+    ids = answerer.frame([message]) if config.chat else answerer.encode(config.prompt)
+    if not ids.shape[1]:
+        raise UsageError(f"{config.prompt!r} has no token in {answerer.runnable.tokenizer}", field="prompt")
+    answer, pieces = answerer.answer(ids, config.seed), []
+    reporter.write(f"{config.prompt}\n\n" if config.chat else config.prompt)
+    for piece in answer:
+        pieces.append(piece)
+        reporter.write(piece.text, piece.leader if config.explain else 0)
     return GenerateResult(
-        path=runnable.path,
-        digest=runnable.digest,
+        path=answerer.runnable.path,
+        digest=answerer.runnable.digest,
         prompt=config.prompt,
-        text=tokenizer.decode(new, skip_special_tokens=True),
-        tokens=len(new),
+        text="".join(piece.text for piece in pieces),
+        tokens=len(pieces),
         without=list(config.without),
-        experts=totals,
+        experts=mean_shares(pieces),
         chat=config.chat,
         pieces=pieces if config.explain else [],
     )
-
-
-def _refuse_bad_settings(config: GenerateConfig) -> None:
-    if not config.prompt:
-        raise UsageError("it is empty", hint='for example "def main("', field="prompt")
-
-
-def _prompt_ids(config: GenerateConfig, tokenizer: Any, folder: Path) -> Tensor:
-    """Return the prompt's token ids, (1, S), int64."""
-    from jinja2 import TemplateError
-
-    if not config.chat:
-        ids: Tensor = tokenizer(config.prompt, return_tensors="pt", verbose=False)["input_ids"]
-        return ids
-    if tokenizer.chat_template is None:
-        raise UsageError(f"the tokenizer in {folder} has no chat template", hint="leave it out", field="chat")
-    messages = [{"role": "user", "content": config.prompt}]
-    options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    try:
-        chat = tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"the chat template in {folder} fails: {said}", hint="leave it out", field="chat") from error
-    framed: Tensor = chat["input_ids"]
-    return framed
-
-
-def _continue(config: GenerateConfig, built: Any, tokenizer: Any, ids: Tensor, shares: ShareCollector) -> list[int]:
-    import torch
-
-    torch.manual_seed(config.seed)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if config.temperature:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
-    with torch.no_grad(), model.observing(built, shares):
-        out = built.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=config.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
-    return [int(token) for token in out[0, ids.shape[1] :]]

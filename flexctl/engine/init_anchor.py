@@ -29,7 +29,7 @@ from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
-from flexctl.runtime import SILENT, Reporter, counted, software_versions
+from flexctl.runtime import SILENT, Reporter, counted, note_busy_cores, software_versions
 from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     source = _source_directory(config)
     if ends:
         return _finished(config, source, target, work_path, reporter)
+    note_busy_cores(config.threads, reporter)
     if source is not None:
         _warn_of_source(source, config, reporter)
     if config.dry_run:

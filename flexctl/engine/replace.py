@@ -17,7 +17,7 @@ from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.store import check_directory_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import Config, argument
-from flexctl.runtime import SILENT, Reporter
+from flexctl.runtime import SILENT, Parts, Reporter
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.machine import machine_of
 from flexctl.steps.sources import localise
@@ -122,7 +122,9 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     overwrite = config.overwrite or replaces_own
     check_directory_target(target, kind="merged", overwrite=overwrite)
     # One model is in memory at a time: the old one is scored and gone before the new one is.
-    before = _score(source, domains, config, reporter, "before")
+    scoring = Parts(reporter)
+    scoring.expect(2 * sum(domain.size_bytes() for domain in domains))
+    before = _score(source, domains, config, scoring, "before")
     digest, written = assemble(
         target,
         composition,
@@ -131,7 +133,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         dry_run=config.dry_run,
         reporter=reporter,
     )
-    after = _score(target, domains, config, reporter, "after")
+    after = _score(target, domains, config, scoring, "after")
     return ReplaceResult(
         path=target,
         digest=digest,

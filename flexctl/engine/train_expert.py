@@ -17,7 +17,7 @@ from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
 from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag
-from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
+from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.machine import machine_of
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
@@ -279,6 +279,7 @@ def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
 def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
     config, base = task.config, task.base
     machine = machine_of(config)
+    note_busy_cores(config.threads, reporter)
     corpus = text.prepare_corpus(
         config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
     )

@@ -11,7 +11,7 @@ from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import Anchor, open_anchor
 from flexctl.bundle.checks import Check
 from flexctl.bundle.expert import Expert, open_expert
-from flexctl.errors import UsageError
+from flexctl.errors import BundleError, UsageError
 from flexctl.options import MODEL, Config, flag
 from flexctl.runtime import SILENT, Reporter
 from flexctl.steps.proof import check_all
@@ -56,6 +56,11 @@ class VerifyResult:
     digest: str | None
     ok: bool
     checks: tuple[Check, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """That of an invalid bundle where a check fails, else 0."""
+        return 0 if self.ok else BundleError.exit_code
 
 
 def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> VerifyResult:

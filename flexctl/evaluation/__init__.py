@@ -5,8 +5,19 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
-    "domains": ("Domain", "parse_domains", "score_domain", "window_length"),
-    "scoring": ("held_out_losses", "score_documents"),
+    "baselines": ("Baselines", "Ingredients", "find_ingredients"),
+    "domains": ("Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"),
+    "measuring": ("Measured",),
+    "passes": ("Passes", "Variant", "every_top_k", "one_left_out", "public_alone"),
+    "records": ("read_results", "write_results", "write_samples"),
+    "report": ("Passage", "render"),
+    "report.charts": ("require_matplotlib",),
+    "report.passages": ("take_passage",),
+    "scoring": ("Score", "held_out_losses"),
+    "tasks": ("refuse_without_harness",),
+    "tasks.harness": ("Task", "TaskRun", "read_tasks", "run_task"),
+    "tasks.model": ("HarnessModel",),
+    "tasks.scores": ("task_score",),
 }
 """Module -> the names that the floors above use, imported on first use."""
 

@@ -1,8 +1,33 @@
 # Written by `make docs`; a test checks that it is current.
 
+from flexctl.evaluation.baselines import Baselines as Baselines
+from flexctl.evaluation.baselines import Ingredients as Ingredients
+from flexctl.evaluation.baselines import find_ingredients as find_ingredients
+from flexctl.evaluation.domains import Content as Content
 from flexctl.evaluation.domains import Domain as Domain
 from flexctl.evaluation.domains import parse_domains as parse_domains
+from flexctl.evaluation.domains import read_domain as read_domain
 from flexctl.evaluation.domains import score_domain as score_domain
 from flexctl.evaluation.domains import window_length as window_length
+from flexctl.evaluation.measuring import Measured as Measured
+from flexctl.evaluation.passes import Passes as Passes
+from flexctl.evaluation.passes import Variant as Variant
+from flexctl.evaluation.passes import every_top_k as every_top_k
+from flexctl.evaluation.passes import one_left_out as one_left_out
+from flexctl.evaluation.passes import public_alone as public_alone
+from flexctl.evaluation.records import read_results as read_results
+from flexctl.evaluation.records import write_results as write_results
+from flexctl.evaluation.records import write_samples as write_samples
+from flexctl.evaluation.report import Passage as Passage
+from flexctl.evaluation.report import render as render
+from flexctl.evaluation.report.charts import require_matplotlib as require_matplotlib
+from flexctl.evaluation.report.passages import take_passage as take_passage
+from flexctl.evaluation.scoring import Score as Score
 from flexctl.evaluation.scoring import held_out_losses as held_out_losses
-from flexctl.evaluation.scoring import score_documents as score_documents
+from flexctl.evaluation.tasks import refuse_without_harness as refuse_without_harness
+from flexctl.evaluation.tasks.harness import Task as Task
+from flexctl.evaluation.tasks.harness import TaskRun as TaskRun
+from flexctl.evaluation.tasks.harness import read_tasks as read_tasks
+from flexctl.evaluation.tasks.harness import run_task as run_task
+from flexctl.evaluation.tasks.model import HarnessModel as HarnessModel
+from flexctl.evaluation.tasks.scores import task_score as task_score

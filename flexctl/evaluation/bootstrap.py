@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["difference_interval", "interval"]
+from flexctl.evaluation.figures import Estimate
+
+__all__ = ["RESAMPLES", "Resampled", "resample"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 RESAMPLES = 1000
@@ -21,32 +24,50 @@ _PERCENTILES = (2.5, 97.5)
 _DRAWN_TOGETHER = 1 << 20
 
 
-def interval(per_document: Array) -> tuple[float, float] | None:
-    """Return the 95 % interval of bits per byte; None for a single document, which says nothing about others.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Resampled:
+    """Bits per byte of documents, and of every draw of them; drawn once, whatever they are held against.
+
+    Attributes:
+        value: Of the documents as they are.
+        draws: Of each draw, (RESAMPLES,); empty for a single document, which says nothing about others.
+    """
+
+    value: float
+    draws: Array
+
+    def estimate(self) -> Estimate:
+        """Return the value with its 95 % interval.
+
+        Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+        """
+        return _estimate(self.value, self.draws)
+
+    def above(self, other: Resampled) -> Estimate:
+        """Return by how much it is above ``other``, of another model on the same documents, with a 95 % interval.
+
+        Both are resampled alike, so that what a document has in common for both models falls out.
+        """
+        return _estimate(self.value - other.value, self.draws - other.draws)
+
+
+def resample(per_document: Array) -> Resampled:
+    """Return bits per byte over resampled documents.
 
     Args:
         per_document: Of a ``Score``, (documents, 3).
-
-    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    if len(per_document) < 2:
-        return None
-    return _percentiles(_bits_per_byte(_resampled(per_document)))
+    nll, num_bytes = float(per_document[:, 0].sum()), float(per_document[:, 2].sum())
+    value = nll / math.log(2) / num_bytes if num_bytes else math.nan
+    draws = _bits_per_byte(_resampled(per_document)) if len(per_document) > 1 else np.zeros(0)
+    return Resampled(value=value, draws=draws)
 
 
-def difference_interval(per_document: Array, other: Array) -> tuple[float, float] | None:
-    """Return the 95 % interval of the difference in bits per byte, ``other``'s taken off; None for a single document.
-
-    Both are resampled alike, so that what a document has in common for both models falls out.
-
-    Args:
-        per_document: Of a ``Score``, (documents, 3).
-        other: Of another model's on the same documents, (documents, 3).
-    """
-    if len(per_document) < 2:
-        return None
-    sums = _resampled(np.concatenate([per_document, other], axis=1))
-    return _percentiles(_bits_per_byte(sums[:, :3]) - _bits_per_byte(sums[:, 3:]))
+def _estimate(value: float, draws: Array) -> Estimate:
+    if not len(draws):
+        return Estimate(value=value)
+    low, high = (float(end) for end in np.percentile(draws, _PERCENTILES))
+    return Estimate(value=value, low=low, high=high)
 
 
 def _resampled(figures: Array) -> Array:
@@ -65,8 +86,3 @@ def _draws(count: int) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
 def _bits_per_byte(sums: Array) -> Array:
     bits: Array = sums[:, 0] / math.log(2) / sums[:, 2]
     return bits
-
-
-def _percentiles(values: Array) -> tuple[float, float]:
-    low, high = (float(value) for value in np.percentile(values, _PERCENTILES))
-    return low, high

@@ -14,7 +14,7 @@ from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
 from flexctl.runtime import Reporter
 from flexctl.text.documents import pinned, read_documents, size_bytes, source_name
-from flexctl.text.tokens import Framed, frame_documents
+from flexctl.text.tokens import frame_documents
 
 __all__ = ["Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"]
 
@@ -130,6 +130,7 @@ def score_domain(
     batch_tokens: int,
     reporter: Reporter,
     title: str | None = None,
+    num_bytes: int | None = None,
 ) -> Score:
     """Return the score of ``model`` on one domain, by ``score_documents``.
 
@@ -141,18 +142,20 @@ def score_domain(
         batch_tokens: Positions that go through the model at once.
         reporter: Hears of progress.
         title: What the progress is called; None is "scoring NAME".
+        num_bytes: UTF-8 bytes of its documents; None is not known: the progress is then about the size of its files.
 
     Raises:
         UsageError: There is no document with text, or a file cannot be read.
     """
-    with reporter.progress(title or f"scoring {domain.name}", domain.size_bytes(), "bytes") as bar:
-
-        def counted() -> Iterator[Framed]:
-            for document in frame_documents(tokenizer, domain.documents()):
-                bar.advance(document.num_bytes)
-                yield document
-
-        score = score_documents(model, counted(), seq_len=seq_len, batch_tokens=batch_tokens)
+    total = domain.size_bytes() if num_bytes is None else num_bytes
+    with reporter.progress(title or f"scoring {domain.name}", total, "bytes") as bar:
+        score = score_documents(
+            model,
+            frame_documents(tokenizer, domain.documents()),
+            seq_len=seq_len,
+            batch_tokens=batch_tokens,
+            scored=lambda _, num_bytes: bar.advance(num_bytes),
+        )
     if score.documents == 0:
         raise UsageError(f"no document with text in {domain.path}", field="data")
     return score

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Piece", "ShareCollector", "explain_tokens", "texts_of"]
+__all__ = ["Piece", "ShareCollector", "TextStream", "explain_tokens", "mean_shares", "texts_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +18,12 @@ class Piece:
 
     text: str
     shares: dict[str, float]
+
+    @property
+    def leader(self) -> int:
+        """Index of the expert with the largest share."""
+        shares = list(self.shares.values())
+        return shares.index(max(shares))
 
 
 class ShareCollector:
@@ -45,10 +51,11 @@ class ShareCollector:
         if layer == self._layers - 1:
             self.rows += (self._sum / self._layers).tolist()
 
-    def mean(self, names: Sequence[str]) -> dict[str, float]:
-        """Return expert -> share, mean over all rows."""
-        columns = zip(*self.rows, strict=True)
-        return {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
+
+def mean_shares(pieces: Sequence[Piece]) -> dict[str, float]:
+    """Return expert -> share, mean over pieces; empty where there are none."""
+    names = pieces[0].shares if pieces else ()
+    return {name: sum(piece.shares[name] for piece in pieces) / len(pieces) for name in names}
 
 
 def explain_tokens(
@@ -81,14 +88,29 @@ def explain_tokens(
     ]
 
 
+class TextStream:
+    """Turns tokens into text, one after the other; a character of several tokens comes whole, with its last one.
+
+    Args:
+        tokenizer: Whose tokens.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._said = ""
+
+    def add(self, token: int, *, is_last: bool = False) -> str:
+        """Return what a token adds to the text that is final; behind the last one, all that is left is."""
+        self._tokens.append(token)
+        longer: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if longer.endswith("\ufffd") and not is_last:
+            return ""
+        added, self._said = longer[len(self._said) :], longer
+        return added
+
+
 def texts_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """Return what each token adds to the text, so that the pieces joined are the text."""
-    texts, so_far = [], ""
-    for end in range(1, len(tokens) + 1):
-        longer = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        if longer.endswith("\ufffd") and end < len(tokens):
-            texts.append("")
-            continue
-        texts.append(longer[len(so_far) :])
-        so_far = longer
-    return texts
+    stream = TextStream(tokenizer)
+    return [stream.add(token, is_last=end == len(tokens)) for end, token in enumerate(tokens, start=1)]

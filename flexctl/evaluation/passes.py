@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ from torch import nn
 
 from flexctl.bundle.runnable import Runnable
 from flexctl.errors import UsageError
+from flexctl.evaluation.bootstrap import Resampled, resample
 from flexctl.evaluation.domains import Content, score_domain
+from flexctl.evaluation.figures import Settings
 from flexctl.evaluation.scoring import Score, recall_score, remember_score
 from flexctl.model.building import build_model, load_tokenizer
 from flexctl.model.routed import exclude, set_top_k
-from flexctl.runtime import Reporter, software_versions
+from flexctl.runtime import Parts, software_versions
 
-__all__ = ["Passes", "Variant", "ablate", "every_top_k", "one_left_out", "sweep_top_k"]
+__all__ = ["Passes", "Variant", "every_top_k", "one_left_out", "public_alone"]
 
 SCORING = 1
 """Part of what the cache knows a pass by; goes up when the same inputs get other figures."""
@@ -36,6 +40,14 @@ class Variant:
     without: tuple[str, ...]
     top_k: int
 
+    @classmethod
+    def of(cls, runnable: Runnable) -> Variant:
+        """Return how a model runs as it is."""
+        return cls(without=(), top_k=runnable.weights.num_experts_per_tok)
+
+
+_Pass = tuple[Content, Variant]
+
 
 class Passes:
     """Scores of one model. It is built when the first pass is asked for that no earlier run has scored.
@@ -48,10 +60,10 @@ class Passes:
         batch_tokens: Positions that go through the model at once.
         device: Where it runs.
         dtype: Of the model.
-        reporter: Hears of progress.
+        reporter: Hears of progress; told of all passes that are to come.
 
     Attributes:
-        count: Passes so far.
+        count: Passes that were asked for so far.
         recalled: How many of them are from the cache.
     """
 
@@ -63,13 +75,15 @@ class Passes:
         batch_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
-        reporter: Reporter,
+        reporter: Parts,
     ) -> None:
         self.runnable = runnable
         self.count = self.recalled = 0
         self.seq_len, self.device, self.dtype = seq_len, device, dtype
         self._batch_tokens, self._reporter = batch_tokens, reporter
-        self._scores: dict[tuple[Content, Variant], Score] = {}
+        self._asked: set[_Pass] = set()
+        self._scores: dict[_Pass, Score] = {}
+        self._resampled: dict[_Pass, Resampled] = {}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -82,36 +96,51 @@ class Passes:
         return load_tokenizer(self.runnable.tokenizer)
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """What decides the figures beside model and text."""
-        return {"seq_len": self.seq_len, "device": self.device.type, "dtype": str(self.dtype).split(".")[1]}
+        return Settings(seq_len=self.seq_len, device=self.device.type, dtype=str(self.dtype).split(".")[1])
 
     def free(self) -> None:
         """Let go of the model; scores stay, and one that is still to come builds it again."""
         self.__dict__.pop("model", None)
 
+    def expect(self, contents: Sequence[Content], variants: Iterable[Variant]) -> None:
+        """Take up passes: those that an earlier run has made are recalled, the others are said to come."""
+        for asked in product(contents, variants):
+            if asked in self._asked:
+                continue
+            self._asked.add(asked)
+            self.count += 1
+            if (score := recall_score(self._identity(*asked))) is not None:
+                self.recalled += 1
+                self._scores[asked] = score
+            else:
+                self._reporter.expect(asked[0].num_bytes)
+
     def score(self, content: Content, variant: Variant) -> Score:
-        """Return the score of one pass.
+        """Return the score of one pass, which is made now if it was not before.
 
         Raises:
             UsageError: The text is no longer what it was when ``content`` was read.
         """
-        key = (content, variant)
-        if key not in self._scores:
-            identity = self._identity(content, variant)
-            score = recall_score(identity)
-            self.count += 1
-            self.recalled += score is not None
-            if score is None:
-                score = self._run(content, variant)
-                remember_score(identity, score)
-            self._scores[key] = score
-        return self._scores[key]
+        asked = (content, variant)
+        self.expect([content], [variant])
+        if asked not in self._scores:
+            self._scores[asked] = self._run(content, variant)
+            remember_score(self._identity(content, variant), self._scores[asked])
+        return self._scores[asked]
+
+    def resampled(self, content: Content, variant: Variant) -> Resampled:
+        """Return bits per byte of one pass over resampled documents."""
+        asked = (content, variant)
+        if asked not in self._resampled:
+            self._resampled[asked] = resample(self.score(content, variant).per_document)
+        return self._resampled[asked]
 
     def model_as(self, variant: Variant) -> nn.Module:
         """Return the model, set to run as ``variant`` until the next pass."""
         set_top_k(self.model, variant.top_k)
-        exclude(self.model, self.runnable.indices(variant.without))
+        exclude(self.model, self.runnable.select(variant.without).left_out)
         return self.model
 
     def _run(self, content: Content, variant: Variant) -> Score:
@@ -124,6 +153,7 @@ class Passes:
             batch_tokens=self._batch_tokens,
             reporter=self._reporter,
             title=f"scoring {content.domain.name}{left_out}, {variant.top_k} active",
+            num_bytes=content.num_bytes,
         )
         if (score.documents, score.num_bytes) != (content.documents, content.num_bytes):
             raise UsageError(f"{content.domain.path} changed while it was read", hint="run it again", field="data")
@@ -137,7 +167,7 @@ class Passes:
             "without": variant.without,
             "top_k": variant.top_k,
             "data": content.digest,
-            **self.settings,
+            **dataclasses.asdict(self.settings),
         }
 
 
@@ -155,15 +185,6 @@ def every_top_k(passes: Passes, whole: Variant) -> dict[int, Variant]:
     return {k: Variant(without=whole.without, top_k=k) for k in range(1, most + 1)}
 
 
-def ablate(passes: Passes, contents: Sequence[Content], whole: Variant) -> dict[str, dict[str, float]]:
-    """Return {left out: {domain: bits per byte}} with each closed expert left out on top of ``whole``'s."""
-    return {name: _bits_per_byte(passes, contents, variant) for name, variant in one_left_out(passes, whole).items()}
-
-
-def sweep_top_k(passes: Passes, contents: Sequence[Content], whole: Variant) -> dict[int, dict[str, float]]:
-    """Return {k: {domain: bits per byte}} for every number of experts that can be active on a token."""
-    return {k: _bits_per_byte(passes, contents, variant) for k, variant in every_top_k(passes, whole).items()}
-
-
-def _bits_per_byte(passes: Passes, contents: Sequence[Content], variant: Variant) -> dict[str, float]:
-    return {content.domain.name: passes.score(content, variant).bits_per_byte for content in contents}
+def public_alone(passes: Passes) -> Variant:
+    """Return how the public expert runs alone, which is the anchor."""
+    return Variant(without=tuple(sorted(passes.runnable.experts[1:])), top_k=1)

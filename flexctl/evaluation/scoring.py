@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flexctl import cache
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
-from flexctl.runtime import Reporter, counted
+from flexctl.runtime import Reporter
 
 __all__ = ["SCORE_FIELDS", "Score", "held_out_losses", "recall_score", "remember_score", "score_documents"]
 
@@ -114,7 +114,14 @@ class Score:
         return shares
 
 
-def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, seq_len: int, batch_tokens: int) -> Score:
+def score_documents(
+    model: nn.Module,
+    documents: Iterable[FramedDocument],
+    *,
+    seq_len: int,
+    batch_tokens: int,
+    scored: Callable[[int, float], None] | None = None,
+) -> Score:
     """Return the score of ``model`` on framed documents by the rule of docs/how-it-works.md, section 7.
 
     Windows of ``seq_len`` do not overlap; window j feeds t[jS : jS+S] and is scored on t[jS+1 : jS+S+1]. Windows of
@@ -126,6 +133,7 @@ def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, se
         documents: Framed documents.
         seq_len: S.
         batch_tokens: Positions that go through the model at once.
+        scored: Told after each batch how many windows went through, and their part of the documents' UTF-8 bytes.
     """
     totals = _Totals(model)
     stream = _windows(documents, seq_len, totals)
@@ -133,6 +141,8 @@ def score_documents(model: nn.Module, documents: Iterable[FramedDocument], *, se
         together.sort(key=lambda window: len(window.tokens) - 1)
         for batch in _batches(together, batch_tokens):
             _add_batch(model, batch, totals)
+            if scored:
+                scored(len(batch), sum(window.num_bytes for window in batch))
     return totals.score()
 
 
@@ -147,26 +157,42 @@ def held_out_losses(
         seq_len: Window length.
         reporter: Hears of progress.
     """
-    losses = {}
-    for name, documents in parts.items():
-        with reporter.progress(f"scoring held-out text, {name}", len(documents), "documents") as bar:
-            score = score_documents(model, counted(documents, bar), seq_len=seq_len, batch_tokens=_BATCH_TOKENS)
-        losses[name] = score.nll
-    return losses
+    return {name: _loss(model, name, documents, seq_len, reporter) for name, documents in parts.items()}
+
+
+def _loss(model: nn.Module, name: str, documents: Sequence[FramedDocument], seq_len: int, reporter: Reporter) -> float:
+    windows = sum(-(-(len(document.tokens) - 1) // seq_len) for document in documents)
+    with reporter.progress(f"scoring held-out text, {name}", windows, "windows") as bar:
+        return score_documents(
+            model,
+            documents,
+            seq_len=seq_len,
+            batch_tokens=_BATCH_TOKENS,
+            scored=lambda windows, _: bar.advance(windows),
+        ).nll
 
 
 class _Window(NamedTuple):
-    """Tokens of one window, inputs and targets, and the number of the document that they are from."""
+    """One window.
+
+    Attributes:
+        document: Number of the document that it is from.
+        tokens: Inputs and targets.
+        num_bytes: Its targets' part of the document's UTF-8 bytes.
+    """
 
     document: int
     tokens: Tokens
+    num_bytes: float
 
 
 def _windows(documents: Iterable[FramedDocument], seq_len: int, totals: _Totals) -> Iterator[_Window]:
     for number, document in enumerate(documents):
         totals.add_document(document.num_bytes)
-        for start in range(0, len(document.tokens) - 1, seq_len):
-            yield _Window(number, document.tokens[start : start + seq_len + 1])
+        targets = len(document.tokens) - 1
+        for start in range(0, targets, seq_len):
+            tokens = document.tokens[start : start + seq_len + 1]
+            yield _Window(number, tokens, document.num_bytes * (len(tokens) - 1) / targets)
 
 
 def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:

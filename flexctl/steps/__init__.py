@@ -1,1 +1,6 @@
-"""What several commands do, above the libraries and below the engine."""
+"""What several commands do, above the libraries and below the engine.
+
+Where bundles are (sources, anchored), what models run on (machine), what an owner says of their text (terms), router
+rows (router_rows, overlap), changing a merged model (change), checking all of a bundle (proof), a bundle that answers
+(answering). What a step needs of a command's Config is a Protocol beside it.
+"""

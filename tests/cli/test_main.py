@@ -44,6 +44,10 @@ class StandInResult:
     extra: float | None = None
     ok: bool = True
 
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.ok else 3
+
 
 Engine = Callable[[StandInConfig, Reporter], StandInResult]
 Install = Callable[[Engine], None]
@@ -124,7 +128,7 @@ def test_json_has_no_nan(engine: Install, capsys: pytest.CaptureFixture[str]) ->
         ([], ["a note", "warning: a warning"]),
         (["--quiet"], []),
         (["-q"], []),
-        (["--json"], ["warning: a warning"]),
+        (["--json"], []),
         (["--json", "-q"], []),
     ],
 )
@@ -134,6 +138,67 @@ def test_what_stderr_says(
     engine(talk)
     assert main(["merge", *flags]) == 0
     assert capsys.readouterr().err.splitlines() == said
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--json", "-q"]])
+def test_warnings_stand_in_the_one_object(
+    engine: Install, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    def warn(config: StandInConfig, reporter: Reporter) -> StandInResult:
+        reporter.warn("`top_k`: 9 is more than there are")
+        return talk(config, reporter)
+
+    engine(warn)
+    assert main(["merge", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["warnings"] == ["--top-k: 9 is more than there are", "a warning"]
+    assert err == ""
+    engine(echo)
+    assert main(["merge", *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+
+
+def test_warnings_before_an_error_stand_in_its_object(engine: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(config: StandInConfig, reporter: Reporter) -> StandInResult:
+        talk(config, reporter)
+        raise BundleError("it broke")
+
+    engine(fail)
+    assert main(["merge", "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert json.loads(err)["error"]["warnings"] == ["a warning"]
+
+
+def test_an_answer_comes_before_the_result_and_ends_its_line(
+    engine: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[str] = []
+
+    def write(config: StandInConfig, reporter: Reporter) -> StandInResult:
+        for text in ("so", " a\x1b", ""):
+            reporter.write(text, 1)
+            heard.append(capsys.readouterr().out)
+        return echo(config, reporter)
+
+    engine(write)
+    assert main(["merge"]) == 0
+    assert heard == ["so", " a\\x1b", ""]
+    assert capsys.readouterr().out.startswith("\nMerged ")
+    assert main(["merge", "--json"]) == 0
+    assert heard[3:] == ["", "", ""]
+
+
+def test_an_error_in_the_middle_of_an_answer_begins_its_own_line(
+    engine: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_config: StandInConfig, reporter: Reporter) -> StandInResult:
+        reporter.write("so")
+        raise KeyboardInterrupt
+
+    engine(stop)
+    assert main(["merge"]) == 130
+    assert capsys.readouterr() == ("so\n", "error: interrupted\n")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +222,13 @@ def test_own_errors_are_two_lines_and_their_exit_code(
     out, err = capsys.readouterr()
     assert out == ""
     assert json.loads(err) == {
-        "error": {"type": type(error).__name__, "message": "it broke", "hint": "mend it", "exit_code": code}
+        "error": {
+            "type": type(error).__name__,
+            "message": "it broke",
+            "hint": "mend it",
+            "exit_code": code,
+            "warnings": [],
+        }
     }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def commands(checkpoint: Path, anchor: Path, experts: dict[str, Path], merged: P
         "replace": ["replace", "code", old, "--from", str(merged), "--data", f"code={code}"],
         "evaluate": ["evaluate", str(anchor), "--data", f"code={code}"],
         "generate": ["generate", str(anchor), "--prompt", "x"],
+        "chat": ["chat", str(anchor)],
         "demo": ["demo"],
     }
 
 
-WITHOUT_DRY_RUN = ("evaluate", "generate", "demo")
+WITHOUT_DRY_RUN = ("evaluate", "generate", "chat", "doctor", "demo")
 WITH_THREADS = (
     "init-anchor",
     "train-expert",
@@ -53,6 +55,7 @@ WITH_THREADS = (
     "replace",
     "evaluate",
     "generate",
+    "chat",
     "demo",
 )
 FILES = ("train-expert", "import-expert", "embed-router", "compress", "select-proxy")
@@ -160,9 +163,8 @@ def test_threads_that_no_machine_has(
     commands: Commands, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flags, "_MOST_THREADS", 300)
-    asked = (
-        [*commands[command], "-o", "new.st"] if command != "evaluate" and command != "generate" else commands[command]
-    )
+    has_output = command not in ("evaluate", "generate", "chat")
+    asked = [*commands[command], "-o", "new.st"] if has_output else commands[command]
     assert refused(capsys, [*asked, "--threads", "100000"]) == "error: --threads: 100000 is above 300"
     assert refused(capsys, [*asked, "--threads", "301"]) == "error: --threads: 301 is above 300"
     for few in ("0", "-1"):
@@ -182,13 +184,15 @@ def test_devices_that_nothing_runs_on(commands: Commands, command: str, capsys: 
     assert os.listdir() == []
 
 
-LIMITED = """
-import resource, sys
-from flexctl.cli.app import main
-from flexctl.errors import UsageError
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))
-sys.exit(main(sys.argv[2:]))
-"""
+@contextmanager
+def files_up_to(size_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as on a disk without room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +211,13 @@ sys.exit(main(sys.argv[2:]))
     ],
 )
 def test_a_disk_without_room_is_one_line_with_the_file(
-    commands: Commands, command: str, limit: int, more: list[str], file: str
+    commands: Commands, command: str, limit: int, more: list[str], file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = [] if command == "evaluate" else ["-o", "new.st" if command in FILES else "new"]
     threads = [] if command == "merge" else ["--threads", "1"]
-    asked = [str(limit), *commands[command], *more, *output, *threads]
-    done = subprocess.run([sys.executable, "-c", LIMITED, *asked, "-q"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.splitlines() == [
+    with files_up_to(limit):
+        assert main([*commands[command], *more, *output, *threads, "-q"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
         f"error: File too large: {file}",
         "hint: the file system or ulimit -f allows no larger file; write to another place with -o",
     ]

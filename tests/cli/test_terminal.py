@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -31,12 +32,13 @@ output.error("FlexctlError", FlexctlError("it broke"))
 """
 
 
-def seen(**environment: str) -> str:
-    """Return what a terminal of 120 columns gets on stderr."""
+def seen(script: str = SCRIPT, stream: str = "stderr", **environment: str) -> str:
+    """Return what a terminal of 120 columns gets on one of a script's streams; the other one stays empty."""
     ours, theirs = os.openpty()
     plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     plain |= {"TERM": "xterm-256color", "COLUMNS": "120", **environment}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=theirs, env=plain)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: theirs}
+    process = subprocess.Popen([sys.executable, "-c", script], **streams, env=plain)
     os.close(theirs)
     chunks = []
     while True:
@@ -47,9 +49,9 @@ def seen(**environment: str) -> str:
         if not chunk:
             break
         chunks.append(chunk)
-    out, _ = process.communicate()
+    out, err = process.communicate()
     os.close(ours)
-    assert (process.returncode, out) == (0, b"")
+    assert (process.returncode, out or b"", err or b"") == (0, b"", b"")
     return b"".join(chunks).decode()
 
 
@@ -85,9 +87,16 @@ def answer() -> GenerateResult:
 
 
 def test_pieces_have_the_colour_of_the_leading_expert_and_a_legend(answer: GenerateResult) -> None:
+    script = """
+from flexctl.cli.output import Output
+output = Output()
+output.reporter.write("so")
+output.reporter.write(" a", 1)
+output.reporter.write("\\x1b\\n", 0)
+"""
+    assert seen(script, stream="stdout") == "so\x1b[36m a\x1b[0m\\x1b\r\n"
+    assert seen(script, stream="stdout", NO_COLOR="1") == "so a\\x1b\r\n"
     assert render("generate", answer, verbose=False, colour=True).splitlines() == [
-        "so\x1b[36m a\x1b[0m\\x1b",
-        "",
         "",
         "expert  share",
         "public  0.625",
@@ -97,8 +106,6 @@ def test_pieces_have_the_colour_of_the_leading_expert_and_a_legend(answer: Gener
 
 def test_without_colours_pieces_are_a_table(answer: GenerateResult) -> None:
     assert render("generate", answer, verbose=False, colour=False).splitlines() == [
-        "so a\\x1b",
-        "",
         "",
         "piece     leading  public    law",
         "' a'      law       0.250  0.750",
@@ -108,3 +115,7 @@ def test_without_colours_pieces_are_a_table(answer: GenerateResult) -> None:
         "public  0.625",
         "law     0.375",
     ]
+
+
+def test_without_pieces_there_is_nothing_left_to_say(answer: GenerateResult) -> None:
+    assert render("generate", dataclasses.replace(answer, pieces=[]), verbose=False, colour=True) == ""

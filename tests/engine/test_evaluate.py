@@ -9,7 +9,8 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -427,6 +428,47 @@ class TestCache:
         with pytest.raises(UsageError, match="sums changed while it was read"):
             evaluate(EvaluateConfig(**mine), Meddler())
         assert len(list(empty_cache.iterdir())) == 1
+
+
+def test_a_dry_run_scores_and_writes_nothing(tmp_path: Path, merged: Path, texts: Any, empty_cache: Path) -> None:
+    listener = Listener()
+    settings = {"ablate": True, "compare": merged, "samples": Path("s.jsonl"), "dry_run": True, "seq_len": 64}
+    found = evaluate(EvaluateConfig(bundle=merged, data=domains(texts), **settings), listener)
+    assert (found.dry_run, found.passes, list(found.data)) == (True, 12, ["public", "code", "sums"])
+    assert (found.perplexity, found.results, listener.scored) == ({}, None, [])
+    assert list(tmp_path.iterdir()) == []
+    assert not empty_cache.exists()
+
+
+def test_time_left_counts_text_scored_and_the_passes_to_come(merged: Path, texts: Any) -> None:
+    class Bars(Listener):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bars: list[list[float]] = []
+
+        @contextmanager
+        def progress(self, title: str, total: float, unit: str) -> Iterator[Any]:
+            assert unit in ("bytes", "files")
+            if title.startswith("scoring "):
+                self.bars.append([total])
+            yield self
+
+        def advance(self, amount: float) -> None:
+            if self.bars:
+                self.bars[-1].append(amount)
+
+    bars = Bars()
+    data = (f"code={texts.code_test}",)
+    settings = {"ablate": True, "seq_len": 64, "forward_tokens": 64, "threads": 1}
+    size = evaluate(EvaluateConfig(bundle=merged, data=data, **settings), bars).perplexity["code"].bytes
+    assert [(total, before) for total, before, *_ in bars.bars] == [
+        (3 * size, 0),
+        (3 * size, size),
+        (3 * size, 2 * size),
+    ]
+    for _, _, *steps in bars.bars:
+        assert sum(steps) == pytest.approx(size)
+        assert len(steps) > 10
 
 
 class TestResults:

@@ -164,6 +164,27 @@ def test_another_model_and_tasks_are_on_the_page(merged: Path, anchor: Path, tex
     assert not any(words in page.text for words in elsewhere)
 
 
+def test_the_page_is_drawn_again_from_results_json(tmp_path: Path, merged: Path, anchor: Path, texts: Any) -> None:
+    shutil.copytree(merged, tmp_path / "own")
+    first = report(tmp_path / "own", texts, compare=anchor)
+    assert first.results is not None
+    again = evaluate(EvaluateConfig(results_from=first.results, report=Path("again.html")))
+    assert (again.perplexity, again.ablation_change) == (first.perplexity, first.ablation_change)
+    pages = [
+        re.split('<section aria-labelledby="(?:samples|measured)">', path.read_text())
+        for path in (PAGE, again.report or PAGE)
+    ]
+    assert [pages[0][0], pages[0][2]] == [pages[1][0], pages[1][2]]
+    assert pages[0][1] != pages[1][1]
+    assert "drawn from results" in pages[1][1]
+
+
+def test_results_need_nothing_to_score(texts: Any) -> None:
+    for settings in ({"data": (str(texts.code_test),)}, {"bundle": Path("merged")}, {"ablate": True}):
+        with pytest.raises(UsageError, match=f"{next(iter(settings))}: "):
+            evaluate(EvaluateConfig(results_from=Path("results.json"), **settings))
+
+
 def test_an_existing_file_stays_unless_told_otherwise(merged: Path, texts: Any) -> None:
     PAGE.write_text("mine")
     with pytest.raises(UsageError, match=r"report: report\.html exists"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,18 @@ import pytest
 import tiny
 import torch
 import transformers
-from builders import forge_expert
+from builders import anchor_with_chat_template, forge_expert
 
-import flexctl.engine.generate as module
+import flexctl.steps.answering as module
 from flexctl.bundle import open_expert, open_merged
 from flexctl.engine.generate import GenerateConfig, GenerateResult, generate
-from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.errors import FlexctlError, UsageError
-from flexctl.evaluation.explaining import ShareCollector, texts_of
+from flexctl.evaluation.explaining import TextStream, texts_of
 from flexctl.model.building import load_tokenizer
 from flexctl.model.routed import observing
-from flexctl.runtime import SilentReporter
+from flexctl.runtime import SILENT, SilentReporter
+from flexctl.steps.answering import Answerer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -124,17 +123,59 @@ def test_sampling_repeats_with_its_seed(merged: Path) -> None:
 def test_temperature_alone_decides_what_may_be_sampled(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a very high temperature every token is as likely: no hidden cut to the fifty likeliest."""
     sampled: set[int] = set()
-    continue_ = module._continue
+    choose = module._choose
 
-    def many(config: GenerateConfig, model: Any, tokenizer: Any, ids: Any, shares: Any) -> list[int]:
-        for seed in range(150):
-            again = dataclasses.replace(config, seed=seed)
-            sampled.update(continue_(again, model, tokenizer, ids, ShareCollector(2, positions=1)))
-        return continue_(config, model, tokenizer, ids, shares)
+    def keep(*arguments: Any) -> int:
+        token = choose(*arguments)
+        sampled.add(token)
+        return token
 
-    monkeypatch.setattr(module, "_continue", many)
-    run(merged, temperature=1e6, max_new_tokens=1)
+    monkeypatch.setattr(module, "_choose", keep)
+    answerer = Answerer(GenerateConfig(prompt=PROMPT, bundle=merged, temperature=1e6, max_new_tokens=1), SILENT)
+    ids = answerer.encode(PROMPT)
+    for seed in range(150):
+        list(answerer.answer(ids, seed))
     assert len(sampled) > 80
+
+
+def test_the_answer_is_written_while_it_comes(merged: Path) -> None:
+    heard: list[tuple[str, int]] = []
+
+    class Listening(SilentReporter):
+        def write(self, text: str, by: int = 0) -> None:
+            heard.append((text, by))
+
+    config = GenerateConfig(prompt=PROMPT, bundle=merged, max_new_tokens=12, threads=1)
+    plain = generate(config, Listening())
+    assert [text for text, _ in heard[:1]] == [PROMPT]
+    assert len(heard) == 1 + plain.tokens
+    assert "".join(text for text, _ in heard[1:]) == plain.text
+    assert {by for _, by in heard} == {0}
+    heard.clear()
+    explained = generate(dataclasses.replace(config, explain=True), Listening())
+    assert heard == [(PROMPT, 0), *((piece.text, piece.leader) for piece in explained.pieces)]
+
+
+def test_no_character_is_written_in_halves(merged: Path) -> None:
+    tokenizer = load_tokenizer(merged)
+    stream = TextStream(tokenizer)
+    tokens = tokenizer("ab\u20ac\U0001f600c")["input_ids"]
+    added = [stream.add(token) for token in tokens]
+    assert len(tokens) > 5
+    assert "".join(added) == "ab\u20ac\U0001f600c"
+    assert not any("\ufffd" in text for text in added)
+
+
+def test_a_reader_of_the_pieces_may_compute_gradients(merged: Path) -> None:
+    answerer = Answerer(GenerateConfig(prompt=PROMPT, bundle=merged, max_new_tokens=2), SILENT)
+    for _ in answerer.answer(answerer.encode(PROMPT), 0):
+        assert torch.is_grad_enabled()
+
+
+def test_a_prompt_without_a_token_is_refused(merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Answerer, "encode", lambda *_: torch.zeros(1, 0, dtype=torch.int64))
+    with pytest.raises(UsageError, match="prompt: ' ' has no token"):
+        run(merged, " ")
 
 
 def test_left_out_experts_have_no_share_and_no_say(
@@ -239,20 +280,6 @@ def test_wrong_settings_are_refused_in_one_line(merged: Path, settings: dict[str
     assert says in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 2
-
-
-TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-
-
-def anchor_with_chat_template(anchor: Path, folder: Path, template: str = TURNS) -> Path:
-    """The same dense model as an anchor whose tokenizer knows how user and assistant take turns."""
-    source = folder / "source"
-    shutil.copytree(anchor, source, ignore=shutil.ignore_patterns("flexctl.json", "router-space*", "public-sample*"))
-    (source / "chat_template.jinja").write_text(template)
-    (folder / "public.txt").write_text("\n".join(tiny.make_texts("public", 40)))
-    chatty = folder / "chatty"
-    init_anchor(InitAnchorConfig(source=str(source), data=(folder / "public.txt",), output=chatty, threads=1))
-    return chatty
 
 
 def test_chat_puts_the_prompt_into_the_template(anchor: Path, in_empty_folder: Path) -> None:

@@ -131,7 +131,9 @@ def test_windows_are_the_scorers_own() -> None:
     assert [len(piece.tokens) - 1 for piece in windows.pieces()] == [16, 16, 7, 8, 16, 16] == windows.targets.tolist()
     assert windows.document.tolist() == [0, 0, 0, 1, 2, 2]
     assert windows.first.tolist() == [True, False, False, True, True, False]
-    losses = windows.losses(model, windows.pieces(), 64)
+    scored: list[int] = []
+    losses = windows.losses(model, windows.pieces(), 64, scored.append)
+    assert (sum(scored), len(scored)) == (6, 2)
     assert losses == pytest.approx(stock_losses(STOCK[0], windows), abs=1e-3)
     expected = score_documents(model, documents(), seq_len=16, batch_tokens=64)
     np.testing.assert_allclose(windows.score(losses).per_document, expected.per_document, rtol=1e-6)
@@ -142,7 +144,7 @@ def test_text_that_changes_between_passes_is_refused(now: tuple[int, ...]) -> No
     lengths: list[tuple[int, ...]] = [(40, 9, 33), now]
     windows = cut("law", lambda: documents(lengths.pop(0)), seq_len=16, advance=lambda _bytes: None)
     with pytest.raises(UsageError, match="the text of law changed while it was read"):
-        windows.losses(tiny.build(MODELS[0]), windows.pieces(), 64)
+        windows.losses(tiny.build(MODELS[0]), windows.pieces(), 64, lambda _: None)
 
 
 def test_what_is_known_before_a_window_is_the_documents_earlier_text() -> None:

@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 from flexctl.evaluation import bootstrap
-from flexctl.evaluation.bootstrap import difference_interval, interval
+from flexctl.evaluation.bootstrap import resample
+from flexctl.evaluation.figures import Estimate
+
+
+def ends(found: Estimate) -> tuple[float, float] | None:
+    return None if found.low is None or found.high is None else (found.low, found.high)
+
+
+def interval(figures: Any) -> tuple[float, float] | None:
+    return ends(resample(figures).estimate())
+
+
+def difference_interval(figures: Any, other: Any) -> tuple[float, float] | None:
+    return ends(resample(figures).above(resample(other)))
 
 
 def make_figures(count: int, seed: int = 0) -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from flexctl.evaluation.comparison import Comparison, compare
+from flexctl.evaluation.bootstrap import resample
+from flexctl.evaluation.comparison import compare_domain, most_moved
 from flexctl.evaluation.domains import Content, Domain, read_domain
 from flexctl.evaluation.scoring import Score
 from flexctl.runtime import SILENT
@@ -43,8 +45,13 @@ def make_scores(changes: dict[str, dict[int, float]] | None = None) -> dict[str,
     return scores
 
 
-def compared(contents: list[Content], **changes: Any) -> Comparison:
-    return compare(Path("other"), "sha256:00", contents, make_scores(changes), make_scores())
+def compared(contents: list[Content], **changes: Any) -> SimpleNamespace:
+    scores, others = make_scores(changes), make_scores()
+    drawn, others_drawn = ({n: resample(score.per_document) for n, score in of.items()} for of in (scores, others))
+    return SimpleNamespace(
+        domains={n: compare_domain(scores[n], others[n], drawn[n], others_drawn[n]) for n in scores},
+        moved=most_moved(contents, scores, others),
+    )
 
 
 def test_a_model_beside_itself_does_not_differ(contents: list[Content]) -> None:

@@ -222,7 +222,7 @@ def test_held_out_parts_are_scored_one_by_one_and_progress_is_shown(model: Any) 
     class Listener(SilentReporter):
         @contextmanager
         def progress(self, title: str, total: float, unit: str) -> Iterator[Any]:
-            assert unit == "documents"
+            assert unit == "windows"
             done[title] = [total, 0]
             yield self
             assert done[title][0] == done[title][1]

@@ -131,7 +131,7 @@ class Baselines:
 
         def losses(windows: Windows) -> dict[str, Floats]:
             with self._reporter.progress(f"scoring {name} on {windows.name}", len(windows), "windows") as bar:
-                return {name: windows.losses(model(), counted(windows.pieces(), bar), self._batch_tokens)}
+                return {name: windows.losses(model(), windows.pieces(), self._batch_tokens, bar.advance)}
 
         return _Way(names=[name], made_of=made_of, losses=losses)
 

@@ -50,8 +50,7 @@ def soup_losses(
         for index, column in enumerate(distinct.T):
             _fill(mixed, models, column)
             members = [number for number, soup in zip(near, which.reshape(-1), strict=True) if soup == index]
-            losses[members] = windows.losses(mixed, [near[number] for number in members], batch_tokens)
-            advance(len(members))
+            losses[members] = windows.losses(mixed, [near[number] for number in members], batch_tokens, advance)
     return losses
 
 

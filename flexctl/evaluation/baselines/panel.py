@@ -54,7 +54,7 @@ class Panel:
         self._models, self._windows, self._batch_tokens = models, windows, batch_tokens
         self._top_k, self._reporter = top_k, reporter
         with self._progress("scoring dense experts", len(models)) as bar:
-            found = [windows.losses(model, counted(windows.pieces(), bar), batch_tokens) for model in models.values()]
+            found = [windows.losses(model, windows.pieces(), batch_tokens, bar.advance) for model in models.values()]
         self._losses = np.stack(found)
 
     def alone(self) -> dict[str, Floats]:

@@ -64,15 +64,25 @@ class Windows:
                 )
             yield piece
 
-    def losses(self, model: nn.Module, pieces: Iterable[Framed], batch_tokens: int) -> Floats:
+    def losses(
+        self, model: nn.Module, pieces: Iterable[Framed], batch_tokens: int, advance: Callable[[int], None]
+    ) -> Floats:
         """Return the sum of negative log-likelihoods of each piece's targets in nats, (pieces,), float64.
 
         Args:
             model: As from ``model.building.build_model``.
             pieces: Some or all of ``pieces()``.
             batch_tokens: Positions that go through the model at once.
+            advance: Told how many of them were scored.
         """
-        return score_documents(model, pieces, seq_len=self.seq_len, batch_tokens=batch_tokens).per_document[:, 0]
+        score = score_documents(
+            model,
+            pieces,
+            seq_len=self.seq_len,
+            batch_tokens=batch_tokens,
+            scored=lambda windows, _: advance(windows),
+        )
+        return score.per_document[:, 0]
 
     def score(self, losses: Floats) -> Score:
         """Return the documents' score when the windows have these losses, (W,), nats."""

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flexctl.errors import UsageError
-from flexctl.evaluation.report.data import Estimate, Other, Report
+from flexctl.evaluation.figures import Comparison, Estimate, Figures
 from flexctl.evaluation.report.svg import COLOURS, embed
 from flexctl.evaluation.report.words import bits, interval, share, short, signed
 
@@ -58,48 +58,48 @@ def require_matplotlib() -> None:
         )
 
 
-def before_and_after(report: Report) -> str:
+def before_and_after(figures: Figures) -> str:
     """Return each domain's score of the public expert alone and of the model, with its interval, on one line each."""
-    rows = list(report.domains)
+    rows = list(figures.perplexity)
     with _drawing("before-and-after", _WIDE, _ROW * len(rows) + 40) as (figure, finish):
         axes = _axes(figure, left=112, right=14, top=8, bottom=32)
         colour = COLOURS["accent"]
         for y, name in zip(_rows(axes, rows), rows, strict=True):
-            figures = report.domains[name].bits_per_byte
-            if report.alone is not None:
-                before = _drawable(report.alone[name].bits_per_byte)
-                axes.plot([before, figures.value], [y, y], color=COLOURS["rule"], linewidth=4, clip_on=False)
+            score = figures.perplexity[name].estimate
+            if figures.public_alone:
+                before = _drawable(figures.public_alone[name])
+                axes.plot([before, score.value], [y, y], color=COLOURS["rule"], linewidth=4, clip_on=False)
                 _mark(axes, before, y, COLOURS["muted"], hollow=True)
-            _interval(axes, figures, y, colour)
-            _mark(axes, figures.value, y, colour)
+            _interval(axes, score, y, colour)
+            _mark(axes, score.value, y, colour)
         axes.grid(axis="x", linewidth=1)
         axes.margins(x=0.06)
-        return finish("Bits per byte on each domain", _describe_scores(report))
+        return finish("Bits per byte on each domain", _describe_scores(figures))
 
 
-def tasks(report: Report) -> str:
+def tasks(figures: Figures) -> str:
     """Return each task's main metric with its interval and what guessing gets; empty where no task has one."""
-    shown = {name: (task.main, task.metrics[task.main]) for name, task in report.tasks.items() if task.main}
+    shown = {name: (task.main, task) for name, task in figures.tasks.items() if task.main}
     if not shown:
         return ""
     with _drawing("tasks", _WIDE, _TALL_ROW * len(shown) + 32) as (figure, finish):
         axes = _axes(figure, left=126, right=14, top=0, bottom=32)
         metrics = [metric for metric, _ in shown.values()]
-        for y, (_, found) in zip(_rows(axes, list(shown), 16, metrics), shown.values(), strict=True):
-            if found.chance is not None:
-                axes.plot([found.chance] * 2, [y - 0.3, y + 0.3], color=COLOURS["muted"], linewidth=2)
-            _interval(axes, found.score, y, COLOURS["accent"])
-            _mark(axes, found.score.value, y, COLOURS["accent"])
+        told = []
+        for y, (name, (metric, task)) in zip(_rows(axes, list(shown), 16, metrics), shown.items(), strict=True):
+            score, chance = task.estimate(metric), task.chance.get(metric)
+            if chance is not None:
+                axes.plot([chance] * 2, [y - 0.3, y + 0.3], color=COLOURS["muted"], linewidth=2)
+            _interval(axes, score, y, COLOURS["accent"])
+            _mark(axes, score.value, y, COLOURS["accent"])
+            guessing = "" if chance is None else f", guessing {bits(chance)}"
+            told.append(f"{name} {metric} {bits(score.value)} ({interval(score)}{guessing})")
         axes.set_xlim(0, 1)
         axes.grid(axis="x", linewidth=1)
-        told = []
-        for name, (metric, found) in shown.items():
-            guessing = "" if found.chance is None else f", guessing {bits(found.chance)}"
-            told.append(f"{name} {metric} {bits(found.score.value)} ({interval(found.score)}{guessing})")
         return finish("Score on each task, from 0 to 1", "; ".join(told) + ".")
 
 
-def contrasts(other: Other) -> str:
+def contrasts(other: Comparison) -> str:
     """Return each domain's change from another model to this one with its interval, around a line at zero."""
     with _drawing("contrasts", _WIDE, _ROW * len(other.domains) + 40) as (figure, finish):
         axes = _axes(figure, left=112, right=14, top=8, bottom=32)
@@ -123,10 +123,10 @@ def contrasts(other: Other) -> str:
         return finish("Change in bits per byte from the other model to this one", "; ".join(told) + ".")
 
 
-def ablation(report: Report) -> str:
+def ablation(figures: Figures) -> str:
     """Return the heat map of what leaving each expert out changes: rows experts, columns domains."""
-    experts, domains = list(report.ablation), list(report.domains)
-    values = [[report.ablation[expert][name].change.value for name in domains] for expert in experts]
+    experts, domains = list(figures.ablation_change), list(figures.perplexity)
+    values = [[figures.ablation_change[expert][name].value for name in domains] for expert in experts]
     largest = _largest([abs(value) for row in values for value in row])
     with _drawing("ablation", 96 + _CELL * len(domains), 30 + _ROW * len(experts)) as (figure, finish):
         axes = _axes(figure, left=96, right=0, top=30, bottom=0)
@@ -136,7 +136,7 @@ def ablation(report: Report) -> str:
         )
         for y, (expert, row) in enumerate(zip(experts, values, strict=True)):
             for x, (name, value) in enumerate(zip(domains, row, strict=True)):
-                unsure = report.ablation[expert][name].change.crosses_zero
+                unsure = figures.ablation_change[expert][name].crosses_zero
                 text = signed(value) + (" ?" if unsure else "")
                 axes.text(x, y, text, ha="center", va="center_baseline", fontsize=_LABEL)
         told = [
@@ -146,9 +146,9 @@ def ablation(report: Report) -> str:
         return finish("Change in bits per byte when an expert is left out", "; ".join(told) + ".")
 
 
-def layers(report: Report, domain: str, name: str) -> str:
+def layers(figures: Figures, domain: str, name: str) -> str:
     """Return the heat map of one domain's routing: rows experts, columns layers."""
-    shares = report.routing_layers[domain]
+    shares = figures.routing_layers[domain]
     experts, count = list(shares), len(next(iter(shares.values())))
     left, right = 94, 44
     with _drawing(name, _PANEL, 22 * len(experts) + 44) as (figure, finish):
@@ -157,7 +157,7 @@ def layers(report: Report, domain: str, name: str) -> str:
         axes.set_xlabel("layer", color=COLOURS["muted"])
         _tiles(axes, [[("heat", value) for value in shares[expert]] for expert in experts])
         for y, expert in enumerate(experts):
-            mean = report.routing[domain][expert]
+            mean = figures.routing[domain][expert]
             end = count - 0.5 + right * count / (_PANEL - left - right)
             axes.text(end, y, share(mean), ha="right", va="center_baseline", fontsize=_LABEL)
         told = [f"{expert} {', '.join(share(value) for value in shares[expert])}" for expert in experts]
@@ -166,9 +166,9 @@ def layers(report: Report, domain: str, name: str) -> str:
         )
 
 
-def top_k(report: Report, domain: str, name: str) -> str:
+def top_k(figures: Figures, domain: str, name: str) -> str:
     """Return one domain's bits per byte over the number of active experts."""
-    scores = {k: shifts[domain].bits_per_byte for k, shifts in report.top_k.items()}
+    scores = {k: row[domain] for k, row in figures.top_k.items()}
     with _drawing(name, _PANEL, 190) as (figure, finish):
         axes = _axes(figure, left=56, right=26, top=24, bottom=44)
         axes.plot(
@@ -179,8 +179,8 @@ def top_k(report: Report, domain: str, name: str) -> str:
             clip_on=False,
         )
         for k, value in scores.items():
-            _mark(axes, k, _drawable(value), COLOURS["accent"], hollow=k != report.num_experts_per_tok)
-            if len(scores) <= _NOTED or k in (1, len(scores), report.num_experts_per_tok):
+            _mark(axes, k, _drawable(value), COLOURS["accent"], hollow=k != figures.num_experts_per_tok)
+            if len(scores) <= _NOTED or k in (1, len(scores), figures.num_experts_per_tok):
                 _note(axes, bits(value), (k, _drawable(value)), away=(0, 9), ha="center", fontsize=12)
         axes.set_xticks(list(scores))
         axes.set_xlabel("experts active for a token", color=COLOURS["muted"])
@@ -193,10 +193,10 @@ def top_k(report: Report, domain: str, name: str) -> str:
         return finish(f"Bits per byte on {domain} by experts active for a token", told + ".")
 
 
-def baselines(report: Report, domain: str, name: str) -> str:
+def baselines(figures: Figures, domain: str, name: str) -> str:
     """Return one domain's bits per byte of this model and of simpler ways, as bars from zero."""
-    scores = {"this model": report.domains[domain].bits_per_byte.value}
-    scores |= {way: shifts[domain].bits_per_byte for way, shifts in report.baselines.items()}
+    scores = {"this model": figures.perplexity[domain].bits_per_byte}
+    scores |= {way: row[domain] for way, row in figures.baselines.items()}
     with _drawing(name, _PANEL, 26 * len(scores) + 8) as (figure, finish):
         axes = _axes(figure, left=168, right=46, top=2, bottom=2)
         for y, (way, value) in zip(_rows(axes, list(scores), 26), scores.items(), strict=True):
@@ -324,10 +324,10 @@ def _mark(axes: Axes, x: float, y: float, colour: str, *, hollow: bool = False) 
     )
 
 
-def _describe_scores(report: Report) -> str:
+def _describe_scores(figures: Figures) -> str:
     parts = []
-    for name, figures in report.domains.items():
-        ends = interval(figures.bits_per_byte)
-        before = f", public expert alone {bits(report.alone[name].bits_per_byte)}" if report.alone else ""
-        parts.append(f"{name} {bits(figures.bits_per_byte.value)}{f' ({ends})' if ends else ''}{before}")
+    for name, score in figures.perplexity.items():
+        ends = interval(score.estimate)
+        before = f", public expert alone {bits(figures.public_alone[name])}" if figures.public_alone else ""
+        parts.append(f"{name} {bits(score.bits_per_byte)}{f' ({ends})' if ends else ''}{before}")
     return "; ".join(parts) + "."

@@ -1,20 +1,28 @@
-"""The page: one HTML document without scripts and without requests, a pure function of its report."""
+"""The page: one HTML document without scripts and without requests, a pure function of figures and sample texts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from flexctl.bundle.names import PUBLIC
 from flexctl.evaluation.explaining import Piece
+from flexctl.evaluation.figures import Figures
 from flexctl.evaluation.report import charts, words
-from flexctl.evaluation.report.data import Passage, Report
 
-__all__ = ["render"]
+__all__ = ["Passage", "render"]
 
 _COLOURS = 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passage:
+    """The beginning of a domain's text, token by token with each expert's share, mean over layers."""
+
+    domain: str
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +36,12 @@ class _Token:
     shares: dict[str, float]
 
 
-def render(report: Report) -> str:
+def render(figures: Figures, passages: Sequence[Passage] = ()) -> str:
     """Return the page.
 
     Args:
-        report: What to show. Names, licenses and texts in it are anybody's words; all of them are escaped.
+        figures: What to show. Names, licenses and texts in it are anybody's words; all of them are escaped.
+        passages: Sample texts, which figures do not hold; without them the page says that they are left out.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -54,18 +63,20 @@ def render(report: Report) -> str:
         "interval": words.interval,
         "visible": words.visible,
     }
-    styles = {name: style_of(index) for index, name in enumerate(report.experts)}
+    styles = {name: style_of(index) for index, name in enumerate(figures.experts)}
     # Charts are our own markup, their texts escaped where they were made; the style is a file of ours.
-    drawn = {name: _marked(Markup, chart) for name, chart in _charts(report).items()}
+    drawn = {name: _marked(Markup, chart) for name, chart in _charts(figures).items()}
     return environment.from_string(_text("page.html")).render(
-        report=report,
+        figures=figures,
+        lineage=figures.lineage,
         style=Markup(_text("page.css")),
-        summary=words.summary(report),
-        who_differs=words.who_differs(report, report.other) if report.other else "",
+        summary=words.summary(figures),
+        settings=words.settings(figures),
+        who_differs=words.who_differs(figures.lineage, figures.compare.lineage) if figures.compare else "",
         charts=drawn,
-        guessed=any(found.chance is not None for task in report.tasks.values() for found in task.metrics.values()),
+        guessed=any(task.chance for task in figures.tasks.values()),
         styles=styles,
-        passages=[(passage, _tokens(passage, styles), _leading(passage)) for passage in report.passages],
+        passages=[(passage, _tokens(passage, styles), _leading(passage)) for passage in passages],
         public=PUBLIC,
     )
 
@@ -86,22 +97,22 @@ def _text(name: str) -> str:
     return (files("flexctl.evaluation.report") / name).read_text(encoding="utf-8")
 
 
-def _charts(report: Report) -> dict[str, str | dict[str, str]]:
+def _charts(figures: Figures) -> dict[str, str | dict[str, str]]:
     """Return chart -> svg; those with a panel a domain: chart -> domain -> svg. Empty is what was not measured."""
     panels = {
-        "layers": (charts.layers, report.routing_layers),
-        "top_k": (charts.top_k, report.top_k),
-        "baselines": (charts.baselines, report.baselines),
+        "layers": (charts.layers, figures.routing_layers),
+        "top_k": (charts.top_k, figures.top_k if figures.lineage.closed else {}),
+        "baselines": (charts.baselines, figures.baselines),
     }
     drawn: dict[str, str | dict[str, str]] = {
-        "before_and_after": charts.before_and_after(report),
-        "tasks": charts.tasks(report),
-        "ablation": charts.ablation(report) if report.ablation else "",
-        "contrasts": charts.contrasts(report.other) if report.other else "",
+        "before_and_after": charts.before_and_after(figures),
+        "tasks": charts.tasks(figures),
+        "ablation": charts.ablation(figures) if figures.ablation else "",
+        "contrasts": charts.contrasts(figures.compare) if figures.compare else "",
     }
     for chart, (draw, measured) in panels.items():
-        places = enumerate(report.domains if measured else ())
-        drawn[chart] = {name: draw(report, name, f"{chart.replace('_', '-')}-{i}") for i, name in places}
+        places = enumerate(figures.perplexity if measured else ())
+        drawn[chart] = {name: draw(figures, name, f"{chart.replace('_', '-')}-{i}") for i, name in places}
     return drawn
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from flexctl.bundle.names import PUBLIC
-from flexctl.evaluation.report.data import Estimate, Other, Report, Shifts, TaskMetric
+from flexctl.evaluation.bootstrap import RESAMPLES
+from flexctl.evaluation.figures import Comparison, Estimate, Figures, Lineage, TaskScore
 
 __all__ = [
     "bits",
@@ -18,6 +19,7 @@ __all__ = [
     "joined",
     "percent",
     "plain",
+    "settings",
     "share",
     "short",
     "signed",
@@ -98,17 +100,35 @@ def joined(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def summary(report: Report) -> list[str]:
+def settings(figures: Figures) -> dict[str, str]:
+    """Return how it was measured, a line each."""
+    found, agreement, ratio = figures.settings, figures.router_agreement, figures.post_norm_ratio
+    said = {
+        "text": f"each document by itself, in windows of {found.seq_len} tokens that do not overlap",
+        "intervals": f"95 %, of {RESAMPLES:,} draws of documents; for differences both models have the same draws",
+        "precision": f"{found.dtype} on {found.device}",
+        "bfloat16 routers": _agreeing(min(agreement.values())) if agreement else "",
+        "post-norm ratio": f"at least {min(ratio):,.0f}; must be far above 1" if ratio else "",
+        "software": ", ".join(f"{name} {version}" for name, version in figures.software.items()),
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def _agreeing(share: float) -> str:
+    return f"keep the same experts for {100 * share:.2f} % of tokens"
+
+
+def summary(figures: Figures) -> list[str]:
     """Return what the figures say, a sentence each: what merging does, what each expert is worth, what is unsure."""
-    rest = [*_worth(report), *_tasks(report), *(_beside(report.other) if report.other else [])]
-    if not report.closed or report.alone is None:
-        return [_plain(report), *rest]
-    return [*_gain(report, report.alone), *_elsewhere(report, report.alone), *rest]
+    rest = [*_worth(figures), *_tasks(figures), *(_beside(figures.compare) if figures.compare else [])]
+    if not figures.lineage.closed or not figures.public_alone:
+        return [_plain(figures), *rest]
+    return [*_gain(figures), *_elsewhere(figures), *rest]
 
 
-def who_differs(report: Report, other: Other) -> str:
+def who_differs(lineage: Lineage, other: Lineage) -> str:
     """Return which experts took part in one of two models alone, or in both but with different digests."""
-    ours = {member.name: member.digest for member in report.members if not member.left_out}
+    ours = {member.name: member.digest for member in lineage.members if not member.left_out}
     theirs = {member.name: member.digest for member in other.members}
     where = {
         "in this model alone": [name for name in ours if name not in theirs],
@@ -119,54 +139,55 @@ def who_differs(report: Report, other: Other) -> str:
     return "; ".join(said) or "the same in both"
 
 
-def _plain(report: Report) -> str:
-    scores = [f"{bits(figures.bits_per_byte.value, 2)} on {name}" for name, figures in report.domains.items()]
-    return f"{report.title} scores {joined(scores)}, in bits per byte; lower is better."
+def _plain(figures: Figures) -> str:
+    scores = [f"{bits(score.bits_per_byte, 2)} on {name}" for name, score in figures.perplexity.items()]
+    return f"{figures.lineage.title} scores {joined(scores)}, in bits per byte; lower is better."
 
 
-def _gain(report: Report, alone: Shifts) -> list[str]:
-    own = [name for name in report.domains if name in report.closed and math.isfinite(alone[name].change.value)]
+def _gain(figures: Figures) -> list[str]:
+    alone, change, closed = figures.public_alone, figures.public_alone_change, figures.lineage.closed
+    own = [name for name in figures.perplexity if name in closed and math.isfinite(change[name].value)]
     if not own:
-        return [_plain(report)]
-    before = fmean(alone[name].bits_per_byte for name in own)
-    after = fmean(report.domains[name].bits_per_byte.value for name in own)
+        return [_plain(figures)]
+    before = fmean(alone[name] for name in own)
+    after = fmean(figures.perplexity[name].bits_per_byte for name in own)
     verb = "lowers" if after < before else "raises"
-    what = "their own texts" if len(own) == len(report.closed) else _named(own, "domains named after them")
+    what = "their own texts" if len(own) == len(closed) else _named(own, "domains named after them")
     what = f"{own[0]} text" if len(own) == 1 else f"the mean over {what}"
-    done = "Merging" if report.kind == "merged" else "Adding"
-    change = f"from {bits(before, 2)} to {bits(after, 2)} bits per byte"
-    by = f"{abs(after - before) / before * 100:.1f}{_SPACE}%"
-    sentence = f"{done} {_named(report.closed, 'experts')} {verb} {what} {change}, by {by}."
-    return [sentence, *_unsure(own, alone)]
+    done = "Merging" if figures.lineage.kind == "merged" else "Adding"
+    by = f"from {bits(before, 2)} to {bits(after, 2)} bits per byte"
+    share = f"{abs(after - before) / before * 100:.1f}{_SPACE}%"
+    sentence = f"{done} {_named(closed, 'experts')} {verb} {what} {by}, by {share}."
+    return [sentence, *_unsure([name for name in own if change[name].crosses_zero])]
 
 
 def _named(names: Sequence[str], what: str) -> str:
     return joined(names) if len(names) <= _NAMED else f"{len(names)} {what}"
 
 
-def _unsure(own: Sequence[str], alone: Shifts) -> list[str]:
-    names = [name for name in own if alone[name].change.crosses_zero]
+def _unsure(names: Sequence[str]) -> list[str]:
     return [f"On {joined(names)} the interval of that difference crosses zero."] if names else []
 
 
-def _elsewhere(report: Report, alone: Shifts) -> list[str]:
+def _elsewhere(figures: Figures) -> list[str]:
     parts = []
-    for name, figures in report.domains.items():
-        if name not in report.closed:
-            before, after = alone[name].bits_per_byte, figures.bits_per_byte.value
-            unsure = ", an interval that crosses zero" if alone[name].change.crosses_zero else ""
+    for name, score in figures.perplexity.items():
+        if name not in figures.lineage.closed:
+            before, after = figures.public_alone[name], score.bits_per_byte
+            crosses = figures.public_alone_change[name].crosses_zero
+            unsure = ", an interval that crosses zero" if crosses else ""
             label = "public text" if name == PUBLIC else name
             parts.append(f"{label} {percent((after - before) / before)} ({bits(before)} to {bits(after)}{unsure})")
     return [f"Elsewhere: {joined(parts)}."] if parts else []
 
 
-def _worth(report: Report) -> list[str]:
+def _worth(figures: Figures) -> list[str]:
     """Return what leaving each expert out does, the costliest first where there are many."""
-    measured = {name: shifts for name, shifts in report.ablation.items() if name in shifts}
-    told = {name: shifts for name, shifts in measured.items() if math.isfinite(shifts[name].change.value)}
+    measured = {name: changes for name, changes in figures.ablation_change.items() if name in changes}
+    told = {name: changes for name, changes in measured.items() if math.isfinite(changes[name].value)}
     order = list(told)
     if len(order) > _TOLD:
-        order.sort(key=lambda name: -told[name][name].change.value)
+        order.sort(key=lambda name: -told[name][name].value)
     parts = [_left_out(name, told[name]) for name in order[:_TOLD]]
     more = (
         [f"The other {len(order) - _TOLD}, and smaller changes, are in the table below."] if len(order) > _TOLD else []
@@ -174,20 +195,20 @@ def _worth(report: Report) -> list[str]:
     return [*parts, *more]
 
 
-def _left_out(name: str, shifts: Shifts) -> str:
-    own = shifts[name].change
+def _left_out(name: str, changes: Mapping[str, Estimate]) -> str:
+    own = changes[name]
     if own.crosses_zero:
         ends = interval(own, sign=True)
         start = f"Leaving {name} out changes {name} by {signed(own.value, 2)}, with an interval of {ends} that crosses"
-        return f"{start} zero: this text does not show what it is worth{_aside(name, shifts, '; it ')}."
+        return f"{start} zero: this text does not show what it is worth{_aside(name, changes, '; it ')}."
     verb, size = ("costs", own.value) if own.value > 0 else ("gives", -own.value)
     back = "" if own.value > 0 else " back"
-    return f"Leaving {name} out {verb} {name} {_size(size)} bits per byte{back}{_aside(name, shifts, ' and ')}."
+    return f"Leaving {name} out {verb} {name} {_size(size)} bits per byte{back}{_aside(name, changes, ' and ')}."
 
 
-def _aside(name: str, shifts: Shifts, link: str) -> str:
+def _aside(name: str, changes: Mapping[str, Estimate], link: str) -> str:
     """Return what it does to the other domains, but for changes that are small or whose interval crosses zero."""
-    others = {other: shift.change for other, shift in shifts.items() if other != name and not shift.change.crosses_zero}
+    others = {other: change for other, change in changes.items() if other != name and not change.crosses_zero}
     clear = {other: c.value for other, c in others.items() if math.inf > abs(c.value) >= _SHOWN}
     said = []
     for verb, back, side in (("costs", "", _side(clear, 1)), ("gives", " back", _side(clear, -1))):
@@ -203,33 +224,33 @@ def _side(changes: Mapping[str, float], sign: int) -> dict[str, float]:
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
-def _tasks(report: Report) -> list[str]:
+def _tasks(figures: Figures) -> list[str]:
     """Return the first tasks' main metrics, and whether their intervals leave out what guessing gets."""
-    mains = {name: (task.main, task.metrics[task.main]) for name, task in report.tasks.items() if task.main}
+    mains = {name: (task.main, task) for name, task in figures.tasks.items() if task.main}
     told = [
-        f"{metric} {bits(found.score.value, 2)} on {name}{_beside_guessing(found)}"
-        for name, (metric, found) in mains.items()
+        f"{metric} {bits(task.metrics[metric], 2)} on {name}{_beside_guessing(task, metric)}"
+        for name, (metric, task) in mains.items()
     ]
     more = [f"{len(told) - _TOLD} more in the table below"] if len(told) > _TOLD else []
     return [f"Tasks: {'; '.join([*told[:_TOLD], *more])}."] if told else []
 
 
-def _beside_guessing(metric: TaskMetric) -> str:
-    score, chance = metric.score, metric.chance
+def _beside_guessing(task: TaskScore, metric: str) -> str:
+    score, chance = task.estimate(metric), task.chance.get(metric)
     if chance is None or score.low is None or score.high is None:
         return ""
     relation = "above" if score.low > chance else "below" if score.high < chance else "not told from"
     return f", {relation} guessing ({bits(chance, 2)})"
 
 
-def _beside(other: Other) -> list[str]:
+def _beside(other: Comparison) -> list[str]:
     """Return where this model is better and worse than another, as far as intervals leave zero out."""
-    changes = {name: contrast.change for name, contrast in other.domains.items()}
+    changes = {name: row.change for name, row in other.domains.items()}
     clear = {name: change.value for name, change in changes.items() if change.is_clear}
     unclear = [name for name in changes if name not in clear]
     sides = {"better on": _side(clear, -1), "worse on": _side(clear, 1)}
     said = [f"{verb} {_amounts(side)}" for verb, side in sides.items() if side]
-    start = f"Beside another model ({other.kind}, {digest(other.digest)}):"
+    start = f"Beside another model ({other.lineage.kind}, {digest(other.digest)}):"
     parts = [f"in bits per byte this one is {', and '.join(said)}"] if said else []
     if unclear:
         parts.append(f"no difference is shown on {_named(unclear, 'domains') if said else 'any domain'}")

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from browser import CHROMIUM, Browser
-from reports import example_report
-
-from flexctl.evaluation.report import render
+from reports import draw
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     folder = tmp_path_factory.mktemp("page")
-    (folder / "report.html").write_text(render(example_report()), encoding="utf-8")
+    (folder / "report.html").write_text(draw(), encoding="utf-8")
     try:
         browser = Browser(folder / "profile")
     except ConnectionError as error:

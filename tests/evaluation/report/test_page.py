@@ -12,22 +12,25 @@ from typing import Any
 
 import matplotlib
 import pytest
-from reports import EXPERTS, MERGED, example_report
+from reports import (
+    EXPERTS,
+    MERGED,
+    WITHOUT,
+    Metric,
+    Shift,
+    contrast,
+    draw,
+    example_passages,
+    example_report,
+    shifts,
+    task,
+)
 
 import flexctl.evaluation.report.charts as charts
 from flexctl.errors import UsageError
 from flexctl.evaluation.explaining import Piece
-from flexctl.evaluation.report import (
-    Contrast,
-    Estimate,
-    MovedDocument,
-    Passage,
-    Report,
-    Setting,
-    Shift,
-    TaskMetric,
-    render,
-)
+from flexctl.evaluation.figures import Estimate, Moved
+from flexctl.evaluation.report import Passage, render
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -91,7 +94,7 @@ def parse(page: str) -> Element:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render(example_report())
+    return draw()
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +199,8 @@ def test_charts_leave_fonts_colours_and_time_to_the_page(tree: Element, page: st
 
 def test_page_is_a_function_of_its_report_alone(page: str) -> None:
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
-        assert render(example_report()) == page
-    assert render(example_report(num_experts_per_tok=3)) != page
+        assert draw() == page
+    assert draw(num_experts_per_tok=3) != page
 
 
 def test_figures_are_the_report_s(tree: Element) -> None:
@@ -217,14 +220,13 @@ def test_lineage_is_told(tree: Element) -> None:
     assert rows["math"] == ["GFDL-1.2-or-later", "none set", "not restricted", "epsilon 8, delta 1e-05", "33b1c5f033b1"]
     text = tree.text
     assert "reddit" in text
-    for member in example_report().members:
+    for member in example_report().lineage.members:
         assert member.digest in text
 
 
 def test_passages_wear_their_leader_s_line_and_are_in_full(tree: Element) -> None:
-    report = example_report()
     shown = [element for element in tree.all("div") if "passage" in element.classes]
-    for passage, element in zip(report.passages, shown, strict=True):
+    for passage, element in zip(example_passages(), shown, strict=True):
         assert element.text == "".join(piece.text for piece in passage.pieces)
         for piece, span in zip(passage.pieces, element.all("span"), strict=True):
             leader = max(piece.shares, key=lambda name: piece.shares[name])
@@ -233,22 +235,21 @@ def test_passages_wear_their_leader_s_line_and_are_in_full(tree: Element) -> Non
             assert float(span.attributes["style"].removeprefix("--s:")) == pytest.approx(
                 piece.shares[leader], abs=0.006
             )
-    lines = re.findall(r"^\.e(\d) \{.*--line: ([^;]+);", render(report), re.MULTILINE)
+    lines = re.findall(r"^\.e(\d) \{.*--line: ([^;]+);", draw(), re.MULTILINE)
     assert len({line for _, line in lines}) == len(lines) == 8, "experts must differ by more than colour"
 
 
 def test_sections_that_were_not_asked_for_say_which_flag_adds_them() -> None:
     bare = example_report(
         tasks={},
-        alone=None,
+        public_alone={},
         ablation={},
         top_k={},
         baselines={},
-        other=None,
-        passages=(),
+        compare=None,
         routing_layers={},
         removed=(),
-        settings=(),
+        data={},
     )
     tree = check_closed_and_labelled(render(bare))
     absent = [p.text for p in tree.all("p") if "absent" in p.classes]
@@ -303,23 +304,21 @@ def test_tasks_have_a_row_a_metric_and_a_mark_each(tree: Element) -> None:
 
 
 def test_tasks_without_a_share_have_a_table_alone() -> None:
-    task = example_report().tasks["nq_open"]
-    bits = {"bits_per_byte": task.metrics["bits_per_byte"]}
-    tree = check_closed_and_labelled(render(example_report(tasks={"nq": dataclasses.replace(task, metrics=bits)})))
+    bits = {"bits_per_byte": Metric(score=Estimate(value=1.792))}
+    tree = check_closed_and_labelled(draw(tasks={"nq": task(bits, items=300)}))
     (row,) = rows_of(tree, "Scores, task by task")
     assert row == ["nq bits_per_byte", "1.792", "none", "none", "300", "1"]
     assert len(tree.all("svg")) == 15
 
 
-def alone() -> Report:
-    """Return the report of an anchor."""
-    full = example_report()
-    return example_report(
+def alone() -> str:
+    """Return the page of an anchor."""
+    return draw(
         kind="anchor",
-        members=full.members[:1],
+        members=example_report().lineage.members[:1],
         num_experts_per_tok=1,
         removed=(),
-        alone=None,
+        public_alone={},
         routing={name: {"public": 1.0} for name in MERGED},
         routing_layers={name: {"public": [1.0] * 6} for name in MERGED},
         ablation={},
@@ -330,7 +329,7 @@ def alone() -> Report:
 
 
 def test_an_anchor_has_a_report_too() -> None:
-    tree = check_closed_and_labelled(render(alone()))
+    tree = check_closed_and_labelled(alone())
     assert tree.all("h1")[0].text == "micro-anchor alone"
     assert "There is no closed expert to leave out." in tree.text
 
@@ -346,7 +345,7 @@ def over(colour: tuple[float, ...], alpha: float, below: tuple[float, ...]) -> t
     return tuple(alpha * c + (1 - alpha) * b for c, b in zip(colour, below, strict=True))
 
 
-def contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+def apart(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     """WCAG 2.2's ratio."""
     linear = [[c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour] for colour in (one, other)]
     dark, light = sorted(0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear)
@@ -359,11 +358,11 @@ def test_colours_can_be_told_from_what_they_lie_on(page: str, scheme: str) -> No
     paper, ink = colours["paper"], colours["ink"]
     for side in ("worse", "better"):
         darkest = over(colours[side], charts._UNDER_TEXT, over(colours["rule"], 0.35, paper))
-        assert contrast(ink, darkest) >= 4.5, "figures in the heat map"
+        assert apart(ink, darkest) >= 4.5, "figures in the heat map"
     for name in ("accent", "heat", "worse", "better", *(f"e{i}" for i in range(8))):
-        assert contrast(colours[name], paper) >= 3, name
+        assert apart(colours[name], paper) >= 3, name
     for i in range(8):
-        assert contrast(ink, over(colours[f"e{i}"], 0.34, paper)) >= 4.5, "a token at full tint"
+        assert apart(ink, over(colours[f"e{i}"], 0.34, paper)) >= 4.5, "a token at full tint"
 
 
 HOSTILE = [
@@ -380,37 +379,36 @@ HOSTILE = [
 def test_nobody_s_words_are_markup() -> None:
     """Domain names, licenses, labels, purposes, baselines, settings and sample texts are untrusted."""
     full = example_report()
-    assert full.other is not None
+    assert full.compare is not None
+    public, member = full.lineage.members[:2]
     spoilt = [
-        dataclasses.replace(full.members[1], name=f"e{i}", license=words, label=words, purposes=(words,), privacy=words)
+        dataclasses.replace(member, name=f"e{i}", license=words, label=words, purposes=(words,), privacy=words)
         for i, words in enumerate(HOSTILE)
     ]
-    shares = {member.name: 0.2 if member.name == "e1" else 0.1 for member in (full.members[0], *spoilt)}
-    report = example_report(
-        members=(full.members[0], *spoilt),
+    shares = {member.name: 0.2 if member.name == "e1" else 0.1 for member in (public, *spoilt)}
+    shift = Shift(bits_per_byte=4.508, change=Estimate(value=1.058, low=1.028, high=1.088))
+    acc = Metric(score=Estimate(value=0.46, low=0.364, high=0.556), stderr=0.048, chance=0.25)
+    page = draw(
+        members=(public, *spoilt),
         license=HOSTILE[0],
-        tasks={
-            words: dataclasses.replace(full.tasks["arc_easy"], metrics={words: full.tasks["arc_easy"].metrics["acc"]})
-            for words in HOSTILE
-        },
-        other=dataclasses.replace(
-            full.other,
-            anchor=HOSTILE[0],
-            members=(full.members[0], *spoilt),
-            domains=dict.fromkeys(HOSTILE, full.other.domains["code"]),
-            moved=tuple(MovedDocument(domain=words, index=0, change=1.0) for words in HOSTILE),
+        tasks={words: task({words: acc}) for words in HOSTILE},
+        compare=dataclasses.replace(
+            full.compare,
+            lineage=dataclasses.replace(full.compare.lineage, anchor=HOSTILE[0], members=(public, *spoilt)),
+            domains=dict.fromkeys(HOSTILE, full.compare.domains["code"]),
+            moved=[Moved(domain=words, index=0, difference=1.0) for words in HOSTILE],
         ),
-        domains=dict.fromkeys(HOSTILE, full.domains["code"]),
-        alone=dict.fromkeys(HOSTILE, full.ablation["code"]["code"]),
+        perplexity=dict.fromkeys(HOSTILE, full.perplexity["code"]),
+        public_alone=dict.fromkeys(HOSTILE, shift),
         routing=dict.fromkeys(HOSTILE, shares),
         routing_layers={},
-        ablation={"e1": dict.fromkeys(HOSTILE, full.ablation["code"]["code"])},
+        ablation={"e1": dict.fromkeys(HOSTILE, shift)},
         top_k={},
-        baselines={words: dict.fromkeys(HOSTILE, full.ablation["code"]["code"]) for words in HOSTILE},
+        baselines={words: dict.fromkeys(HOSTILE, shift) for words in HOSTILE},
         passages=tuple(Passage(domain=words, pieces=(Piece(text=words, shares=shares),)) for words in HOSTILE),
-        settings=tuple(Setting(name=words, value=words) for words in HOSTILE),
+        data={words: words for words in HOSTILE},
+        software={words: words for words in HOSTILE},
     )
-    page = render(report)
     page.encode("utf-8")
     tree = check_closed_and_labelled(page)
     assert tree.all("b") == []
@@ -426,24 +424,19 @@ def test_figures_that_are_no_numbers_break_nothing() -> None:
     none = Shift(bits_per_byte=math.nan, change=Estimate(value=math.nan))
     infinite = Shift(bits_per_byte=math.inf, change=Estimate(value=math.inf))
     broken = {"public": none, "code": infinite, "math": none, "news": infinite}
-    figures = dataclasses.replace(example_report().domains["code"], perplexity=math.inf)
+    figures = dataclasses.replace(example_report().perplexity["code"], perplexity=math.inf)
     full = example_report()
-    assert full.other is not None
-    contrasts = {
-        name: Contrast(bits_per_byte=shift.bits_per_byte, change=shift.change, better=0, worse=0)
-        for name, shift in broken.items()
-    }
-    unanswered = TaskMetric(score=Estimate(value=math.nan, low=math.nan, high=math.nan), stderr=math.nan, chance=0.5)
-    page = render(
-        example_report(
-            tasks={"quiz": dataclasses.replace(full.tasks["arc_easy"], metrics={"acc": unanswered})},
-            other=dataclasses.replace(full.other, domains=contrasts),
-            domains=dict.fromkeys(MERGED, figures),
-            alone=broken,
-            ablation={"code": broken},
-            top_k={1: broken, 2: broken},
-            baselines={"soup": broken},
-        )
+    assert full.compare is not None
+    contrasts = {name: contrast(shift.bits_per_byte, shift.change) for name, shift in broken.items()}
+    unanswered = Metric(score=Estimate(value=math.nan, low=math.nan, high=math.nan), stderr=math.nan, chance=0.5)
+    page = draw(
+        tasks={"quiz": task({"acc": unanswered})},
+        compare=dataclasses.replace(full.compare, domains=contrasts),
+        perplexity=dict.fromkeys(MERGED, figures),
+        public_alone=broken,
+        ablation={"code": broken},
+        top_k={1: broken, 2: broken},
+        baselines={"soup": broken},
     )
     check_closed_and_labelled(page)
     assert not re.search(r"\bnan\b|\binf\b", page)
@@ -452,16 +445,16 @@ def test_figures_that_are_no_numbers_break_nothing() -> None:
 def test_more_experts_than_colours() -> None:
     names = ["public", *(f"expert-{i}" for i in range(12))]
     shares = dict.fromkeys(names, 1 / 13)
-    full = example_report()
-    report = example_report(
-        members=tuple(dataclasses.replace(full.members[0], name=name) for name in names),
+    public = example_report().lineage.members[0]
+    page = draw(
+        members=tuple(dataclasses.replace(public, name=name) for name in names),
         routing=dict.fromkeys(MERGED, shares),
         routing_layers={name: {expert: [1 / 13] * 40 for expert in names} for name in MERGED},
-        ablation=dict.fromkeys(names[1:], full.ablation["code"]),
+        ablation=dict.fromkeys(names[1:], shifts(WITHOUT["code"])),
         baselines={},
         passages=(Passage(domain="code", pieces=(Piece(text="x", shares=shares),)),),
     )
-    tree = check_closed_and_labelled(render(report))
+    tree = check_closed_and_labelled(page)
     keys = [tuple(span.classes[1:]) for span in tree.all("span") if "key" in span.classes][:13]
     assert keys[:9] == [("e0",), *((f"e{i}",) for i in range(1, 8)), ("e1", "again")]
     assert len(set(keys)) == 13
@@ -470,5 +463,5 @@ def test_more_experts_than_colours() -> None:
 def test_without_matplotlib_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "find_spec", lambda _name: None)
     with pytest.raises(UsageError, match="report: needs matplotlib") as caught:
-        render(example_report())
+        draw()
     assert caught.value.hint == "pip install 'flexctl[report]'"

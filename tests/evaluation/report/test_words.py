@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 import pytest
-from reports import MERGED, example_report, shift, shifts
+from reports import MERGED, Metric, Shift, contrast, example_report, shift, shifts, task
 
-from flexctl.evaluation.report import Contrast, Estimate, Shift, TaskMetric
+from flexctl.evaluation.figures import Estimate
 from flexctl.evaluation.report.words import bits, interval, joined, percent, plain, share, signed, summary, who_differs
 
 
@@ -30,10 +30,10 @@ def test_summary_of_everything() -> None:
 
 
 def beside(**changes: Estimate) -> str:
-    other = example_report().other
+    other = example_report().compare
     assert other is not None
-    domains = {name: Contrast(bits_per_byte=2, change=change, better=0, worse=0) for name, change in changes.items()}
-    return summary(example_report(other=dataclasses.replace(other, domains=domains)))[-1].partition("): ")[2]
+    domains = {name: contrast(2, change) for name, change in changes.items()}
+    return summary(example_report(compare=dataclasses.replace(other, domains=domains)))[-1].partition("): ")[2]
 
 
 def test_nothing_is_claimed_of_another_model_without_an_interval_that_leaves_zero_out() -> None:
@@ -50,12 +50,9 @@ def test_nothing_is_claimed_of_another_model_without_an_interval_that_leaves_zer
 
 
 def test_guessing_is_only_spoken_of_where_it_is_known() -> None:
-    task = example_report().tasks["arc_easy"]
-
     def told(low: float, high: float, chance: float | None) -> str:
-        metric = TaskMetric(score=Estimate(value=0.2, low=low, high=high), stderr=0.1, chance=chance)
-        tasks = {"quiz": dataclasses.replace(task, metrics={"acc": metric})}
-        return summary(example_report(tasks=tasks, other=None))[-1]
+        metric = Metric(score=Estimate(value=0.2, low=low, high=high), stderr=0.1, chance=chance)
+        return summary(example_report(tasks={"quiz": task({"acc": metric})}, compare=None))[-1]
 
     assert told(0.1, 0.3, None) == "Tasks: acc 0.20 on quiz."
     assert told(0.1, 0.3, 0.25) == "Tasks: acc 0.20 on quiz, not told from guessing (0.25)."
@@ -63,17 +60,15 @@ def test_guessing_is_only_spoken_of_where_it_is_known() -> None:
 
 
 def test_who_differs_counts_those_that_took_part() -> None:
-    report = example_report()
-    assert report.other is not None
-    same = dataclasses.replace(report.other, members=report.members)
-    assert who_differs(report, same) == "the same in both"
-    masked = tuple(dataclasses.replace(member, left_out=member.name == "code") for member in report.members)
-    assert who_differs(example_report(members=masked), same) == "in the other alone: code"
+    lineage = example_report().lineage
+    assert who_differs(lineage, lineage) == "the same in both"
+    masked = tuple(dataclasses.replace(member, left_out=member.name == "code") for member in lineage.members)
+    assert who_differs(dataclasses.replace(lineage, members=masked), lineage) == "in the other alone: code"
 
 
 def test_intervals_that_cross_zero_are_said() -> None:
     wide = {**shifts({name: MERGED[name] + 0.02 for name in MERGED}, spread=0.1)}
-    sentences = summary(example_report(alone=wide, ablation={"news": wide}))
+    sentences = summary(example_report(public_alone=wide, ablation={"news": wide}))
     assert sentences[1] == "On code, math and news the interval of that difference crosses zero."
     assert "interval that crosses zero" in sentences[2]
     assert sentences[3] == (
@@ -84,13 +79,13 @@ def test_intervals_that_cross_zero_are_said() -> None:
 
 def test_merging_that_harms_is_said_plainly() -> None:
     better = {name: shift(score - 0.5, -0.5, 0.1) for name, score in MERGED.items()}
-    sentences = summary(example_report(alone=better, ablation={"code": better}))
+    sentences = summary(example_report(public_alone=better, ablation={"code": better}))
     assert "raises the mean" in sentences[0]
     assert sentences[2].startswith("Leaving code out gives code 0.50 bits per byte back and gives ")
 
 
 def test_without_the_anchor_s_score_no_gain_is_claimed() -> None:
-    sentences = summary(example_report(alone=None, ablation={}, tasks={}, other=None))
+    sentences = summary(example_report(public_alone={}, ablation={}, tasks={}, compare=None))
     assert sentences == [
         "micro-anchor with code, math, news scores 2.20 on public, 3.45 on code, 3.12 on math and 2.58 on news, "
         "in bits per byte; lower is better."
@@ -99,9 +94,9 @@ def test_without_the_anchor_s_score_no_gain_is_claimed() -> None:
 
 def test_domains_that_no_expert_is_named_for() -> None:
     full = example_report()
-    domains = {"books": full.domains["code"]}
+    domains = {"books": full.perplexity["code"]}
     alone = {"books": shift(4.0, 0.55, 0.1)}
-    sentences = summary(example_report(domains=domains, alone=alone, ablation={}, tasks={}, other=None))
+    sentences = summary(example_report(perplexity=domains, public_alone=alone, ablation={}, tasks={}, compare=None))
     assert sentences == [
         "micro-anchor with code, math, news scores 3.45 on books, in bits per byte; lower is better.",
         "Elsewhere: books \u221213.7\u00a0% (4.000 to 3.450).",
@@ -110,18 +105,17 @@ def test_domains_that_no_expert_is_named_for() -> None:
 
 def test_many_experts_are_told_costliest_first() -> None:
     names = [f"e{i}" for i in range(6)]
-    full = example_report()
     measured: dict[str, Any] = {
         name: {name: Shift(bits_per_byte=3.0 + i, change=Estimate(value=0.1 * (i + 1)))} for i, name in enumerate(names)
     }
-    sentences = summary(example_report(alone=None, domains=full.domains, ablation=measured))
+    sentences = summary(example_report(public_alone={}, ablation=measured))
     assert [sentence.split()[1] for sentence in sentences[1:4]] == ["e5", "e4", "e3"]
     assert sentences[4] == "The other 3, and smaller changes, are in the table below."
 
 
 def test_small_changes_are_not_dressed_up() -> None:
     ablation = {"code": {"code": Shift(bits_per_byte=3.451, change=Estimate(value=0.001))}}
-    assert summary(example_report(ablation=ablation, tasks={}, other=None))[-1] == (
+    assert summary(example_report(ablation=ablation, tasks={}, compare=None))[-1] == (
         "Leaving code out costs code less than 0.01 bits per byte."
     )
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from flexctl.bundle import PUBLIC, Anchor, Expert, Merged
-from flexctl.bundle.manifest import AnchorRef, PrivacyInfo
-from flexctl.evaluation.report.data import Member
+from flexctl.bundle.manifest import AnchorRef, PrivacyInfo, Tombstone
+from flexctl.evaluation.figures import Lineage, Member
 
 __all__ = ["lineage"]
 
 
-def lineage(bundles: Sequence[Anchor | Expert | Merged], without: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a report that say what the model is and who is in it.
+def lineage(bundles: Sequence[Anchor | Expert | Merged], without: Sequence[str]) -> Lineage:
+    """Return what a model is and who is in it.
 
     Args:
         bundles: As of a ``Runnable``: the bundle itself, and the anchor that an expert runs beside.
@@ -25,23 +24,30 @@ def lineage(bundles: Sequence[Anchor | Expert | Merged], without: Sequence[str])
     bundle = bundles[0]
     if isinstance(bundle, Merged):
         members = [_of_merged(bundle, index, without) for index in range(len(bundle.manifest.experts))]
-        removed, license = bundle.manifest.removed, bundle.manifest.license
-        return _fields(bundle, bundle.manifest.anchor, members) | {"removed": removed, "license": license}
+        manifest = bundle.manifest
+        return _lineage(bundle, manifest.anchor, members, license=manifest.license, removed=manifest.removed)
     if isinstance(bundle, Expert):
         (anchor,) = (other for other in bundles[1:] if isinstance(other, Anchor))
-        members = [_of_anchor(anchor), _of_expert(bundle, without)]
-        return _fields(bundle, anchor.manifest.ref, members) | {"license": None}
-    return _fields(bundle, bundle.manifest.ref, [_of_anchor(bundle)]) | {"license": bundle.manifest.license}
+        return _lineage(bundle, anchor.manifest.ref, [_of_anchor(anchor), _of_expert(bundle, without)], license=None)
+    return _lineage(bundle, bundle.manifest.ref, [_of_anchor(bundle)], license=bundle.manifest.license)
 
 
-def _fields(bundle: Anchor | Expert | Merged, anchor: AnchorRef, members: Sequence[Member]) -> dict[str, Any]:
-    return {
-        "kind": bundle.manifest.kind,
-        "anchor": anchor.name,
-        "model_type": anchor.model_type,
-        "digest": bundle.digest,
-        "members": tuple(members),
-    }
+def _lineage(
+    bundle: Anchor | Expert | Merged,
+    anchor: AnchorRef,
+    members: Sequence[Member],
+    *,
+    license: str | None,
+    removed: Sequence[Tombstone] = (),
+) -> Lineage:
+    return Lineage(
+        kind=bundle.manifest.kind,
+        anchor=anchor.name,
+        model_type=anchor.model_type,
+        license=license,
+        members=tuple(members),
+        removed=tuple(removed),
+    )
 
 
 def _of_anchor(anchor: Anchor) -> Member:
