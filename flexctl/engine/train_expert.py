@@ -33,9 +33,9 @@ __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 class TrainExpertConfig(Config):
     """What ``train_expert`` is asked to do. Defaults were chosen by measurement: docs/results.md.
 
-    Trains against the frozen anchor and writes one file, experts/NAME.st: what you share. Only
-    feed-forward weights and router rows are trained; everything else is checked afterwards to be the
-    anchor's, bit for bit.
+    Trains against the frozen anchor and writes one file, experts/NAME.st: what you share. Router rows
+    are measured on your text and only feed-forward weights train; everything else is checked afterwards
+    to be the anchor's, bit for bit.
 
     Examples:
         flexctl train-expert --data law/
