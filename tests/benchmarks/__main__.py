@@ -95,7 +95,6 @@ def bench_training(root: Path) -> None:
     from flexctl.evaluation.scoring import score_documents
     from flexctl.model.building import build_model, load_dense
     from flexctl.model.losses import training_loss
-    from flexctl.routing.space import RouterSpace
     from flexctl.text.tokens import Framed
     from flexctl.training.pair import Pair
 
@@ -104,8 +103,7 @@ def bench_training(root: Path) -> None:
     dense = load_dense(anchor.path).requires_grad_(True)
     whole = seconds(lambda: training_loss(dense, ids[:, :-1], ids[:, 1:], 1e-5).backward())
     model = build_model(anchor.weights(), device=torch.device("cpu"), dtype=torch.float32)
-    space = RouterSpace.from_tensors(anchor.router_space())
-    Pair(model, space, torch.zeros(6, 192), tether=1.0, public_match=1.0)
+    Pair(model, torch.zeros(6, 192), public_match=1.0)
     pair = seconds(lambda: training_loss(model, ids[:, :-1], ids[:, 1:], 1e-5).backward())
     show("training step, pair / whole dense model", f"{pair / whole:.2f}", f"{whole:.2f} s, 2048 tokens")
     documents = [Framed(tokens=row.numpy(), num_bytes=1) for row in ids]
