@@ -143,9 +143,9 @@ def score(work: Work, bundle: Path, domains: Sequence[str], without: str | None 
     """
     runnable, device = open_runnable(bundle, work.anchor), pick_device("auto")
     model = build_model(runnable.weights, device=device, dtype=pick_dtype(work.budget.dtype, device))
-    left_out = runnable.indices([without] if without else [])
-    set_top_k(model, min(runnable.weights.num_experts_per_tok, len(runnable.experts) - len(left_out)))
-    exclude(model, left_out)
+    selection = runnable.select([without] if without else [])
+    set_top_k(model, runnable.active(None, selection, SILENT))
+    exclude(model, selection.left_out)
     tokenizer = load_tokenizer(work.anchor)
 
     def on(name: str) -> Score:
