@@ -27,6 +27,7 @@ from flexctl.options import (
 )
 
 __all__ = [
+    "OWN_COVARIANCE",
     "AllowExpired",
     "Anchor",
     "BatchTokens",
@@ -159,6 +160,8 @@ Router = Annotated[
 Encoder = Annotated[
     str | None, flag("MODEL", "sentence-transformers model, a directory or Hub id, for `router` encoder.", ROUTER)
 ]
+OWN_COVARIANCE = 0.1
+"""Default share of the owner's own covariance. By measurement: docs/results.md, section 10."""
 OwnCovariance = Annotated[
     float,
     flag("SHARE", "Share of your text's own covariance in discriminant rows.", ROUTER, at_least=0, below=1),

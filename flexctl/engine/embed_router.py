@@ -68,7 +68,7 @@ class EmbedRouterConfig(Config):
     text_field: flags.TextField = "text"
     router: Annotated[str, flag("KIND", "How rows are made: discriminant, hidden or encoder.", ROUTER)] = "discriminant"
     encoder: flags.Encoder = None
-    own_covariance: flags.OwnCovariance = 0.1
+    own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
     seed: flags.Seed = 0
     threads: flags.Threads = None
     device: flags.Device = "auto"

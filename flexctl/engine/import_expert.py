@@ -71,7 +71,7 @@ class ImportExpertConfig(Config):
     text_field: flags.TextField = "text"
     router: flags.Router = "discriminant"
     encoder: flags.Encoder = None
-    own_covariance: flags.OwnCovariance = 0.1
+    own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
     license: flags.License = None
     purpose: flags.Purpose = ()
     expires: flags.Expires = None

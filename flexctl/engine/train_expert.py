@@ -79,7 +79,7 @@ class TrainExpertConfig(Config):
     ] = 1.0
     router: flags.Router = "discriminant"
     encoder: flags.Encoder = None
-    own_covariance: flags.OwnCovariance = 0.1
+    own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
     resume: flags.Resume = False
     checkpoint_steps: flags.CheckpointSteps = 200
     license: flags.License = None
