@@ -21,7 +21,7 @@ NEW_TOKENS = 40
 CLOSE = 1e-5
 
 # Steps of 64 tokens cut prefills into chunks; 12 blocks of 32 tokens are too few for eight requests at once.
-SMALL = ("--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")
+SMALL = ("--enforce-eager", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")
 CROWDED = (*SMALL, "--block-size", "32", "--num-gpu-blocks-override", "12")
 
 

@@ -68,7 +68,8 @@ class Asking:
             UsageError: The model is not there (its field is ``model``), or another field cannot be meant.
         """
         told = dict(body)
-        extra = told.pop("vllm_xargs", None) or {}
+        extra = told.pop("vllm_xargs", None)
+        extra = {} if extra is None else extra
         if not isinstance(extra, dict) or KEY in extra:
             raise UsageError(f"it is an object without {KEY!r}", field="vllm_xargs")
         wishes = self._wishes(told, extra)

@@ -6,13 +6,15 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from flexctl.bundle import Merged
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.runtime import Reporter
 from flexctl.serving.vllm.masks import Served
 
 __all__ = ["RELEASES", "command_line", "environment", "refuse_release", "run"]
@@ -29,9 +31,10 @@ _OURS = (
     "--host",
     "--port",
     "--config",
+    "--dtype",
     "--additional-config",
     "--worker-extension-cls",
-    "--headless",
+    "--api-key",
 )
 """Flags that flexctl gives, or that would give them from elsewhere."""
 
@@ -78,7 +81,7 @@ def environment(model: Served, now: Mapping[str, str]) -> dict[str, str]:
     return {**model.environment(), **chosen, "VLLM_NO_USAGE_STATS": "1"}
 
 
-def command_line(model: Served, host: str, port: int, flags: Sequence[str]) -> list[str]:
+def command_line(model: Served, host: str, port: int, dtype: str, flags: Sequence[str]) -> list[str]:
     """Return the arguments of vLLM's server.
 
     The digest is part of the name under which vLLM keeps compiled graphs: those of a server without masks are
@@ -88,6 +91,7 @@ def command_line(model: Served, host: str, port: int, flags: Sequence[str]) -> l
         model: What is served.
         host: Address to listen at.
         port: Likewise.
+        dtype: In which it computes. Left to itself, vLLM serves a float32 model in bfloat16.
         flags: vLLM's own, as the user gave them.
 
     Raises:
@@ -103,6 +107,7 @@ def command_line(model: Served, host: str, port: int, flags: Sequence[str]) -> l
         "--served-model-name": model.name,
         "--host": host,
         "--port": str(port),
+        "--dtype": dtype,
         "--additional-config": additional,
         "--worker-extension-cls": "flexctl.serving.vllm.worker.Negation",
         "--middleware": "flexctl.serving.vllm.web.Masks",
@@ -110,7 +115,9 @@ def command_line(model: Served, host: str, port: int, flags: Sequence[str]) -> l
     return [*flags, *(part for pair in ours.items() for part in pair)]
 
 
-def run(merged: Merged, name: str, host: str, port: int, flags: Sequence[str]) -> None:
+def run(
+    merged: Merged, *, name: str, host: str, port: int, dtype: str, flags: Sequence[str], reporter: Reporter
+) -> None:
     """Serve a merged model until the process is told to stop.
 
     Args:
@@ -118,7 +125,9 @@ def run(merged: Merged, name: str, host: str, port: int, flags: Sequence[str]) -
         name: What it is called when all experts answer.
         host: Address to listen at.
         port: Likewise.
+        dtype: In which it computes.
         flags: vLLM's own.
+        reporter: Hears that the masks hold.
 
     Raises:
         UsageError: vLLM is missing, of another release, or was given what cannot carry a mask.
@@ -128,14 +137,14 @@ def run(merged: Merged, name: str, host: str, port: int, flags: Sequence[str]) -
     refuse_unseen_plugin()
     experts = ["public", *merged.names]
     model = Served(bundle=str(merged.path.resolve()), name=name, digest=merged.digest, num_experts=len(experts))
-    arguments = command_line(model, host, port, flags)
+    arguments = command_line(model, host, port, dtype, flags)
     os.environ.update(environment(model, os.environ))
     with _stdout_is_stderr():
         import uvloop
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until vLLM is up and has its own
         try:
-            uvloop.run(_serve(arguments, model, experts))
+            uvloop.run(_serve(arguments, model, experts, reporter))
         except (RuntimeError, ValueError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise FlexctlError(f"vLLM failed: {first}", hint="what it said itself is above") from error
@@ -155,7 +164,7 @@ def _stdout_is_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-async def _serve(arguments: Sequence[str], model: Served, experts: Sequence[str]) -> None:
+async def _serve(arguments: Sequence[str], model: Served, experts: Sequence[str], reporter: Reporter) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client_from_engine_args
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -171,13 +180,20 @@ async def _serve(arguments: Sequence[str], model: Served, experts: Sequence[str]
             refuse_config(config)
             return config
 
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"vLLM: {message}", field="flags")
+
     cli_env_setup()
-    args = make_arg_parser(FlexibleArgumentParser(prog="flexctl serve --engine vllm --")).parse_args(arguments)
+    args = make_arg_parser(Parser()).parse_args(arguments)
     validate_parsed_serve_args(args)
     address, socket = setup_server(args, reuse_port=False)
     try:
         async with build_async_engine_client_from_engine_args(Checked.from_cli_args(args)) as engine:
+            started = time.monotonic()
             await check_masks(engine, model, experts)
+            took = time.monotonic() - started
+            reporter.note(f"{model.name}: each of {len(experts)} experts was left out and was alone, as it must ({took:.1f} s)")
             ending = await build_and_serve(engine, address, socket, args)
         await ending
     finally:
