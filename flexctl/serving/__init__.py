@@ -5,8 +5,14 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
+    "app": ("Service", "make_app"),
     "batching": ("Batcher",),
     "jobs": ("Ask", "Busy", "Done", "Event", "Failed", "Job", "Prompt", "Token"),
+    "listening": ("bind", "listener"),
+    "metrics": ("Metrics",),
+    "permits": ("Permits", "read_keys"),
+    "replies": ("Account",),
+    "requirements": ("require_server",),
     "sampling": ("Sampling",),
     "stopping": ("Stops",),
 }

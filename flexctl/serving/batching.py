@@ -127,6 +127,11 @@ class Batcher:
         """How many answers wait for a place."""
         return len(self._waiting)
 
+    @property
+    def is_taking(self) -> bool:
+        """Whether it takes jobs."""
+        return not self._is_draining
+
     def submit(self, job: Job) -> None:
         """Take a job; its events come by ``job.deliver``.
 
