@@ -51,11 +51,11 @@ def make_merged(root: Path, model_type: str) -> Path:
         rights = {"purposes": ("research",)} if name == "law" else {}
         rows = make_tensors(anchor, seed)[ROUTER_TENSOR]
         tensors = {key: noisy(public[f"model.{key}"], seed, 0.15) for key in make_tensors(anchor, seed) if "mlp" in key}
-        experts.append(make_expert(root / f"{name}.st", anchor, name, tensors={**tensors, ROUTER_TENSOR: rows}, **rights).path)
-    return merge(
-        MergeConfig(
-            experts=tuple(experts), anchor=root / "anchor", output=root / "merged", top_k=TOP_K[model_type]
+        experts.append(
+            make_expert(root / f"{name}.st", anchor, name, tensors={**tensors, ROUTER_TENSOR: rows}, **rights).path
         )
+    return merge(
+        MergeConfig(experts=tuple(experts), anchor=root / "anchor", output=root / "merged", top_k=TOP_K[model_type])
     ).path
 
 

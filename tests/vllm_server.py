@@ -78,7 +78,11 @@ class Server:
     def __enter__(self) -> Server:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=subprocess.PIPE, stderr=log, env=environment(**self._variables), cwd=self.log.parent
+                self._command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment(**self._variables),
+                cwd=self.log.parent,
             )
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end and self._process.poll() is None:
@@ -90,7 +94,9 @@ class Server:
         self.stop()
         raise AssertionError(f"{' '.join(self._command)}\n{self.log.read_text(errors='replace')[-4000:]}")
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def stop(self) -> tuple[int, str]:

@@ -11,6 +11,7 @@ NAMES = {
     "listening": ("bind", "listener"),
     "metrics": ("Metrics",),
     "permits": ("Permits", "read_keys"),
+    "receiving": ("LOCAL_NAMES",),
     "replies": ("Account",),
     "requirements": ("require_server",),
     "sampling": ("Sampling",),

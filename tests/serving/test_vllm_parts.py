@@ -126,7 +126,16 @@ def test_flags_are_vllm_s_and_what_is_ours_comes_last(model: Served) -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--model=x", "--served-model-name", "--host", "--port=1", "--config", "--additional_config.a=1", "--api-key", "--dtype"],
+    [
+        "--model=x",
+        "--served-model-name",
+        "--host",
+        "--port=1",
+        "--config",
+        "--additional_config.a=1",
+        "--api-key",
+        "--dtype",
+    ],
 )
 def test_flags_that_are_flexctl_s_to_give_are_refused(model: Served, flag: str) -> None:
     with pytest.raises(UsageError, match="is flexctl's to give") as caught:
@@ -302,7 +311,9 @@ def application(heard: list[Any], parts: Sequence[bytes], kind: bytes, status: i
     return app
 
 
-def ask(app: Any, path: str, body: bytes | Mapping[str, Any] = b"", method: str = "POST") -> tuple[int, dict[bytes, bytes], bytes]:
+def ask(
+    app: Any, path: str, body: bytes | Mapping[str, Any] = b"", method: str = "POST"
+) -> tuple[int, dict[bytes, bytes], bytes]:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent: list[Any] = []
     halves = [content[: len(content) // 2], content[len(content) // 2 :]]
@@ -359,7 +370,13 @@ def test_what_vllm_refuses_is_sent_on_as_it_is(asked_for: Served) -> None:
     ("path", "body", "status", "param", "says"),
     [
         ("/v1/completions", {"model": "merged-without-nobody"}, 404, "model", "'nobody' is no expert"),
-        ("/v1/completions", {"model": "merged", "without": ["nobody"]}, 400, "without", "holds public, code, law, math"),
+        (
+            "/v1/completions",
+            {"model": "merged", "without": ["nobody"]},
+            400,
+            "without",
+            "holds public, code, law, math",
+        ),
         ("/v1/completions", b"[]", 400, "body", "no JSON object"),
         ("/v1/completions", b"{", 400, "body", "no JSON"),
         ("/v1/completions", b"[" * 100_000, 400, "body", "no JSON"),

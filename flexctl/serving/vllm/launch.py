@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from flexctl.bundle import Merged
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.runtime import Reporter
+from flexctl.serving.vllm.check import check_masks
 from flexctl.serving.vllm.masks import Served
 
-__all__ = ["RELEASES", "command_line", "environment", "refuse_release", "run"]
+__all__ = ["RELEASES", "Count", "command_line", "environment", "refuse_config", "refuse_release", "require_vllm", "run"]
 
 RELEASES = ("0.32",)
 """Minor releases of vLLM that the tests ran."""
@@ -60,12 +61,13 @@ def _installed() -> str | None:
     return metadata.version(packages[0]) if packages else None
 
 
-def refuse_unseen_plugin() -> None:
-    """Refuse where vLLM's other processes would not find the plugin.
+def require_vllm() -> None:
+    """Refuse where vLLM cannot serve with masks.
 
     Raises:
-        UsageError: flexctl is not installed where vLLM is.
+        UsageError: It is not installed, is another release, or its processes would not find the plugin.
     """
+    refuse_release()
     if not metadata.entry_points(group="vllm.general_plugins", name=PLUGIN):
         said = "vLLM does not find flexctl's plugin, as flexctl runs from a folder and is not installed"
         raise UsageError(said, hint="pip install flexctl beside vLLM", field="engine")
@@ -100,7 +102,7 @@ def command_line(model: Served, host: str, port: int, dtype: str, flags: Sequenc
     for flag in flags:
         name = re.split("[=.]", flag, maxsplit=1)[0].replace("_", "-")
         if name in _OURS:
-            raise UsageError(f"{name} is flexctl's to give to vLLM", hint="leave it out", field="flags")
+            raise UsageError(f"{name} is flexctl's to give to vLLM", hint="leave it out", field="engine_flags")
     additional = f'{{"flexctl": "{model.digest}"}}'
     ours = {
         "--model": model.bundle,
@@ -115,28 +117,34 @@ def command_line(model: Served, host: str, port: int, dtype: str, flags: Sequenc
     return [*flags, *(part for pair in ours.items() for part in pair)]
 
 
+class Count(NamedTuple):
+    """What was done: requests answered or refused, and tokens of all answers."""
+
+    requests: int
+    new_tokens: int
+
+
 def run(
-    merged: Merged, *, name: str, host: str, port: int, dtype: str, flags: Sequence[str], reporter: Reporter
-) -> None:
+    model: Served, experts: Sequence[str], found: socket.socket, dtype: str, flags: Sequence[str], reporter: Reporter
+) -> Count:
     """Serve a merged model until the process is told to stop.
 
     Args:
-        merged: The model.
-        name: What it is called when all experts answer.
-        host: Address to listen at.
-        port: Likewise.
+        model: What is served.
+        experts: Its experts, the public one first.
+        found: Where to listen.
         dtype: In which it computes.
         flags: vLLM's own.
-        reporter: Hears that the masks hold.
+        reporter: Hears that the masks hold, and where it listens.
+
+    Returns:
+        What was done.
 
     Raises:
-        UsageError: vLLM is missing, of another release, or was given what cannot carry a mask.
+        UsageError: vLLM was given what cannot carry a mask.
         FlexctlError: It did not start, or its masks do not hold.
     """
-    refuse_release()
-    refuse_unseen_plugin()
-    experts = ["public", *merged.names]
-    model = Served(bundle=str(merged.path.resolve()), name=name, digest=merged.digest, num_experts=len(experts))
+    host, port = found.getsockname()[:2]
     arguments = command_line(model, host, port, dtype, flags)
     os.environ.update(environment(model, os.environ))
     with _stdout_is_stderr():
@@ -144,10 +152,13 @@ def run(
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until vLLM is up and has its own
         try:
-            uvloop.run(_serve(arguments, model, experts, reporter))
+            new_tokens = uvloop.run(_serve(arguments, model, experts, found, reporter))
         except (RuntimeError, ValueError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise FlexctlError(f"vLLM failed: {first}", hint="what it said itself is above") from error
+    from flexctl.serving.vllm.web import Masks
+
+    return Count(Masks.requests, new_tokens)
 
 
 @contextmanager
@@ -164,15 +175,19 @@ def _stdout_is_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-async def _serve(arguments: Sequence[str], model: Served, experts: Sequence[str], reporter: Reporter) -> None:
+async def _serve(
+    arguments: Sequence[str], model: Served, experts: Sequence[str], found: socket.socket, reporter: Reporter
+) -> int:
+    """Check the masks, then serve; return how many tokens were made for clients."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.entry import build_and_serve, build_async_engine_client_from_engine_args
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.launchers.launcher import setup_server
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from flexctl.serving.vllm.check import check_masks
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"vLLM: {message}", field="engine_flags")
 
     class Checked(AsyncEngineArgs):  # type: ignore[misc]
         def create_engine_config(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,24 +195,26 @@ async def _serve(arguments: Sequence[str], model: Served, experts: Sequence[str]
             refuse_config(config)
             return config
 
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"vLLM: {message}", field="flags")
-
     cli_env_setup()
     args = make_arg_parser(Parser()).parse_args(arguments)
     validate_parsed_serve_args(args)
-    address, socket = setup_server(args, reuse_port=False)
-    try:
-        async with build_async_engine_client_from_engine_args(Checked.from_cli_args(args)) as engine:
-            started = time.monotonic()
-            await check_masks(engine, model, experts)
-            took = time.monotonic() - started
-            reporter.note(f"{model.name}: each of {len(experts)} experts was left out and was alone, as it must ({took:.1f} s)")
-            ending = await build_and_serve(engine, address, socket, args)
-        await ending
-    finally:
-        socket.close()
+    address = f"http://{args.host}:{args.port}"
+    async with build_async_engine_client_from_engine_args(Checked.from_cli_args(args)) as engine:
+        started = time.monotonic()
+        await check_masks(engine, model, experts)
+        took = time.monotonic() - started
+        reporter.note(f"each of {len(experts)} experts was left out and was alone, as it must ({took:.1f} s)")
+        before = _new_tokens()
+        ending = await build_and_serve(engine, address, found, args)
+        reporter.note(f"{model.name} answers at {address}/v1; Ctrl-C stops it")
+    await ending
+    return _new_tokens() - before
+
+
+def _new_tokens() -> int:
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    return sum(int(metric.value) for metric in get_metrics_snapshot() if metric.name == "vllm:generation_tokens")
 
 
 def refuse_config(config: Any) -> None:
@@ -223,5 +240,4 @@ def refuse_config(config: Any) -> None:
     }
     for what, asked in untried.items():
         if asked:
-            raise UsageError(f"masks of experts do not go with {what}", hint="leave that out", field="flags")
-
+            raise UsageError(f"masks of experts do not go with {what}", hint="leave that out", field="engine_flags")

@@ -1,6 +1,6 @@
 """What a request's mask is called on its way through vLLM's processes, and the salt that keeps its cache apart.
 
-frontend      web.py      names of experts -> mask and salt, in the body that vLLM reads
+frontend      asking.py   names of experts -> mask and salt, in the body that vLLM reads
 frontend      plugin.py   a request without both is refused
 worker        rows.py     mask -> what is added to router logits, a row a token
 """
@@ -32,12 +32,16 @@ class Served:
         name: What it is called when all experts answer.
         digest: Its digest.
         num_experts: How many experts it has, the public one included.
+        api_keys: File of the keys that may ask; None lets anybody.
+        is_local: Whether it listens for this machine alone.
     """
 
     bundle: str
     name: str
     digest: str
     num_experts: int
+    api_keys: str | None = None
+    is_local: bool = True
 
     def environment(self) -> dict[str, str]:
         """Return the variable that tells every process of it."""

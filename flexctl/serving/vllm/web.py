@@ -1,44 +1,58 @@
-"""What stands before vLLM's own server, by its ``--middleware``: names of models become masks, answers say who gave them.
+"""What stands before vLLM's own server, by its ``--middleware``: who may ask, and who answers.
 
-vLLM is told the base model's name and the mask. Paths that cannot carry a mask are not answered at all.
+Addresses whose answers carry no mask are not there.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from pathlib import Path
+from typing import ClassVar
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flexctl.bundle import PUBLIC, open_merged, rights_of
 from flexctl.errors import UsageError
-from flexctl.serving.vllm.asking import Asked, Asking
-from flexctl.serving.vllm.masks import served
+from flexctl.serving.listing import Listing
+from flexctl.serving.permits import Permits, read_keys
+from flexctl.serving.receiving import LOCAL_NAMES, check_host, read_body
+from flexctl.serving.refusing import Refused
+from flexctl.serving.vllm.asking import Asked, read_asked
+from flexctl.serving.vllm.masks import Served, served
 
 __all__ = ["Masks"]
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
+_OPEN = ("/health", "/load", "/metrics", "/ping", "/version")
 _ANSWERED = ("/v1/completions", "/v1/chat/completions")
-_PASSED = ("/tokenize", "/detokenize", "/ping")
-_MOST_BYTES = 4 * 2**20
-_EVENT = b"data: {"
+_TOKENIZED = ("/tokenize", "/detokenize")
+_MODELS = "/v1/models"
 
 
 class Masks:
-    """ASGI middleware.
+    """ASGI middleware; vLLM makes it.
 
     Args:
         app: vLLM's application.
+
+    Attributes:
+        requests: How many were answered or refused in this process.
     """
 
-    def __init__(self, app: App) -> None:
+    requests: ClassVar[int] = 0
+
+    def __init__(self, app: ASGIApp) -> None:
         model = served()
         if model is None:
-            raise UsageError("only `flexctl serve` may use this middleware")
-        self._app, self._model, self._asking = app, model, Asking(model)
+            raise UsageError("only `flexctl serve` puts this before a server")
+        merged = open_merged(Path(model.bundle))
+        experts = (PUBLIC, *merged.names)
+        keys = read_keys(Path(model.api_keys), experts) if model.api_keys else ()
+        self._app, self._model = app, model
+        self._permits = Permits(model.name, experts, rights_of(merged), keys)
+        self._listing = Listing(self._permits, model.digest, explains=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let vLLM do so."""
@@ -46,43 +60,42 @@ class Masks:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif scope["method"] == "POST":
-            await self._post(scope, receive, send)
-        elif scope["path"] == "/v1/models":
-            await _say(send, 200, self._models())
         else:
-            await self._app(scope, receive, send)
+            Masks.requests += 1
+            try:
+                await self._answer(scope, receive, send)
+            except Refused as refusal:
+                await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, send)
 
-    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if path in _PASSED:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        check_host(scope, LOCAL_NAMES if self._model.is_local else ())
+        request, path, is_read = Request(scope, receive), scope["path"], scope["method"] in ("GET", "HEAD", "OPTIONS")
+        if path in _OPEN and is_read:
             await self._app(scope, receive, send)
             return
-        if path not in _ANSWERED:
-            await _refuse(send, 404, f"{path} cannot carry a mask of experts; this server answers {' and '.join(_ANSWERED)}")
-            return
-        body = await _read(receive)
-        if body is None:
-            await _refuse(send, 413, f"the body has more than {_MOST_BYTES:,} bytes")
-            return
-        try:
-            asked = self._asking.read(_object(body))
-        except UsageError as error:
-            status = 404 if error.field == "model" else 400
-            await _refuse(send, status, error.message, error.field)
-            return
-        told = json.dumps(asked.body).encode()
-        headers = [(name, value) for name, value in scope["headers"] if name not in (b"content-length", b"transfer-encoding")]
-        scope = {**scope, "headers": [*headers, (b"content-length", str(len(told)).encode())]}
-        await self._app(scope, _Said(told, receive), _Noted(asked, self._model.name, send))
+        key = self._permits.holder(request.headers.get("authorization"))
+        if path in _ANSWERED and scope["method"] == "POST":
+            asked = read_asked(await read_body(request), _known(path), self._model, self._permits, key)
+            told = {**scope, "headers": [*_without_length(scope["headers"]), _length(asked.body)]}
+            await self._app(told, _Said(asked.body, receive), _Accounted(asked, self._model, send))
+        elif path == _MODELS and is_read:
+            await JSONResponse(self._listing.all())(scope, receive, send)
+        elif path.startswith(f"{_MODELS}/") and is_read:
+            await JSONResponse(self._listing.one(path.removeprefix(f"{_MODELS}/")))(scope, receive, send)
+        elif path in _TOKENIZED or (path in _ANSWERED and is_read):
+            await self._app(scope, receive, send)
+        else:
+            raise Refused(404, f"there is no such address here; what answers is {' and '.join(_ANSWERED)}")
 
-    def _models(self) -> dict[str, Any]:
-        digest = self._model.digest
-        names = self._asking.names()
-        return {
-            "object": "list",
-            "data": [{"id": name, "object": "model", "created": 0, "owned_by": "flexctl", "digest": digest} for name in names],
-        }
+
+@functools.cache
+def _known(path: str) -> frozenset[str]:
+    """Return the fields that vLLM knows in requests to an address."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    kind = ChatCompletionRequest if "chat" in path else CompletionRequest
+    return frozenset(kind.model_fields)
 
 
 class _Said:
@@ -99,16 +112,23 @@ class _Said:
         return {"type": "http.request", "body": body, "more_body": False}
 
 
-class _Noted:
-    """Sends vLLM's answer on, with who answered in it, under the name that was asked for."""
+class _Accounted:
+    """Sends vLLM's answer on, under the name of the model that answers, and with the account of who did.
 
-    def __init__(self, asked: Asked, base: str, send: Send) -> None:
+    A stream has the account where an answer ends. Nothing is parsed: inside JSON a text has no bare quotes and no
+    line breaks, so what is looked for is never part of one.
+    """
+
+    def __init__(self, asked: Asked, model: Served, send: Send) -> None:
         self._send = send
         self._head: Message | None = None
         self._kept = b""
-        note = json.dumps(asked.note, separators=(",", ":"))
-        self._note = f'{_EVENT.decode()}"flexctl":{note},'.encode()
-        self._names = (f'"model":{json.dumps(base)}'.encode(), f'"model":{json.dumps(asked.model)}'.encode())
+        account = json.dumps(asked.account(model), separators=(",", ":"))
+        self._start = f'{{"flexctl":{account},'.encode()
+        self._names = (
+            f'"model":{json.dumps(model.name)}'.encode(),
+            f'"model":{json.dumps(asked.model(model))}'.encode(),
+        )
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -116,61 +136,36 @@ class _Noted:
             if message["status"] == 200 and kind.startswith(b"application/json"):
                 self._head = message
                 return
+        elif message["type"] == "http.response.body" and self._head is not None:
+            await self._whole(self._head, message)
+            return
         elif message["type"] == "http.response.body":
-            if self._head is not None:
-                await self._whole(message)
-                return
-            message = {**message, "body": b"\n\n".join(map(self._event, message.get("body", b"").split(b"\n\n")))}
+            events = message.get("body", b"").split(b"\n\n")
+            message = {**message, "body": b"\n\n".join(map(self._event, events))}
         await self._send(message)
 
-    async def _whole(self, message: Message) -> None:
+    async def _whole(self, head: Message, message: Message) -> None:
         """Keep the parts of an answer that is no stream, and send it with the last."""
         self._kept += message.get("body", b"")
-        if message.get("more_body") or self._head is None:
-            return
-        body = self._event(b"data: " + self._kept).removeprefix(b"data: ")
-        headers = [(name, value) for name, value in self._head["headers"] if name != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        await self._send({**self._head, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+        if not message.get("more_body"):
+            body = self._told(self._kept)
+            await self._send({**head, "headers": [*_without_length(head["headers"]), _length(body)]})
+            await self._send({"type": "http.response.body", "body": body})
 
     def _event(self, event: bytes) -> bytes:
-        """Return one event of a stream with the note in it. Inside JSON, a text has no bare quotes and no line breaks."""
-        if not event.startswith(_EVENT) or event.startswith(b'data: {"error"'):
+        if not event.startswith(b'data: {"id":'):
             return event
-        return event.replace(_EVENT, self._note, 1).replace(*self._names, 1)
+        if b'"finish_reason":null' in event:
+            return event.replace(*self._names, 1)
+        return b"data: " + self._told(event.removeprefix(b"data: "))
+
+    def _told(self, answer: bytes) -> bytes:
+        return answer.replace(b"{", self._start, 1).replace(*self._names, 1)
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """Return a request's body; None where it is too long."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > _MOST_BYTES:
-            return None
-        if not message.get("more_body"):
-            return b"".join(parts)
+def _without_length(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name not in (b"content-length", b"transfer-encoding")]
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise UsageError("it is no JSON", field="body") from error
-    if not isinstance(found, dict):
-        raise UsageError("it is no JSON object", field="body")
-    return found
-
-
-async def _refuse(send: Send, status: int, message: str, field: str | None = None) -> None:
-    kind = "NotFoundError" if status == 404 else "BadRequestError"
-    await _say(send, status, {"error": {"message": message, "type": kind, "param": field, "code": status}})
-
-
-async def _say(send: Send, status: int, content: dict[str, Any]) -> None:
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", str(len(body)).encode()
