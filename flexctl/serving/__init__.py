@@ -5,13 +5,14 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
-    "app": ("Service", "make_app"),
+    "app": ("make_app",),
+    "asking": ("Service",),
     "batching": ("Batcher",),
     "jobs": ("Ask", "Busy", "Done", "Event", "Failed", "Job", "Prompt", "Token"),
     "listening": ("bind", "listener"),
     "metrics": ("Metrics",),
     "permits": ("Permits", "read_keys"),
-    "receiving": ("LOCAL_NAMES",),
+    "hosts": ("LOCAL_NAMES",),
     "replies": ("Account",),
     "requirements": ("require_server",),
     "sampling": ("Sampling",),

@@ -1,7 +1,7 @@
 """The check at start: does a mask leave an expert out, in this server, with these flags, on this machine?
 
-Each expert in turn has the sign of its output turned, in place, in the weights that the server runs on. An answer from which
-it is masked must stay as it is; one that it gives alone must change. That holds for any model and needs no second
+Each expert in turn has the sign of its output turned, in place, in the weights that the server runs on. An answer from
+which it is masked must stay as it is; one that it gives alone must change. That holds for any model, needs no second
 copy of it, and goes the way of every request: salts, batches, whatever was compiled, captured or loaded from a cache.
 """
 
@@ -60,9 +60,9 @@ async def check_masks(engine: Any, model: Served, names: Sequence[str]) -> None:
         if moved > _FLOOR + 2 * noise:
             said = f"with {names[expert]} left out its weights still move the answer by {moved:.3g}"
             raise FlexctlError(f"vLLM does not leave experts out: {said}", hint=_HINT)
-        said = _distance(before, after, [alone[expert]])
-        if said <= _FLOOR + 2 * together:
-            what = f"with all but {names[expert]} left out its weights move the answer by {said:.3g}"
+        own = _distance(before, after, [alone[expert]])
+        if own <= _FLOOR + 2 * together:
+            what = f"with all but {names[expert]} left out its weights move the answer by {own:.3g}"
             far = f"and requests of one batch move each other by {together:.3g}"
             raise FlexctlError(f"vLLM does not leave experts out: {what}, {far}", hint=_HINT)
 
@@ -123,9 +123,7 @@ class _Probe:
             extra_args=None if mask is None else {KEY: mask},
         )
         prompt = {"prompt_token_ids": self._ids, "cache_salt": salt(self._model.digest, mask or "", number)}
-        last: Any = None
-        async for last in self._engine.generate(prompt, params, number):
-            pass
+        last = [output async for output in self._engine.generate(prompt, params, number)][-1]
         (answer,) = last.outputs
         steps = [*last.prompt_logprobs[1:], *answer.logprobs]
         ids = [*self._ids[1:], *answer.token_ids]

@@ -16,9 +16,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexctl.bundle import PUBLIC, open_merged, rights_of
 from flexctl.errors import UsageError
+from flexctl.serving.exchange import body_of
+from flexctl.serving.hosts import LOCAL_NAMES, check_host
 from flexctl.serving.listing import Listing
 from flexctl.serving.permits import Permits, read_keys
-from flexctl.serving.receiving import LOCAL_NAMES, check_host, read_body
 from flexctl.serving.refusing import Refused
 from flexctl.serving.vllm.asking import Asked, read_asked
 from flexctl.serving.vllm.masks import Served, served
@@ -75,7 +76,7 @@ class Masks:
             return
         key = self._permits.holder(request.headers.get("authorization"))
         if path in _ANSWERED and scope["method"] == "POST":
-            asked = read_asked(await read_body(request), _known(path), self._model, self._permits, key)
+            asked = read_asked(await body_of(request), _known(path), self._model, self._permits, key)
             told = {**scope, "headers": [*_without_length(scope["headers"]), _length(asked.body)]}
             await self._app(told, _Said(asked.body, receive), _Accounted(asked, self._model, send))
         elif path == _MODELS and is_read:
