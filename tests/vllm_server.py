@@ -1,7 +1,7 @@
 """vLLM's own environment, made once, and servers in it as users start them.
 
-vLLM pins other versions of torch and transformers than the tests run with, so it has a virtual environment to itself: the
-folder that FLEXCTL_VLLM_ENV names, else ~/.cache/flexctl/vllm-VERSION. What is there already is used as it is.
+vLLM pins other versions of torch and transformers than the tests run with, so it has a virtual environment to itself:
+the folder that FLEXCTL_VLLM_ENV names, else ~/.cache/flexctl/vllm-VERSION. One that is ready is used as it is.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import hashlib
 import json
 import math
 import subprocess
@@ -16,10 +18,13 @@ import pytest
 import torch
 from builders import make_expert, make_world
 
+from flexctl.bundle import open_merged, rights_of
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.errors import FlexctlError, UsageError
-from flexctl.serving.vllm import launch, plugin
-from flexctl.serving.vllm.asking import Asking
+from flexctl.serving.permits import Key, Permits
+from flexctl.serving.refusing import Refused
+from flexctl.serving.vllm import launch, plugin, web
+from flexctl.serving.vllm.asking import Asked, read_asked
 from flexctl.serving.vllm.check import check_masks
 from flexctl.serving.vllm.masks import KEY, VARIABLE, Served, is_salted, mask_of, masked, salt, served
 from flexctl.serving.vllm.rows import Rows
@@ -140,7 +145,7 @@ def test_flags_are_vllm_s_and_what_is_ours_comes_last(model: Served) -> None:
 def test_flags_that_are_flexctl_s_to_give_are_refused(model: Served, flag: str) -> None:
     with pytest.raises(UsageError, match="is flexctl's to give") as caught:
         launch.command_line(model, "127.0.0.1", 8000, "auto", [flag])
-    assert caught.value.field == "flags"
+    assert caught.value.field == "engine_flags"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +175,7 @@ def test_releases_that_the_tests_ran_pass(version: str, monkeypatch: pytest.Monk
 )
 def test_other_releases_are_refused(version: str | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_installed", lambda: version)
-    with pytest.raises(UsageError, match="pip install|engine: ") as caught:
+    with pytest.raises(UsageError, match="vLLM") as caught:
         launch.refuse_release()
     assert caught.value.message == f"engine: {says}"
     assert "pip install 'vllm==0.32.*'" in str(caught.value.hint)
@@ -229,6 +234,14 @@ def test_asked_for_the_plugin_refuses_another_release(model: Served, monkeypatch
 
 # What requests ask for.
 
+KNOWN = frozenset(("model", "prompt", "messages", "vllm_xargs", "cache_salt", "use_beam_search", "kv_transfer_params"))
+
+
+def read(model: Served, body: Mapping[str, Any], key: Key | None = None) -> Asked:
+    merged = open_merged(Path(model.bundle))
+    permits = Permits("merged", NAMES, rights_of(merged), () if key is None else (key,))
+    return read_asked(json.dumps(body).encode(), KNOWN, model, permits, key)
+
 
 @pytest.mark.parametrize(
     ("body", "mask"),
@@ -236,66 +249,81 @@ def test_asked_for_the_plugin_refuses_another_release(model: Served, monkeypatch
         ({"model": "merged"}, ""),
         ({"model": "merged-without-law"}, "2"),
         ({"model": "merged-without-math+code"}, "1,3"),
-        ({"model": "merged", "without": "law"}, "2"),
+        ({"model": "merged", "without": ["law"]}, "2"),
         ({"model": "merged-without-code", "without": ["law", "law"]}, "1,2"),
         ({"model": "merged", "only": ["law"]}, "1,3"),
-        ({"model": "merged", "without": None, "only": None, "purpose": None}, ""),
+        ({"model": "merged", "without": None, "only": None, "purpose": None, "vllm_xargs": None}, ""),
         ({"model": "merged", "purpose": "sale"}, "3"),
         ({"model": "merged", "purpose": "sale", "only": ["law", "math"]}, "1,3"),
-        ({"model": "merged", "vllm_xargs": {"without": ["law"], "other": 1}}, "2"),
+        ({"model": "merged", "vllm_xargs": {"without": ["law"]}}, "2"),
         ({"model": "merged", "vllm_xargs": {"purpose": "sale"}, "without": ["law"]}, "2,3"),
     ],
 )
 def test_requests_become_masks(model: Served, body: dict[str, Any], mask: str) -> None:
-    asked = Asking(model).read({**body, "prompt": "x", "cache_salt": "mine"})
-    assert asked.body["vllm_xargs"][KEY] == mask
-    assert asked.body["cache_salt"] == salt(model.digest, mask, "mine")
-    assert (asked.model, asked.body["model"], asked.body["prompt"]) == (body["model"], "merged", "x")
-    assert not {"without", "only", "purpose"} & {*asked.body, *asked.body["vllm_xargs"]}
-    assert asked.note["without"] == sorted(NAMES[index] for index in masked(mask))
-    assert asked.note["experts"] == [name for name in NAMES if name not in asked.note["without"]]
-    assert asked.note["digest"] == model.digest
+    asked = read(model, {**body, "prompt": "x", "cache_salt": "mine"})
+    told = json.loads(asked.body)
+    assert told == {
+        "model": "merged",
+        "prompt": "x",
+        "vllm_xargs": {KEY: mask},
+        "cache_salt": salt(model.digest, mask, "mine"),
+    }
+    without = sorted(NAMES[index] for index in masked(mask))
+    account = asked.account(model)
+    assert account["without"] == without == sorted(account["reasons"])
+    assert account["experts"] == [name for name in NAMES if name not in without]
+    assert account["digest"] == model.digest
+    assert asked.model(model) == ("merged-without-" + "+".join(without) if without else "merged")
+
+
+def test_a_key_leaves_out_what_it_may_not_use(model: Served) -> None:
+    key = Key(name="school", sha256="0" * 64, experts=("law",))
+    asked = read(model, {"model": "merged-without-law"}, key)
+    assert json.loads(asked.body)["vllm_xargs"] == {KEY: "1,2,3"}
+    assert asked.account(model)["reasons"]["code"] == "this key may not use it"
 
 
 @pytest.mark.parametrize(
-    ("body", "field", "says"),
+    ("body", "status", "param", "says"),
     [
-        ({}, "model", "name one, as 'merged'"),
-        ({"model": ["merged"]}, "model", "name one"),
-        ({"model": "other"}, "model", "'other' is not served here"),
-        ({"model": "merged-without-nobody"}, "model", "'nobody' is no expert of it"),
-        ({"model": "merged-without-public"}, "model", "the public expert cannot be left out"),
-        ({"model": "merged-without-"}, "model", "'' is no expert of it"),
-        ({"model": "merged", "without": ["nobody"]}, "without", "'nobody' is not in merged"),
-        ({"model": "merged", "without": "public"}, "without", "the public expert cannot be left out"),
-        ({"model": "merged", "without": []}, "without", "that is not empty"),
-        ({"model": "merged", "without": ""}, "without", "'' is not in merged"),
-        ({"model": "merged", "without": {"law": 1}}, "without", "a list of names"),
-        ({"model": "merged", "without": [1]}, "without", "a list of names"),
-        ({"model": "merged", "only": []}, "only", "that is not empty"),
-        ({"model": "merged", "only": ["public"]}, "only", "the public expert always answers"),
-        ({"model": "merged", "purpose": ""}, "purpose", "it is one text"),
-        ({"model": "merged", "purpose": ["sale"]}, "purpose", "it is one text"),
-        ({"model": "merged", "vllm_xargs": {KEY: ""}}, "vllm_xargs", "an object without"),
-        ({"model": "merged", "vllm_xargs": []}, "vllm_xargs", "an object without"),
-        ({"model": "merged", "vllm_xargs": "x"}, "vllm_xargs", "an object without"),
-        ({"model": "merged", "without": ["law"], "vllm_xargs": {"without": ["code"]}}, "without", "it is said twice"),
-        ({"model": "merged", "use_beam_search": True}, "use_beam_search", "cannot carry a mask"),
-        ({"model": "merged", "kv_transfer_params": {"a": 1}}, "kv_transfer_params", "cannot carry a mask"),
-        ({"model": "merged", "cache_salt": 3}, "cache_salt", "a text that is not empty"),
+        ({}, 400, "model", "model is missing"),
+        ({"model": ["merged"]}, 400, "model", "it must be text"),
+        ({"model": "other"}, 404, "model", "'other' is not served here"),
+        ({"model": "merged-without-nobody"}, 404, "model", "'nobody' is no expert of it"),
+        ({"model": "merged-without-public"}, 404, "model", "the public expert cannot be left out"),
+        ({"model": "merged", "without": ["nobody"]}, 400, "without", "'nobody' is not in merged"),
+        ({"model": "merged", "without": ["public"]}, 400, "without", "the public expert cannot be left out"),
+        ({"model": "merged", "without": []}, 400, "without", "without is empty"),
+        ({"model": "merged", "without": "law"}, 400, "without", "it must be a list of experts' names"),
+        ({"model": "merged", "only": []}, 400, "only", "only is empty"),
+        ({"model": "merged", "purpose": ["sale"]}, 400, "purpose", "it must be text"),
+        ({"model": "merged", "witout": ["law"]}, 400, "witout", "'witout' is not a field that this server knows"),
+        ({"model": "merged", KEY: ""}, 400, KEY, "is not a field that this server knows"),
+        ({"model": "merged", "vllm_xargs": {KEY: ""}}, 400, "vllm_xargs", "without, only, purpose alone"),
+        ({"model": "merged", "vllm_xargs": {"witout": ["law"]}}, 400, "vllm_xargs", "without, only, purpose alone"),
+        ({"model": "merged", "vllm_xargs": []}, 400, "vllm_xargs", "must be an object"),
+        ({"model": "merged", "vllm_xargs": {"without": "law"}}, 400, "without", "it must be a list of experts' names"),
+        ({"model": "merged", "without": ["law"], "vllm_xargs": {"without": ["code"]}}, 400, "without", "twice"),
+        ({"model": "merged", "use_beam_search": True}, 400, "use_beam_search", "cannot carry a mask"),
+        ({"model": "merged", "kv_transfer_params": {"a": 1}}, 400, "kv_transfer_params", "cannot carry a mask"),
+        ({"model": "merged", "cache_salt": 3}, 400, "cache_salt", "must be text that is not empty"),
     ],
 )
-def test_requests_that_cannot_be_meant_are_refused(model: Served, body: dict[str, Any], field: str, says: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        Asking(model).read(body)
-    assert caught.value.field == field
+def test_requests_that_cannot_be_meant_are_refused(
+    model: Served, body: dict[str, Any], status: int, param: str, says: str
+) -> None:
+    with pytest.raises(Refused) as caught:
+        read(model, body)
+    assert (caught.value.status, caught.value.param) == (status, param)
     assert says in caught.value.message
 
 
 # Before vLLM's application.
 
 STREAM = [
-    b'data: {"id":"1","model":"merged","choices":[{"text":"data: {\\"model\\":\\"merged\\""}]}\n\n',
+    b'data: {"id":"1","model":"merged","choices":[{"text":"data: {\\"model\\":\\"merged\\""'
+    b',"finish_reason":null}]}\n\n',
+    b'data: {"id":"1","model":"merged","choices":[{"text":"\\"finish_reason\\":null","finish_reason":"stop"}]}\n\n',
     b'data: {"id":"1","model":"merged","choices":[]}\n\ndata: [DONE]\n\n',
 ]
 
@@ -312,7 +340,11 @@ def application(heard: list[Any], parts: Sequence[bytes], kind: bytes, status: i
 
 
 def ask(
-    app: Any, path: str, body: bytes | Mapping[str, Any] = b"", method: str = "POST"
+    app: Any,
+    path: str,
+    body: bytes | Mapping[str, Any] = b"",
+    method: str = "POST",
+    headers: Mapping[bytes, bytes] | None = None,
 ) -> tuple[int, dict[bytes, bytes], bytes]:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent: list[Any] = []
@@ -324,7 +356,13 @@ def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-length", b"1"), (b"x", b"y")]}
+    said = {
+        b"content-length": b"1",
+        b"content-type": b"application/json",
+        b"host": b"localhost:8000",
+        **(headers or {}),
+    }
+    scope = {"type": "http", "method": method, "path": path, "headers": [*said.items()]}
     asyncio.run(app(scope, receive, send))
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(message["body"] for message in sent[1:])
 
@@ -332,10 +370,12 @@ def ask(
 @pytest.fixture
 def asked_for(model: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     monkeypatch.setenv(VARIABLE, model.environment()[VARIABLE])
+    monkeypatch.setattr(web, "_known", lambda _: KNOWN)
     return model
 
 
-def test_an_answer_has_the_name_that_was_asked_for_and_who_gave_it(asked_for: Served) -> None:
+@pytest.mark.usefixtures("asked_for")
+def test_an_answer_has_the_name_of_who_gave_it() -> None:
     heard: list[Any] = []
     whole = b'{"id":"1","model":"merged","choices":[{"text":"\\"model\\":\\"merged\\""}]}'
     app = Masks(application(heard, [whole[:9], whole[9:]], b"application/json"))
@@ -347,75 +387,105 @@ def test_an_answer_has_the_name_that_was_asked_for_and_who_gave_it(asked_for: Se
     assert said["choices"] == json.loads(whole)["choices"]
     scope, told = heard[0]
     assert json.loads(told)["vllm_xargs"] == {KEY: "2"}
-    assert dict(scope["headers"]) == {b"content-length": str(len(told)).encode(), b"x": b"y"}
+    assert dict(scope["headers"])[b"content-length"] == str(len(told)).encode()
+    assert len(scope["headers"]) == 3
 
 
-def test_so_has_every_piece_of_a_stream(asked_for: Served) -> None:
+@pytest.mark.usefixtures("asked_for")
+def test_so_has_every_piece_of_a_stream() -> None:
     app = Masks(application([], STREAM, b"text/event-stream; charset=utf-8"))
     _, _, body = ask(app, "/v1/chat/completions", {"model": "merged-without-code+law", "messages": []})
     *pieces, last, _ = body.split(b"\n\n")
     assert last == b"data: [DONE]"
     said = [json.loads(piece.removeprefix(b"data: ")) for piece in pieces]
-    assert [piece["model"] for piece in said] == ["merged-without-code+law"] * 2
-    assert [piece["flexctl"]["without"] for piece in said] == [["code", "law"]] * 2
+    assert [piece["model"] for piece in said] == ["merged-without-code+law"] * 3
+    assert "flexctl" not in said[0]
+    assert [piece["flexctl"]["without"] for piece in said[1:]] == [["code", "law"]] * 2
     assert said[0]["choices"][0]["text"] == 'data: {"model":"merged"'
 
 
-def test_what_vllm_refuses_is_sent_on_as_it_is(asked_for: Served) -> None:
+@pytest.mark.usefixtures("asked_for")
+def test_what_vllm_refuses_is_sent_on_as_it_is() -> None:
     app = Masks(application([], [b'{"error":{"message":"no"}}'], b"application/json", status=400))
     assert ask(app, "/v1/completions", {"model": "merged"})[::2] == (400, b'{"error":{"message":"no"}}')
 
 
+@pytest.mark.usefixtures("asked_for")
 @pytest.mark.parametrize(
-    ("path", "body", "status", "param", "says"),
+    ("path", "body", "status", "says"),
     [
-        ("/v1/completions", {"model": "merged-without-nobody"}, 404, "model", "'nobody' is no expert"),
-        (
-            "/v1/completions",
-            {"model": "merged", "without": ["nobody"]},
-            400,
-            "without",
-            "holds public, code, law, math",
-        ),
-        ("/v1/completions", b"[]", 400, "body", "no JSON object"),
-        ("/v1/completions", b"{", 400, "body", "no JSON"),
-        ("/v1/completions", b"[" * 100_000, 400, "body", "no JSON"),
-        ("/v1/completions", b"\xff", 400, "body", "no JSON"),
-        ("/v1/completions", b" " * (5 * 2**20), 413, None, "more than"),
-        ("/v1/responses", {"model": "merged"}, 404, None, "cannot carry a mask"),
-        ("/inference/v1/generate", {}, 404, None, "cannot carry a mask"),
-        ("/invocations", {}, 404, None, "cannot carry a mask"),
-        ("/v1/completions/", {"model": "merged"}, 404, None, "cannot carry a mask"),
+        ("/v1/completions", {"model": "merged-without-nobody"}, 404, "'nobody' is no expert"),
+        ("/v1/completions", {"model": "merged", "without": ["nobody"]}, 400, "holds public, code, law, math"),
+        ("/v1/completions", b"[]", 400, "must be a JSON object"),
+        ("/v1/completions", b"[" * 100_000, 400, "nested too deeply"),
+        ("/v1/completions", b'{"model": "merged", "model": "merged"}', 400, "stands there twice"),
+        ("/v1/completions", b" " * (5 * 2**20), 413, "more than"),
+        ("/v1/responses", {"model": "merged"}, 404, "there is no such address here"),
+        ("/inference/v1/generate", {}, 404, "there is no such address here"),
+        ("/invocations", {}, 404, "there is no such address here"),
+        ("/v1/completions/", {"model": "merged"}, 404, "there is no such address here"),
+        ("/health", {}, 404, "there is no such address here"),
     ],
 )
-def test_refusals_never_reach_vllm(
-    asked_for: Served, path: str, body: Any, status: int, param: str | None, says: str
-) -> None:
+def test_refusals_never_reach_vllm(path: str, body: Any, status: int, says: str) -> None:
     heard: list[Any] = []
     got, _, content = ask(Masks(application(heard, [b"{}"], b"application/json")), path, body)
-    error = json.loads(content)["error"]
-    assert (got, error["code"], error["param"]) == (status, status, param)
-    assert says in error["message"]
+    assert got == status
+    assert says in json.loads(content)["error"]["message"]
     assert not heard
+
+
+def test_a_server_of_this_machine_answers_to_its_names_alone(
+    asked_for: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Any] = []
+    app = Masks(application(heard, [b"{}"], b"application/json"))
+    assert ask(app, "/health", method="GET", headers={b"host": b"evil.example"})[0] == 403
+    assert not heard
+    monkeypatch.setenv(VARIABLE, dataclasses.replace(asked_for, is_local=False).environment()[VARIABLE])
+    app = Masks(application(heard, [b"{}"], b"application/json"))
+    assert ask(app, "/health", method="GET", headers={b"host": b"models.example"})[0] == 200
+
+
+def test_keys_are_asked_for_before_anything_is_told(
+    asked_for: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(b"open sesame").hexdigest()
+    (tmp_path / "keys.toml").write_text(f'[school]\nsha256 = "{digest}"\nexperts = ["law"]\n')
+    keyed = dataclasses.replace(asked_for, api_keys=str(tmp_path / "keys.toml"))
+    monkeypatch.setenv(VARIABLE, keyed.environment()[VARIABLE])
+    heard: list[Any] = []
+    app = Masks(application(heard, [b'{"id":"1","model":"merged"}'], b"application/json"))
+    for path, method in (("/v1/models", "GET"), ("/v1/completions", "POST"), ("/tokenize", "POST"), ("/docs", "GET")):
+        assert ask(app, path, {"model": "merged"}, method)[0] == 401
+    assert not heard
+    assert ask(app, "/metrics", method="GET")[0] == 200
+    mine = {b"authorization": b"Bearer open sesame"}
+    _, _, body = ask(app, "/v1/completions", {"model": "merged"}, headers=mine)
+    assert json.loads(body)["model"] == "merged-without-code+math"
 
 
 def test_models_are_listed_with_each_single_removal(asked_for: Served) -> None:
     app = Masks(application([], [b"{}"], b"application/json"))
     _, _, body = ask(app, "/v1/models", method="GET")
-    names = [row["id"] for row in json.loads(body)["data"]]
-    assert names == ["merged", "merged-without-code", "merged-without-law", "merged-without-math"]
+    found = {row["id"]: row["flexctl"]["without"] for row in json.loads(body)["data"]}
+    assert found == {"merged": []} | {f"merged-without-{name}": [name] for name in NAMES[1:]}
+    status, _, body = ask(app, "/v1/models/merged-without-law+code", method="GET")
+    assert (status, json.loads(body)["flexctl"]["experts"]) == (200, ["public", "math"])
+    assert ask(app, "/v1/models/other", method="GET")[0] == 404
+    assert asked_for.digest == json.loads(body)["flexctl"]["digest"]
 
 
 def test_nobody_else_may_put_it_before_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    with pytest.raises(UsageError, match="only `flexctl serve` may"):
+    with pytest.raises(UsageError, match="only `flexctl serve` puts"):
         Masks(application([], [], b""))
 
 
 # The check at start.
 
 
-class Refused(Exception):
+class Invalid(Exception):
     """Stands for vLLM's own."""
 
 
@@ -435,9 +505,9 @@ class Engine:
         self.words[args[0]] *= -1
         return [1, 1]
 
-    async def generate(self, prompt: Any, params: Any, number: str) -> Any:
+    async def generate(self, prompt: Any, params: Any, _number: str) -> Any:
         if params.extra_args is None and self.wrong != "answers without":
-            raise Refused
+            raise Invalid
         mask = (params.extra_args or {}).get(KEY, "")
         assert is_salted(prompt["cache_salt"], "sha256:1", mask)
         self.running += 1
@@ -465,7 +535,7 @@ class Engine:
 @pytest.fixture
 def vllm_names(monkeypatch: pytest.MonkeyPatch) -> None:
     exceptions = ModuleType("vllm.exceptions")
-    exceptions.VLLMValidationError = Refused  # type: ignore[attr-defined]
+    exceptions.VLLMValidationError = Invalid  # type: ignore[attr-defined]
     package = ModuleType("vllm")
     package.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", package)

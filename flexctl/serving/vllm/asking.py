@@ -52,8 +52,8 @@ class Asked:
 def read_asked(body: bytes, known: Container[str], served: Served, permits: Permits, key: Key | None) -> Asked:
     """Return what the body of a request asks for.
 
-    Experts are named as for our own server, and may be so inside ``vllm_xargs``, as vLLM's clients are used to. A field that
-    nobody knows is refused: it may be a misspelt mask.
+    Experts are named as for our own server, and may be so inside ``vllm_xargs``, as vLLM's clients are used to. A field
+    that nobody knows is refused: it may be a misspelt mask.
 
     Args:
         body: JSON, as the client sent it.
