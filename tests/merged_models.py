@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiny
-from builders import make_expert, make_tensors, noisy
-
 from flexctl.bundle import open_anchor
 from flexctl.bundle.layout import ROUTER_TENSOR
 from flexctl.bundle.stock import checkpoint_spans
@@ -18,6 +15,8 @@ from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
 from flexctl.text.tokenizer import train_tokenizer
+from tests import tiny
+from tests.builders import make_expert, make_tensors, noisy
 
 NAMES = ("code", "law", "math")
 MASKS = ((), ("code",), ("law",), ("math",), ("code", "math"), NAMES)
@@ -30,9 +29,9 @@ CONTEXT = 256
 _TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
-def make_merged(root: Path, model_type: str) -> Path:
+def make_merged(root: Path, model_type: str, **changes: int) -> Path:
     """Return a merged model of three closed experts; each family keeps another number of them for a token."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, **changes}
     heads = {"head_dim": 32} if model_type == "qwen3" else {}
     words = [text for kind in ("public", "code", "sums") for text in tiny.make_texts(kind, 20, seed=2)]
     tokenizer = train_tokenizer(words, tiny.VOCAB_SIZE, CONTEXT)

@@ -13,9 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,11 +86,11 @@ class Server:
             )
         end = time.monotonic() + PATIENCE_S
         while time.monotonic() < end and self._process.poll() is None:
-            try:
+            # Until the model is there, clients wait or are turned away.
+            with suppress(OSError):
                 self.get("/health")
                 return self
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
+            time.sleep(0.5)
         self.stop()
         raise AssertionError(f"{' '.join(self._command)}\n{self.log.read_text(errors='replace')[-4000:]}")
 
