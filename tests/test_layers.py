@@ -73,6 +73,7 @@ WITHOUT_TORCH_AT_TOP = (
     "serving/vllm/launch.py",
     "serving/vllm/masks.py",
     "serving/vllm/plugin.py",
+    "serving/vllm/refusals.py",
     "serving/vllm/web.py",
     "config.py",
     "workspace.py",

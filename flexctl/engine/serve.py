@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flexctl import flags, model, serving, workspace
-from flexctl.bundle import PUBLIC, Anchor, Merged
 from flexctl.bundle.runnable import Runnable
 from flexctl.errors import UsageError
 from flexctl.options import OUTPUT, SERVER, Config, argument, flag, options, switch
 from flexctl.runtime import SILENT, Reporter
-from flexctl.serving.vllm.launch import Count, command_line, require_vllm, run
-from flexctl.serving.vllm.masks import Served
+from flexctl.serving.vllm.launch import Count, run
+from flexctl.serving.vllm.refusals import merged_of, refuse_flags, require_vllm
 from flexctl.steps.answering import Speaker, opened
 from flexctl.steps.machine import machine_of
 
@@ -129,7 +128,7 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
     permits = serving.Permits(name, everybody.experts, runnable.rights, keys)
     context = _context(config, runnable.weights.dense_config)
     machine = machine_of(config)
-    merged = _merged(config, runnable) if config.engine == "vllm" else None
+    merged = merged_of(runnable.bundles[0], runnable.path) if config.engine == "vllm" else None
     runnable.warn_of_expired(everybody, reporter)
     with serving.bind(config.host, config.port) as found:
         is_local = ipaddress.ip_address(found.getsockname()[0]).is_loopback
@@ -138,7 +137,16 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
             reporter.warn(f"`host`: {config.host} is open to other machines, without encryption; it answers {whom}")
         address = _address(found)
         if merged is not None:
-            done = _run_vllm(config, merged, name, found, is_local, reporter)
+            done = run(
+                merged,
+                name=name,
+                api_keys=config.api_keys,
+                found=found,
+                is_local=is_local,
+                dtype=None if config.dtype == "auto" else config.dtype,
+                flags=config.engine_flags,
+                reporter=reporter,
+            )
         else:
             speaker = Speaker(runnable, machine)
             model.set_top_k(speaker.net, runnable.active(config.top_k, everybody, reporter))
@@ -190,42 +198,8 @@ def _refuse_other_engine_s(config: ServeConfig) -> None:
         if getattr(config, field) != defaults[field]:
             hint = f"give vLLM {instead} behind --" if instead else "leave it out"
             raise UsageError("is our own server's, and `engine` is vllm", hint=hint, field=field)
+    refuse_flags(config.engine_flags)
     require_vllm()
-
-
-def _merged(config: ServeConfig, runnable: Runnable) -> Merged:
-    """Return the merged model that vLLM is to serve.
-
-    Raises:
-        UsageError: The bundle is none.
-    """
-    bundle = runnable.bundles[0]
-    if not isinstance(bundle, Merged):
-        kind = "an anchor" if isinstance(bundle, Anchor) else "an expert"
-        hint = "merge first (flexctl merge), or leave out `engine`"
-        raise UsageError(f"{runnable.path} is {kind}, and vLLM serves merged models", hint=hint, field="bundle")
-    command_line(_served(config, bundle, "", is_local=True), "", 0, "", config.engine_flags)
-    return bundle
-
-
-def _served(config: ServeConfig, merged: Merged, name: str, is_local: bool) -> Served:
-    return Served(
-        bundle=str(merged.path.resolve()),
-        name=name,
-        digest=merged.digest,
-        num_experts=len(merged.manifest.experts),
-        api_keys=None if config.api_keys is None else str(config.api_keys.resolve()),
-        is_local=is_local,
-    )
-
-
-def _run_vllm(
-    config: ServeConfig, merged: Merged, name: str, found: socket.socket, is_local: bool, reporter: Reporter
-) -> Count:
-    """Serve with vLLM; without `dtype` in the model's own, which vLLM by itself would not always keep."""
-    dtype = str(merged.config["dtype"]) if config.dtype == "auto" else config.dtype
-    served = _served(config, merged, name, is_local)
-    return run(served, [PUBLIC, *merged.names], found, dtype, config.engine_flags, reporter)
 
 
 def _name_of(config: ServeConfig, runnable: Runnable) -> str:

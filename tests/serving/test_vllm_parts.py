@@ -18,18 +18,21 @@ import pytest
 import torch
 from builders import make_expert, make_world
 
+import flexctl.engine.serve as command
 from flexctl.bundle import open_merged, rights_of
 from flexctl.engine.merge import MergeConfig, merge
+from flexctl.engine.serve import ServeConfig, serve
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.serving.permits import Key, Permits
 from flexctl.serving.refusing import Refused
-from flexctl.serving.vllm import launch, plugin, web
+from flexctl.serving.vllm import launch, plugin, refusals, web
 from flexctl.serving.vllm.asking import Asked, read_asked
 from flexctl.serving.vllm.check import check_masks
 from flexctl.serving.vllm.masks import KEY, VARIABLE, Served, is_salted, mask_of, masked, salt, served
 from flexctl.serving.vllm.rows import Rows
 from flexctl.serving.vllm.web import Masks
 
+ROOT = Path(__file__).parent.parent.parent
 NAMES = ("public", "code", "law", "math")
 
 
@@ -142,9 +145,9 @@ def test_flags_are_vllm_s_and_what_is_ours_comes_last(model: Served) -> None:
         "--dtype",
     ],
 )
-def test_flags_that_are_flexctl_s_to_give_are_refused(model: Served, flag: str) -> None:
+def test_flags_that_are_flexctl_s_to_give_are_refused(flag: str) -> None:
     with pytest.raises(UsageError, match="is flexctl's to give") as caught:
-        launch.command_line(model, "127.0.0.1", 8000, "auto", [flag])
+        refusals.refuse_flags(["--max-model-len", "64", flag])
     assert caught.value.field == "engine_flags"
 
 
@@ -160,8 +163,8 @@ def test_the_plugin_is_let_in_and_nothing_is_sent_home(model: Served, now: dict[
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.9+cpu"])
 def test_releases_that_the_tests_ran_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_installed", lambda: version)
-    launch.refuse_release()
+    monkeypatch.setattr(refusals, "_installed", lambda: version)
+    refusals.refuse_release()
 
 
 @pytest.mark.parametrize(
@@ -174,9 +177,9 @@ def test_releases_that_the_tests_ran_pass(version: str, monkeypatch: pytest.Monk
     ],
 )
 def test_other_releases_are_refused(version: str | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_installed", lambda: version)
+    monkeypatch.setattr(refusals, "_installed", lambda: version)
     with pytest.raises(UsageError, match="vLLM") as caught:
-        launch.refuse_release()
+        refusals.refuse_release()
     assert caught.value.message == f"engine: {says}"
     assert "pip install 'vllm==0.32.*'" in str(caught.value.hint)
 
@@ -209,16 +212,17 @@ def config(**changes: Any) -> SimpleNamespace:
     ],
 )
 def test_what_cannot_carry_a_mask_is_refused(changes: dict[str, Any], says: str) -> None:
-    launch.refuse_config(config())
+    refusals.refuse_config(config())
     with pytest.raises(UsageError, match=f"masks of experts do not go with .*{says}"):
-        launch.refuse_config(config(**changes))
+        refusals.refuse_config(config(**changes))
 
 
 def test_beside_flexctl_vllm_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody asked: the plugin does nothing, and costs neither torch nor vLLM."""
+    """Nobody asked: the plugin does nothing, and costs neither torch nor vLLM. Nor does flexctl need vLLM."""
     code = (
         "import sys; from flexctl.serving.vllm.plugin import register; register(); "
-        "assert not {'torch', 'vllm', 'numpy', 'typer'} & set(sys.modules)"
+        "assert not {'torch', 'vllm', 'numpy', 'typer'} & set(sys.modules); "
+        "import flexctl.engine.serve; assert not {'torch', 'vllm', 'starlette', 'uvicorn'} & set(sys.modules)"
     )
     monkeypatch.delenv(VARIABLE, raising=False)
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -226,7 +230,7 @@ def test_beside_flexctl_vllm_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_asked_for_the_plugin_refuses_another_release(model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, model.environment()[VARIABLE])
-    monkeypatch.setattr(launch, "_installed", lambda: "0.99.0")
+    monkeypatch.setattr(refusals, "_installed", lambda: "0.99.0")
     monkeypatch.setattr(plugin, "_registered", False)
     with pytest.raises(UsageError, match=r"this is vLLM 0\.99\.0"):
         plugin.register()
@@ -568,3 +572,58 @@ def test_masks_that_hold_pass_and_weights_are_as_they_were() -> None:
 def test_masks_that_do_not_hold_are_refused(wrong: str, says: str) -> None:
     with pytest.raises(FlexctlError, match=says):
         asyncio.run(check_masks(Engine(wrong), SMALL, NAMES))
+
+
+# The command.
+
+
+@pytest.fixture
+def vllm_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "require_vllm", lambda: None)
+
+
+@pytest.mark.usefixtures("in_empty_folder", "vllm_is_here")
+@pytest.mark.parametrize(
+    ("settings", "field", "hint"),
+    [
+        ({"max_batch": 3}, "max_batch", "give vLLM --max-num-seqs behind --"),
+        ({"max_context": 32}, "max_context", "give vLLM --max-model-len behind --"),
+        ({"explain": True}, "explain", "leave it out"),
+        ({"threads": 1}, "threads", "leave it out"),
+        ({"engine_flags": ("--port", "1")}, "engine_flags", "leave it out"),
+        ({"bundle": Path("--enforce-eager")}, "bundle", "name the bundle, then --, then vLLM's flags"),
+        ({"engine": "own", "engine_flags": ("--enforce-eager",)}, "engine_flags", "say `engine` vllm, or leave it out"),
+    ],
+)
+def test_what_the_other_engine_takes_is_refused(model: Served, settings: dict[str, Any], field: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        serve(ServeConfig(**{"bundle": Path(model.bundle), "engine": "vllm", "port": 0, **settings}))
+    assert (caught.value.field, caught.value.hint) == (field, hint)
+
+
+@pytest.mark.usefixtures("in_empty_folder", "vllm_is_here")
+@pytest.mark.parametrize(("what", "says"), [("anchor", "is an anchor"), ("experts/law.st", "is an expert")])
+def test_what_is_not_merged_is_refused(model: Served, what: str, says: str) -> None:
+    root = Path(model.bundle).parent
+    with pytest.raises(UsageError, match=f"{says}, and vLLM serves merged models") as caught:
+        serve(ServeConfig(bundle=root / what, anchor=root / "anchor", engine="vllm", port=0))
+    assert "flexctl merge" in str(caught.value.hint)
+
+
+@pytest.mark.usefixtures("in_empty_folder")
+def test_without_vllm_the_engine_is_refused(model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_installed", lambda: None)
+    with pytest.raises(UsageError, match="vLLM is not installed here"):
+        serve(ServeConfig(bundle=Path(model.bundle), engine="vllm", port=0))
+
+
+def test_flexctl_that_is_not_installed_is_not_seen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_installed", lambda: "0.32.0")
+    monkeypatch.setattr(refusals.metadata, "entry_points", lambda **_: ())
+    with pytest.raises(UsageError, match="runs from a folder and is not installed"):
+        refusals.require_vllm()
+
+
+def test_the_entry_point_is_the_plugin() -> None:
+    declared = (ROOT / "pyproject.toml").read_text()
+    assert f'{refusals.PLUGIN} = "{plugin.__name__}:{plugin.register.__name__}"' in declared

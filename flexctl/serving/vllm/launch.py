@@ -3,74 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from flexctl.bundle import PUBLIC, Merged
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.runtime import Reporter
 from flexctl.serving.vllm.check import check_masks
 from flexctl.serving.vllm.masks import Served
+from flexctl.serving.vllm.refusals import PLUGIN, refuse_config
 
-__all__ = ["RELEASES", "Count", "command_line", "environment", "refuse_config", "refuse_release", "require_vllm", "run"]
-
-RELEASES = ("0.32",)
-"""Minor releases of vLLM that the tests ran."""
-
-PLUGIN = "flexctl"
-"""Name of the entry point."""
-
-_OURS = (
-    "--model",
-    "--served-model-name",
-    "--host",
-    "--port",
-    "--config",
-    "--dtype",
-    "--additional-config",
-    "--worker-extension-cls",
-    "--api-key",
-)
-"""Flags that flexctl gives, or that would give them from elsewhere."""
-
-
-def refuse_release() -> None:
-    """Refuse where no vLLM is installed, or one that the tests did not run.
-
-    Raises:
-        UsageError: So it is.
-    """
-    hint = f"pip install 'vllm=={RELEASES[-1]}.*' beside flexctl, or leave out `engine`"
-    found = _installed()
-    if found is None:
-        raise UsageError("vLLM is not installed here", hint=hint, field="engine")
-    if not found.startswith(tuple(f"{release}." for release in RELEASES)):
-        said = f"this is vLLM {found}; masks were tested with {', '.join(RELEASES)} alone"
-        raise UsageError(said, hint=hint, field="engine")
-
-
-def _installed() -> str | None:
-    """Return vLLM's version; builds for other machines have other package names."""
-    packages = metadata.packages_distributions().get("vllm", [])
-    return metadata.version(packages[0]) if packages else None
-
-
-def require_vllm() -> None:
-    """Refuse where vLLM cannot serve with masks.
-
-    Raises:
-        UsageError: It is not installed, is another release, or its processes would not find the plugin.
-    """
-    refuse_release()
-    if not metadata.entry_points(group="vllm.general_plugins", name=PLUGIN):
-        said = "vLLM does not find flexctl's plugin, as flexctl runs from a folder and is not installed"
-        raise UsageError(said, hint="pip install flexctl beside vLLM", field="engine")
+__all__ = ["Count", "command_line", "environment", "run"]
 
 
 def environment(model: Served, now: Mapping[str, str]) -> dict[str, str]:
@@ -95,14 +44,7 @@ def command_line(model: Served, host: str, port: int, dtype: str, flags: Sequenc
         port: Likewise.
         dtype: In which it computes. Left to itself, vLLM serves a float32 model in bfloat16.
         flags: vLLM's own, as the user gave them.
-
-    Raises:
-        UsageError: One of them is flexctl's to give.
     """
-    for flag in flags:
-        name = re.split("[=.]", flag, maxsplit=1)[0].replace("_", "-")
-        if name in _OURS:
-            raise UsageError(f"{name} is flexctl's to give to vLLM", hint="leave it out", field="engine_flags")
     additional = f'{{"flexctl": "{model.digest}"}}'
     ours = {
         "--model": model.bundle,
@@ -125,15 +67,25 @@ class Count(NamedTuple):
 
 
 def run(
-    model: Served, experts: Sequence[str], found: socket.socket, dtype: str, flags: Sequence[str], reporter: Reporter
+    merged: Merged,
+    *,
+    name: str,
+    api_keys: Path | None,
+    found: socket.socket,
+    is_local: bool,
+    dtype: str | None,
+    flags: Sequence[str],
+    reporter: Reporter,
 ) -> Count:
     """Serve a merged model until the process is told to stop.
 
     Args:
-        model: What is served.
-        experts: Its experts, the public one first.
+        merged: The model.
+        name: What clients call it when all experts answer.
+        api_keys: File of the keys that may ask; None lets anybody.
         found: Where to listen.
-        dtype: In which it computes.
+        is_local: Whether that is this machine alone.
+        dtype: In which it computes; None is the model's own.
         flags: vLLM's own.
         reporter: Hears that the masks hold, and where it listens.
 
@@ -144,8 +96,17 @@ def run(
         UsageError: vLLM was given what cannot carry a mask.
         FlexctlError: It did not start, or its masks do not hold.
     """
+    experts = [PUBLIC, *merged.names]
+    model = Served(
+        bundle=str(merged.path.resolve()),
+        name=name,
+        digest=merged.digest,
+        num_experts=len(experts),
+        api_keys=None if api_keys is None else str(api_keys.resolve()),
+        is_local=is_local,
+    )
     host, port = found.getsockname()[:2]
-    arguments = command_line(model, host, port, dtype, flags)
+    arguments = command_line(model, host, port, dtype or str(merged.config["dtype"]), flags)
     os.environ.update(environment(model, os.environ))
     with _stdout_is_stderr():
         import uvloop
@@ -215,29 +176,3 @@ def _new_tokens() -> int:
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
     return sum(int(metric.value) for metric in get_metrics_snapshot() if metric.name == "vllm:generation_tokens")
-
-
-def refuse_config(config: Any) -> None:
-    """Refuse what cannot carry a mask, or was not tried with one.
-
-    Args:
-        config: vLLM's resolved configuration.
-
-    Raises:
-        UsageError: It asks for such a thing.
-    """
-    parallel = config.parallel_config
-    untried = {
-        "sequence-parallel experts": parallel.use_sequence_parallel_moe,
-        "micro-batches (--enable-dbo)": parallel.use_ubatching,
-        "experts that move (--enable-eplb)": parallel.enable_eplb,
-        "data parallelism": parallel.data_parallel_size > 1,
-        "speculative decoding": config.speculative_config is not None,
-        "LoRA adapters": config.lora_config is not None,
-        "quantised weights": config.quant_config is not None,
-        "key-value caches outside vLLM": config.kv_transfer_config is not None,
-        "prompts of embeddings": config.model_config.enable_prompt_embeds,
-    }
-    for what, asked in untried.items():
-        if asked:
-            raise UsageError(f"masks of experts do not go with {what}", hint="leave that out", field="engine_flags")

@@ -1,6 +1,6 @@
 """The plugin: vLLM calls ``register`` in each of its processes. It does nothing unless ``flexctl serve`` asked for it.
 
-What it touches, all of it as in the releases that ``launch.RELEASES`` lists:
+What it touches, all of it as in the releases that ``refusals.RELEASES`` lists:
 
 layer      MoERunner, replaced by vLLM's own registry of layers: a row of ``rows.ROWS`` is added to each token's logits
            before the choice of experts and before tokens go to other ranks
@@ -33,7 +33,7 @@ def register() -> None:
     if model is None or _registered:
         return
     _registered = True
-    from flexctl.serving.vllm.launch import refuse_release
+    from flexctl.serving.vllm.refusals import refuse_release
 
     refuse_release()
     _mask_layers()
