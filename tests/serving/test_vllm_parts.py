@@ -124,8 +124,8 @@ def test_routers_of_different_sizes_are_an_error() -> None:
 
 def test_flags_are_vllm_s_and_what_is_ours_comes_last(model: Served) -> None:
     line = launch.command_line(model, "127.0.0.1", 8000, "float32", ["--max-model-len", "64"])
-    assert line[:2] == ["--max-model-len", "64"]
-    said = dict(zip(line[2::2], line[3::2], strict=True))
+    said = dict(zip(line[::2], line[1::2], strict=True))
+    assert [*said][:4] == ["--allowed-origins", "--shutdown-timeout", "--max-model-len", "--model"]
     assert said["--model"] == model.bundle
     assert said["--served-model-name"] == "merged"
     assert (said["--host"], said["--port"], said["--dtype"]) == ("127.0.0.1", "8000", "float32")
@@ -463,7 +463,7 @@ def test_keys_are_asked_for_before_anything_is_told(
     for path, method in (("/v1/models", "GET"), ("/v1/completions", "POST"), ("/tokenize", "POST"), ("/docs", "GET")):
         assert ask(app, path, {"model": "merged"}, method)[0] == 401
     assert not heard
-    assert ask(app, "/metrics", method="GET")[0] == 200
+    assert ask(app, "/metrics", method="GET")[0] == ask(app, "/v1/completions", method="OPTIONS")[0] == 200
     mine = {b"authorization": b"Bearer open sesame"}
     _, _, body = ask(app, "/v1/completions", {"model": "merged"}, headers=mine)
     assert json.loads(body)["model"] == "merged-without-code+math"
@@ -620,7 +620,15 @@ def test_without_vllm_the_engine_is_refused(model: Served, monkeypatch: pytest.M
 def test_flexctl_that_is_not_installed_is_not_seen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "_installed", lambda: "0.32.0")
     monkeypatch.setattr(refusals.metadata, "entry_points", lambda **_: ())
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(UsageError, match="runs from a folder and is not installed"):
+        refusals.require_vllm()
+
+
+def test_a_key_of_vllm_s_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "_installed", lambda: "0.32.0")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with pytest.raises(UsageError, match="VLLM_API_KEY is vLLM's own"):
         refusals.require_vllm()
 
 

@@ -56,7 +56,15 @@ def command_line(model: Served, host: str, port: int, dtype: str, flags: Sequenc
         "--worker-extension-cls": "flexctl.serving.vllm.worker.Negation",
         "--middleware": "flexctl.serving.vllm.web.Masks",
     }
-    return [*flags, *(part for pair in ours.items() for part in pair)]
+    return [*_pairs(_DEFAULTS), *flags, *_pairs(ours)]
+
+
+def _pairs(flags: Mapping[str, str]) -> list[str]:
+    return [part for pair in flags.items() for part in pair]
+
+
+_DEFAULTS = {"--allowed-origins": "[]", "--shutdown-timeout": "30"}
+"""The user's own go before these. vLLM by itself lets pages of any site read its answers, and stops without finishing."""
 
 
 class Count(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from importlib import metadata
@@ -57,9 +58,12 @@ def require_vllm() -> None:
     """Refuse where vLLM cannot serve with masks.
 
     Raises:
-        UsageError: It is not installed, is another release, or its processes would not find the plugin.
+        UsageError: It is not installed, is another release, its processes would not find the plugin, or it would ask
+            for a key of its own.
     """
     refuse_release()
+    if os.environ.get("VLLM_API_KEY"):
+        raise UsageError("VLLM_API_KEY is vLLM's own", hint="unset it and write a file for `api_keys`", field="engine")
     if not metadata.entry_points(group="vllm.general_plugins", name=PLUGIN):
         said = "vLLM does not find flexctl's plugin, as flexctl runs from a folder and is not installed"
         raise UsageError(said, hint="pip install flexctl beside vLLM", field="engine")

@@ -71,7 +71,7 @@ class Masks:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         check_host(scope, LOCAL_NAMES if self._model.is_local else ())
         request, path, is_read = Request(scope, receive), scope["path"], scope["method"] in ("GET", "HEAD", "OPTIONS")
-        if path in _OPEN and is_read:
+        if (path in _OPEN and is_read) or scope["method"] == "OPTIONS":  # what a browser asks before it asks
             await self._app(scope, receive, send)
             return
         key = self._permits.holder(request.headers.get("authorization"))
