@@ -64,7 +64,7 @@ def _pairs(flags: Mapping[str, str]) -> list[str]:
 
 
 _DEFAULTS = {"--allowed-origins": "[]", "--shutdown-timeout": "30"}
-"""The user's own go before these. vLLM by itself lets pages of any site read its answers, and stops without finishing."""
+"""The user's own go before these. By itself vLLM lets any site's pages read its answers, and stops without finishing."""
 
 
 class Count(NamedTuple):
