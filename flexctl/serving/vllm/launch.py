@@ -64,7 +64,7 @@ def _pairs(flags: Mapping[str, str]) -> list[str]:
 
 
 _DEFAULTS = {"--allowed-origins": "[]", "--shutdown-timeout": "30"}
-"""The user's own go before these. By itself vLLM lets any site's pages read its answers, and stops without finishing."""
+"""The user's own win over these. vLLM's would let any site's pages read answers, and stop without finishing them."""
 
 
 class Count(NamedTuple):
