@@ -17,7 +17,7 @@ from flexctl.bundle.runnable import Runnable
 from flexctl.errors import UsageError
 from flexctl.options import OUTPUT, SERVER, Config, argument, flag, options, switch
 from flexctl.runtime import SILENT, Reporter
-from flexctl.serving.vllm.launch import Count, run
+from flexctl.serving.vllm.launch import Count, run_vllm
 from flexctl.serving.vllm.refusals import merged_of, refuse_flags, require_vllm
 from flexctl.steps.answering import Speaker, opened
 from flexctl.steps.machine import machine_of
@@ -137,7 +137,7 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
             reporter.warn(f"`host`: {config.host} is open to other machines, without encryption; it answers {whom}")
         address = _address(found)
         if merged is not None:
-            done = run(
+            done = run_vllm(
                 merged,
                 name=name,
                 api_keys=config.api_keys,

@@ -15,7 +15,7 @@ from flexctl.bundle.names import shown
 from flexctl.serving.permits import Wish
 from flexctl.serving.refusing import Refused
 
-__all__ = ["Query", "read_chat", "read_completion", "read_object", "read_wish"]
+__all__ = ["IGNORED", "Query", "read_chat", "read_completion", "read_object", "read_wish"]
 
 _MOST_STOPS = 16
 _MOST_LOGPROBS = 20
@@ -23,7 +23,7 @@ _MOST_CHOICES = 128
 _COMPLETION_TOKENS = 16
 """The protocol's default length of a completion."""
 
-_IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 """Fields that change no answer."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -231,7 +231,7 @@ class _Fields:
     def end(self) -> None:
         """Refuse what nobody has taken."""
         for name, value in self._fields.items():
-            if name in _IGNORED or value is None or value in _NEUTRAL.get(name, ()):
+            if name in IGNORED or value is None or value in _NEUTRAL.get(name, ()):
                 continue
             if name in _NEUTRAL:
                 _refuse(name, f"is {shown(value)}, which this server does not support")

@@ -264,11 +264,12 @@ def read(model: Served, body: Mapping[str, Any], key: Key | None = None) -> Aske
     ],
 )
 def test_requests_become_masks(model: Served, body: dict[str, Any], mask: str) -> None:
-    asked = read(model, {**body, "prompt": "x", "cache_salt": "mine"})
+    asked = read(model, {**body, "prompt": "x", "cache_salt": "mine", "user": "me"})
     told = json.loads(asked.body)
     assert told == {
         "model": "merged",
         "prompt": "x",
+        "user": "me",
         "vllm_xargs": {KEY: mask},
         "cache_salt": salt(model.digest, mask, "mine"),
     }
@@ -554,6 +555,11 @@ def test_masks_that_hold_pass_and_weights_are_as_they_were() -> None:
     engine = Engine()
     asyncio.run(check_masks(engine, SMALL, NAMES))
     assert engine.words == [0.5, -0.3, 0.8, 0.1]
+
+
+@pytest.mark.usefixtures("vllm_names")
+def test_the_public_expert_alone_has_nobody_to_leave_out() -> None:
+    asyncio.run(check_masks(Engine("nobody has it"), dataclasses.replace(SMALL, num_experts=1), NAMES[:1]))
 
 
 @pytest.mark.usefixtures("vllm_names")

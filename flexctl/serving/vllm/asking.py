@@ -11,7 +11,7 @@ from typing import Any
 from flexctl.bundle import model_name
 from flexctl.bundle.names import shown
 from flexctl.serving.permits import Grant, Key, Permits
-from flexctl.serving.protocol import read_object, read_wish
+from flexctl.serving.protocol import IGNORED, read_object, read_wish
 from flexctl.serving.refusing import Refused
 from flexctl.serving.vllm.masks import KEY, Served, mask_of, salt
 
@@ -68,7 +68,7 @@ def read_asked(body: bytes, known: Container[str], served: Served, permits: Perm
     wish, rest = read_wish(_lifted(read_object(body)))
     grant = permits.grant(wish, key, datetime.date.today())
     for field in rest:
-        if field not in known:
+        if field not in known and field not in IGNORED:
             raise Refused(400, f"{shown(field)} is not a field that this server knows", param=field)
     for field in _UNMASKABLE:
         if rest.get(field):

@@ -44,6 +44,8 @@ async def check_masks(engine: Any, model: Served, names: Sequence[str]) -> None:
     probe = _Probe(engine, model)
     await probe.must_refuse()
     count = model.num_experts
+    if count == 1:
+        return  # the public expert alone: there is nobody to leave out
     alone = {expert: mask_of(set(range(count)) - {expert}) for expert in range(count)}
     less = {expert: mask_of({expert}) for expert in range(count)}
     masks = ["", *less.values(), *(mask for mask in alone.values() if mask not in less.values())]

@@ -19,7 +19,7 @@ from flexctl.serving.vllm.check import check_masks
 from flexctl.serving.vllm.masks import Served
 from flexctl.serving.vllm.refusals import PLUGIN, refuse_config
 
-__all__ = ["Count", "command_line", "environment", "run"]
+__all__ = ["Count", "command_line", "environment", "run_vllm"]
 
 
 def environment(model: Served, now: Mapping[str, str]) -> dict[str, str]:
@@ -74,7 +74,7 @@ class Count(NamedTuple):
     new_tokens: int
 
 
-def run(
+def run_vllm(
     merged: Merged,
     *,
     name: str,
