@@ -74,6 +74,7 @@ class Server:
         self.log = log
         self._command = [python(), *command, "--port", str(self.port), *flags]
         self._variables = variables or {}
+        self._ended: tuple[int, str] | None = None
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as log:
@@ -100,15 +101,17 @@ class Server:
         self.stop()
 
     def stop(self) -> tuple[int, str]:
-        """Tell it to stop; return its exit code and what it printed on stdout."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            said, _ = self._process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            said, _ = self._process.communicate()
-        return self._process.returncode, said.decode()
+        """Tell it to stop, once; return its exit code and what it printed on stdout."""
+        if self._ended is None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+            try:
+                said, _ = self._process.communicate(timeout=PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                said, _ = self._process.communicate()
+            self._ended = (self._process.returncode, said.decode())
+        return self._ended
 
     @property
     def address(self) -> str:

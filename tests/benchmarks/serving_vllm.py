@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
+import openai
 
 from flexctl.bundle import model_name
 from tests.merged_models import NAMES, make_merged
@@ -51,34 +51,32 @@ class Load:
     whole: list[float]
 
 
-async def answer(client: httpx.AsyncClient, served: Served, number: int) -> tuple[float, float]:
+async def answer(client: openai.AsyncOpenAI, model: str, number: int) -> tuple[float, float]:
     """Ask once; return the seconds to the first token and to the last."""
     numbers = random.Random(number)
-    body = {
-        "model": served.models[number % len(served.models)],
-        "prompt": [numbers.randrange(4, 320) for _ in range(PROMPT_TOKENS)],
-        "max_tokens": NEW_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-    }
     started, first = time.perf_counter(), 0.0
-    async with client.stream("POST", f"{served.address}/v1/completions", json=body) as pieces:
-        assert pieces.status_code == 200, await pieces.aread()
-        async for line in pieces.aiter_lines():
-            if line and not first:
-                first = time.perf_counter() - started
+    stream = await client.completions.create(
+        model=model,
+        prompt=[numbers.randrange(4, 320) for _ in range(PROMPT_TOKENS)],
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    async for _ in stream:
+        first = first or time.perf_counter() - started
     return first, time.perf_counter() - started
 
 
 async def load(served: Served, clients: int, round_number: int) -> Load:
     """Ask REQUESTS times, ``clients`` at once."""
     waiting = asyncio.Semaphore(clients)
-    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+    async with openai.AsyncOpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0) as client:
 
         async def one(number: int) -> tuple[float, float]:
             async with waiting:
-                return await answer(client, served, 1000 * round_number + number)
+                model = served.models[number % len(served.models)]
+                return await answer(client, model, 1000 * round_number + number)
 
         started = time.perf_counter()
         times = await asyncio.gather(*map(one, range(REQUESTS)))
