@@ -66,6 +66,7 @@ class EmbedRouterConfig(Config):
     ] = ()
     anchor: flags.Anchor = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     router: Annotated[str, flag("KIND", "How rows are made: discriminant, hidden or encoder.", ROUTER)] = "discriminant"
     encoder: flags.Encoder = None
     own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE

@@ -75,6 +75,7 @@ class EvaluateConfig(Config):
         flag("FILE.json", "Show a results.json again, without a model; with `report`, as a page.", MODEL, name="from"),
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     shots: Annotated[
         int | None,
         flag(
@@ -292,6 +293,7 @@ def _prepare(
             batch_tokens=config.forward_tokens,
             device=machine.device,
             dtype=machine.dtype,
+            special_as_text=config.special_as_text,
             reporter=parts,
         )
         for runnable in runnables
@@ -317,13 +319,14 @@ def _answer_tasks(run: _Run) -> dict[str, evaluation.TaskRun]:
         return {}
 
     passes, config = run.measured.passes, run.config
-    model = evaluation.HarnessModel(
+    answering = evaluation.HarnessModel(
         passes.model_as(run.measured.whole),
-        passes.tokenizer,
+        # Prompts are read as the harness reads them, whatever `special_as_text` says of texts.
+        model.load_tokenizer(passes.runnable.tokenizer),
         batch_tokens=config.forward_tokens,
         reporter=run.reporter,
     )
-    return {task.name: evaluation.run_task(task, model, config.limit) for task in run.tasks}
+    return {task.name: evaluation.run_task(task, answering, config.limit) for task in run.tasks}
 
 
 def _take_passages(run: _Run) -> list[evaluation.Passage]:

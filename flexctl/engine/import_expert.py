@@ -69,6 +69,7 @@ class ImportExpertConfig(Config):
         Path | None, flags.output("FILE.st", "File to write (default: NAME.st among the workspace's experts).")
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     router: flags.Router = "discriminant"
     encoder: flags.Encoder = None
     own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE

@@ -72,6 +72,7 @@ class InitAnchorConfig(Config):
         int | None, flag("N", "Stop after this many tokens of `data` (default: the preset's).", TRAINING, above=0)
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     name: Annotated[
         str | None, flag("NAME", "The anchor's name (default: the folder's of SOURCE, or the preset).", OUTPUT)
     ] = None
@@ -346,6 +347,8 @@ def _readable(source: Path, work: Path) -> Path:
 
 def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
     machine = machine_of(config)
+    # No file that is saved of the tokenizer holds this.
+    tokenizer.split_special_tokens = config.special_as_text
     stream = text.pack(
         work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     )
@@ -392,7 +395,7 @@ class _Calibration:
 
 def _calibrate(config: InitAnchorConfig, checkpoint: Path, reporter: Reporter) -> _Calibration:
     reporter.note("drawing the public sample")
-    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer = model.load_tokenizer(checkpoint, special_as_text=config.special_as_text)
     documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     sample = text.draw_sample(documents, config.sample_tokens, config.seed)
     dense = model.load_dense(checkpoint)

@@ -51,6 +51,7 @@ class SelectProxyConfig(Config):
     ] = None
     anchor: flags.Anchor = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     encoder: Annotated[
         str | None,
         flag("MODEL", "Tell texts apart by this sentence-transformers model, not by router inputs.", ROUTER),

@@ -52,6 +52,7 @@ class TrainExpertConfig(Config):
         Path | None, flags.output("FILE.st", "File to write (default: NAME.st among the workspace's experts).")
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     public_mix: Annotated[
         float, flag("SHARE", "Share of public text in each step, from 0 to below 1.", DATA, at_least=0, below=1)
     ] = 0.3
@@ -360,6 +361,7 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[
         "public": setup.public.digest,
         "rows": [float(row) for row in setup.rows.sum(dim=1)],
         "rank": config.rank,
+        "special_as_text": config.special_as_text,
     }
     checkpoints = training.Checkpoints(
         work / "checkpoints",
@@ -424,6 +426,7 @@ def _write(
             "public_tokens": result.public_tokens,
             "losses": {"final": result.final_loss, "held_out": result.held_out},
             "frozen_verified": True,
+            **({"special_as_text": True} if config.special_as_text else {}),
         },
         router=setup.router,
         run={

@@ -62,6 +62,7 @@ class TuneRouterConfig(Config):
     ] = None
     output: flags.OutputElsewhere = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     max_steps: flags.MaxSteps = None
     lr: flags.Lr = None
     seq_len: flags.SeqLen = None

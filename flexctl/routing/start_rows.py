@@ -137,17 +137,19 @@ def _measured_public(
 
     They are the same for every owner and take most of the time, so they are cached; an owner's own never are.
     """
+    framed = frame(public)
     identity = {
         "anchor": tensors_digest({"mean": space.mean}),
         "dtype": str(next(model.parameters()).dtype),
         "encoder": encoder.identity,
         "passages": list(public),
+        "tokens": [passage.tolist() for passage in framed],
         "software": software_versions(),
     }
     known = cache.recall(_PUBLIC_PASSAGES, identity)
     if known is None:
         with reporter.progress("measuring router inputs", len(public), "passages") as bar:
-            inputs = measure_documents(model, counted(frame(public), bar))
+            inputs = measure_documents(model, counted(framed, bar))
         embedded = _embed(encoder, public, reporter)
         known = {"embedded": embedded.numpy(), "inputs": inputs.numpy()}
         cache.remember(_PUBLIC_PASSAGES, identity, known)
