@@ -78,6 +78,33 @@ def test_kinds_without_encoder_read_the_owner_s_text_alone(
     assert torch.equal(found.rows, finish_rows(space, owner, directions).rows)
 
 
+@pytest.mark.parametrize(
+    ("kind", "share", "measured"), [("hidden", 0.2, 0), ("discriminant", 0, 0), ("discriminant", 0.2, 1)]
+)
+def test_a_covariance_that_no_row_uses_is_not_measured(
+    kind: str,
+    share: float,
+    measured: int,
+    model: Any,
+    space: RouterSpace,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def measure(*given: Any) -> Any:
+        calls.append(given)
+        return measure_passages(*given)
+
+    monkeypatch.setattr(start_rows, "measure_passages", measure)
+    frame = partial(frame_passages, tokenizer)
+    found = embed_rows(RowRecipe(kind=kind, own_covariance=share, encoder=None), model, space, OWN, [], frame, SILENT)
+    assert len(calls) == measured
+    owner = OwnerInputs.of(measure_passages(model, frame(OWN)), space)
+    directions = discriminant(space, owner, share) if kind == "discriminant" else owner.mean - space.mean.double()
+    assert torch.equal(found.rows, finish_rows(space, owner, directions).rows)
+
+
 class StandIn:
     """Counts of four letters, of length 1, in place of a sentence encoder; remembers what it was asked."""
 
