@@ -189,7 +189,7 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     base = open_anchored(config, reporter)
     name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
     target = config.output or place.experts / f"{name}.st"
-    work_path = target.parent / f".{name}.work"
+    work_path = target.parent / f".{target.stem}.work"
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     training.refuse_busy(work_path)

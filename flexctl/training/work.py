@@ -112,7 +112,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         holder = os.pread(descriptor, 300, 0).decode(errors="replace") or "of another run"
         raise UsageError(
             f"{path}: is in use by process {holder}",
-            hint="wait until that run ends, stop it, or write into another folder with `output`",
+            hint="wait until that run ends, stop it, or write elsewhere with `output`",
         ) from None
     except OSError:
         return False

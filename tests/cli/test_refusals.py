@@ -198,12 +198,12 @@ def files_up_to(size_bytes: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("command", "limit", "more", "file"),
     [
-        ("train-expert", 1000, ["--max-steps", "1"], ".code.work/own.tokens"),
+        ("train-expert", 1000, ["--max-steps", "1"], ".new.work/own.tokens"),
         (
             "train-expert",
             100_000,
             ["--max-steps", "2", "--checkpoint-steps", "1", "--seq-len", "32", "--batch-tokens", "64"],
-            ".code.work/checkpoints/checkpoint-00000001.safetensors",
+            ".new.work/checkpoints/checkpoint-00000001.safetensors",
         ),
         ("evaluate", 1000, ["--samples", "new.jsonl"], "new.jsonl"),
         ("merge", 1000, [], "new"),

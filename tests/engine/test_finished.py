@@ -76,7 +76,7 @@ def test_a_finished_expert_is_given_again(expert: Path, anchor: Path, texts: Any
 
 @pytest.mark.usefixtures("no_training")
 def test_what_a_run_left_that_was_killed_at_its_very_end_goes(expert: Path, anchor: Path, texts: Any) -> None:
-    left = expert.parent / ".code.work"
+    left = expert.parent / ".x.work"
     (left / "checkpoints").mkdir(parents=True)
     (left / "checkpoints/checkpoint-00000002.safetensors").write_text("x")
     (left / "lock").write_text("1 on nowhere")
