@@ -108,7 +108,8 @@ class EmbedRouterResult:
         router: Kind of row.
         layers: A report a layer.
         expected_routing: Text of whom -> expert -> share of the router's probability that is expected, from the rows
-            of ``against`` and the new ones alone. The new ones are called ``NAME (new)`` beside an expert of their name.
+            of ``against`` and the new ones alone. Beside an expert of their name, the new ones are
+            called ``NAME (new)``.
         warnings: What a person should look at, also told to the reporter.
     """
 
@@ -228,9 +229,9 @@ def _measure(
     )
     public, public_unseen = text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)
     rows, info = measured_rows(config, base, reader, own, public, reporter)
-    theirs = {name: model.to_torch(expert.router()) for name, expert in rivals.items()}
-    unseen = [text.frame_passages(base.tokenizer, passages) for passages in (own_unseen, public_unseen)]
-    return rows, info, _report(reader, rows, *unseen, theirs)
+    ours, theirs = (text.frame_passages(base.tokenizer, passages) for passages in (own_unseen, public_unseen))
+    others = {name: model.to_torch(expert.router()) for name, expert in rivals.items()}
+    return rows, info, _report(reader, rows, ours, theirs, others)
 
 
 def _report(
