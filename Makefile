@@ -2,7 +2,7 @@
 #   make demo    an expert's whole life on text that this machine has, in a few minutes
 #   make test    the tests          make test-slow   those that take minutes as well
 #   make check   formatter, linter, types
-#   make docs    what is generated: docs/cli.md, the package's names, README's first screen and its picture
+#   make docs    what is generated: docs/cli.md, the package's names, the figures and pictures of README
 #   make record  a run of the life that README's first screen shows, some minutes; then make docs
 #   make release the wheel: built, checked, installed in a bare environment, and the demo run from it
 #   make bench   measurements; they never fail on time
