@@ -66,7 +66,7 @@ class EvaluateConfig(Config):
         Path | None,
         flag(
             "FILE.html",
-            "Write a page with all figures; it ablates and sweeps too, and holds passages of the texts.",
+            "Write a page with all figures; it ablates and sweeps too, and holds excerpts of the texts.",
             OUTPUT,
         ),
     ] = None
@@ -191,11 +191,11 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         return _result(run, _facts(run))
     _score(run)
     answers = _answer_tasks(run)
-    passages = _take_passages(run)
+    excerpts = _take_excerpts(run)
     run.measured.passes.free()
     compared = _score_others(run)
     figures = _figures(run, answers, compared)
-    _write_files(run, figures, answers, passages)
+    _write_files(run, figures, answers, excerpts)
     return _result(run, figures)
 
 
@@ -329,12 +329,12 @@ def _answer_tasks(run: _Run) -> dict[str, evaluation.TaskRun]:
     return {task.name: evaluation.run_task(task, answering, config.limit) for task in run.tasks}
 
 
-def _take_passages(run: _Run) -> list[evaluation.Passage]:
+def _take_excerpts(run: _Run) -> list[evaluation.Excerpt]:
     if not run.config.report:
         return []
 
     measured = run.measured
-    return [evaluation.take_passage(measured.passes, content, measured.whole) for content in measured.contents]
+    return [evaluation.take_excerpt(measured.passes, content, measured.whole) for content in measured.contents]
 
 
 def _score_others(run: _Run) -> dict[str, dict[str, evaluation.Score]]:
@@ -416,7 +416,7 @@ def _figures(
 
 
 def _write_files(
-    run: _Run, figures: Figures, answers: Mapping[str, evaluation.TaskRun], passages: Sequence[evaluation.Passage]
+    run: _Run, figures: Figures, answers: Mapping[str, evaluation.TaskRun], excerpts: Sequence[evaluation.Excerpt]
 ) -> None:
     """Write the samples and the page, where they are asked for."""
     config, measured = run.config, run.measured
@@ -426,11 +426,11 @@ def _write_files(
             config.samples, measured.contents, measured.scores, figures.experts, records, overwrite=config.overwrite
         )
     if config.report:
-        _write_page(config.report, figures, passages, overwrite=config.overwrite)
+        _write_page(config.report, figures, excerpts, overwrite=config.overwrite)
 
 
-def _write_page(path: Path, figures: Figures, passages: Sequence[evaluation.Passage], *, overwrite: bool) -> None:
-    page = evaluation.render(figures, passages)
+def _write_page(path: Path, figures: Figures, excerpts: Sequence[evaluation.Excerpt], *, overwrite: bool) -> None:
+    page = evaluation.render(figures, excerpts)
     with new_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

@@ -33,7 +33,7 @@ from flexctl.steps.router_rows import given_rows, measured_rows
 from flexctl.steps.terms import data_info, warn_of_expired
 
 if TYPE_CHECKING:
-    from flexctl.bundle.dense import DenseChanges, DenseCheckpoint
+    from flexctl.bundle.fine_tuned import DenseChanges, DenseCheckpoint
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
 

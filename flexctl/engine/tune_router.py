@@ -1,4 +1,4 @@
-"""Tune a merged model's router on public text that is like each closed set; everything else stays as it is."""
+"""Tune a merged model's router on public text that is like each owner's; everything else stays as it is."""
 
 from __future__ import annotations
 
