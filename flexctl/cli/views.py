@@ -66,7 +66,11 @@ def _everything(fields: Mapping[str, Any], *, whole: bool = True) -> list[str]:
     nested = {name: value for name, value in fields.items() if value and _is_nested(value)}
     lines = pairs({name: value for name, value in fields.items() if not _is_nested(value)}, whole=True)
     for name, value in nested.items():
-        lines += ["", f"{str(name).replace('_', ' ')}:", *(f"  {line}" for line in _nested(value, whole=whole))]
+        lines += [
+            "",
+            f"{str(name).replace('_', ' ')}:",
+            *(f"  {line}".rstrip() for line in _nested(value, whole=whole)),
+        ]
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from conftest import Texts
 
 from flexctl.cli.app import main
+from flexctl.engine.evaluate import EvaluateResult
 
 
 @dataclass
@@ -188,6 +189,16 @@ def test_evaluate_in_full(space: Terminal, texts: Texts, experts: dict[str, Path
     assert f"code                   {without:.3f} {without - whole:+.3f}" in text
     low, high = (found["perplexity"]["sums"][f"bits_per_byte_{end}"] for end in ("low", "high"))
     assert f"{low:.3f} to {high:.3f}" in text
+    everything = space.text(*asked, "--overwrite", "-v")
+    for field in fields(EvaluateResult):
+        label = field.name.removesuffix("_bytes").replace("_", " ")
+        # A table with nothing in it is left out.
+        is_shown = re.search(rf"^{label}(  |:$)", everything, re.MULTILINE) is not None
+        assert is_shown == (found[field.name] != {}), label
+    assert not re.search(r" $", everything, re.MULTILINE)
+    for digest in (found["digest"], other["digest"], *found["data"].values()):
+        assert digest in everything
+    assert re.search(rf"^    code +{without - whole:.3f} +-?[\d.]+ +-?[\d.]+$", everything, re.MULTILINE)
 
 
 def test_generate(space: Terminal) -> None:
