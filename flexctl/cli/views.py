@@ -220,9 +220,15 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
 
 
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
+
+
 def _to_come(result: EvaluateResult) -> list[str]:
     """Return what a run would score."""
-    domains = f"{cell(list(result.data))}: {number(result.passes)} passes over a text" if result.data else None
+    domains = (
+        f"{cell(list(result.data))}: {_count(result.passes, 'pass', 'passes')} over a text" if result.data else None
+    )
     missing = [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
     return [*([f"To be scored, or recalled from the cache: {domains}"] if domains else []), *missing]
 

@@ -16,12 +16,11 @@ from flexctl.bundle import (
     compare_dense,
     open_dense,
     read_dense_config,
-    slug,
     unread_weights,
     weights_beside,
     write_expert,
 )
-from flexctl.bundle.names import check_expert_name
+from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint
@@ -142,7 +141,7 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
     place = workspace.find()
     base = open_anchored(config, reporter)
     anchor = base.anchor
-    name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
+    name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
     warn_of_expired(config, reporter)

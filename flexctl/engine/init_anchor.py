@@ -24,7 +24,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.checks import prove
 from flexctl.bundle.manifest import MANIFEST_FILE
-from flexctl.bundle.names import check_anchor_name, shown
+from flexctl.bundle.names import name_an_anchor, shown
 from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
@@ -213,7 +213,7 @@ def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
-    check_anchor_name(_name(config), "`name`")
+    _name(config)
     machine_of(config)
     for path in config.calibrate:
         text.text_files([path], "calibrate")
@@ -283,7 +283,7 @@ def _warn_of_tied_head(source: Path, dense: Mapping[str, Any], reporter: Reporte
 
 
 def _name(config: InitAnchorConfig) -> str:
-    return config.name or (Path(config.source).name if config.source else f"{config.preset}-anchor")
+    return name_an_anchor(config.name, Path(config.source).name if config.source else f"{config.preset}-anchor")
 
 
 def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> InitAnchorResult:

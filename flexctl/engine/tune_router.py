@@ -213,11 +213,12 @@ def _finished(config: TuneRouterConfig, target: Path, asked: Mapping[str, Any]) 
         return None
     digest = open_merged(target).manifest.digest
     try:
-        about = training.refuse_other_request(target, run, digest, asked)["result"]
+        about = dict(training.refuse_other_request(target, run, digest, asked)["result"])
     except UsageError:
         if config.overwrite:
             return None
         raise
+    about["held_out"] = training.before_after(about["held_out"])
     return TuneRouterResult(
         path=target, digest=digest, tuned_with=tuple(about["documents"]), **about, dry_run=config.dry_run
     )

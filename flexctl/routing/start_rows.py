@@ -210,8 +210,9 @@ class Encoder:
             with quiet_transformers():
                 self._model = SentenceTransformer(name, device="cpu", trust_remote_code=False)
         except (OSError, ValueError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(
-                f"{name} cannot be loaded: {error}", hint="give a model's directory", field="encoder"
+                f"{name} cannot be loaded: {said}", hint="give a model's directory", field="encoder"
             ) from error
 
     @cached_property

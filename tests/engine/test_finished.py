@@ -70,6 +70,8 @@ def test_a_finished_expert_is_given_again(expert: Path, anchor: Path, texts: Any
     assert (found.steps, found.tokens_per_s, found.frozen_verified, found.dry_run) == (3, None, True, dry_run)
     assert found.final_loss is not None
     assert found.held_out["own"]["after"] > 0
+    # What people see is in this order.
+    assert [list(losses) for losses in found.held_out.values()] == [["before", "after"]] * 2
     assert found.bytes_written == expert.stat().st_size
     assert read_directory(expert.parent) == before
 
@@ -183,6 +185,7 @@ def test_a_finished_tuning_is_given_again(
             first.final_loss,
             first.steps,
         )
+        assert [list(losses) for losses in again.held_out.values()] == [["before", "after"]] * 3
         assert again.tuned_with == first.tuned_with
     with pytest.raises(UsageError, match=r"of a run that had tether = 1\.0; this one has 2\.0"):
         tune(output=tmp_path / "new", tether=2.0)

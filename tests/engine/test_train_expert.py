@@ -510,7 +510,7 @@ def test_wrong_settings_are_refused_in_one_line_and_leave_nothing(
         train_expert(TrainExpertConfig(**{**defaults, **settings}))
     assert says in caught.value.message
     assert "\n" not in caught.value.message
-    assert caught.value.exit_code == (3 if "name" in settings else 2)
+    assert caught.value.exit_code == 2
     assert list(tmp_path.rglob("*")) == []
 
 

@@ -224,11 +224,18 @@ def test_real_encoder_tells_code_from_prose(
     assert capfd.readouterr() == ("", "")
 
 
-def test_encoder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("sentence_transformers")
+def test_encoder_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("sentence_transformers")
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
         start_rows.Encoder(str(tmp_path / "nowhere"))
     assert "\n" not in caught.value.message
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("the Hub is far\nTry again.")
+
+    monkeypatch.setattr(package, "SentenceTransformer", unreachable)
+    with pytest.raises(UsageError, match="some/encoder cannot be loaded: the Hub is far$"):
+        start_rows.Encoder("some/encoder")
 
 
 def test_few_passages_are_said_to_be_few(model: Any, space: RouterSpace, tokenizer: Any) -> None:
