@@ -234,7 +234,7 @@ def test_encoder_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pyte
         raise OSError("the Hub is far\nTry again.")
 
     monkeypatch.setattr(package, "SentenceTransformer", unreachable)
-    with pytest.raises(UsageError, match="some/encoder cannot be loaded: the Hub is far$"):
+    with pytest.raises(UsageError, match=r"some/encoder cannot be loaded: the Hub is far$"):
         start_rows.Encoder("some/encoder")
 
 
