@@ -214,7 +214,7 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
             continue
         check_file_target(path, overwrite=True)
         if path.exists() and not config.overwrite:
-            raise UsageError(f"{path} exists", hint="give another file, or `overwrite` to replace it", field=name)
+            raise UsageError(f"{path} exists already", hint="give another, or `overwrite` to replace it", field=name)
     if config.report:
         evaluation.require_matplotlib()
 
@@ -369,10 +369,9 @@ def _baselines(run: _Run) -> evaluation.Baselines | None:
 def _say_what_was_recalled(passes: Sequence[evaluation.Passes | evaluation.Baselines], reporter: Reporter) -> None:
     count, recalled = (sum(getattr(each, name) for each in passes) for name in ("count", "recalled"))
     if recalled:
-        which = "all" if recalled == count else f"{recalled} of"
-        reporter.note(
-            f"{which} {count} passes are from the cache: model, text and settings are those of an earlier run"
-        )
+        which = f"all {count}" if recalled == count > 1 else f"{recalled} of {count}"
+        plural = "pass is" if count == 1 else "passes are"
+        reporter.note(f"{which} {plural} from the cache: model, text and settings are those of an earlier run")
 
 
 def _facts(run: _Run) -> Figures:

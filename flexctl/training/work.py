@@ -92,7 +92,7 @@ def _lock(path: Path, reporter: Reporter) -> int:
             break
         os.close(descriptor)
     if not locked:
-        reporter.warn(f"{path}: there are no file locks here; start no other run of this name until this one ends")
+        reporter.warn(f"{path}: there are no file locks here; start no other run with this target until this one ends")
     os.truncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
     return descriptor
