@@ -225,6 +225,7 @@ def _make(
                 "seed": config.seed,
                 "losses": loss,
                 "frozen_verified": result.frozen_verified,
+                **({"special_as_text": True} if config.special_as_text else {}),
             },
             router=router,
             run={"peak_rss_bytes": peak_rss_bytes()},
