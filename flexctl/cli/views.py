@@ -114,7 +114,7 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
-    speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
+    speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
     amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
     rank = f"rank {result.rank}" if result.rank is not None else None
     size = amount(result.bytes_written, "bytes") if rank and result.bytes_written else None
@@ -421,7 +421,7 @@ def _select_proxy(result: SelectProxyResult) -> list[str]:
 
 
 def _tune_router(result: TuneRouterResult) -> list[str]:
-    speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
+    speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
     amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
     done = f"Tuned the router of {cell(result.path)} with {', '.join(result.tuned_with)}"
     lines = [_sentence(result, done, amounts, speed)]

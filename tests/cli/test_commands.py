@@ -89,6 +89,7 @@ def test_train_expert(terminal: Terminal, anchor: Path, texts: Texts) -> None:
     assert "exists" in terminal.error("train-expert", "--data", texts.code, *flags, code=2)
     text = terminal.text("train-expert", "--data", texts.code, *flags, "--name", "other")
     assert text.startswith("Trained expert other: experts/other.st: ")
+    assert re.search(r" in 2 steps, [\d,]+ tokens/s, sha256:", text)
     assert "held-out loss" in text
     wrong = ("--data", texts.code, *flags, "--name", "third", "--public", "nowhere")
     assert terminal.error("train-expert", *wrong, code=2) == "--public: nowhere does not exist"
