@@ -61,7 +61,7 @@ class ServeConfig(Config):
     port: Annotated[int, flag("N", "Port; 0 takes any that is free.", SERVER, at_least=0, below=65536)] = 8000
     name: Annotated[
         str | None,
-        flag("NAME", "What clients call the model (default: the bundle's file name).", SERVER, check=_refuse_odd_name),
+        flag("NAME", "What clients call the model (default: the bundle's file name).", OUTPUT, check=_refuse_odd_name),
     ] = None
     api_keys: Annotated[
         Path | None, flag("FILE", "Who may ask, a TOML table a key: sha256, and the experts it may use.", SERVER)
@@ -71,7 +71,7 @@ class ServeConfig(Config):
     max_context: Annotated[
         int | None, flag("N", "Tokens of prompt and answer (default: what the model can hold).", SERVER, above=1)
     ] = None
-    max_new_tokens: Annotated[int, flag("N", "Length of an answer at most.", SERVER, above=0)] = 1024
+    max_new_tokens: Annotated[int, flag("N", "Length of an answer at most.", OUTPUT, above=0)] = 1024
     timeout_s: Annotated[float, flag("S", "Seconds that an answer may take.", SERVER, above=0)] = 300.0
     explain: Annotated[bool, switch("Tell experts' shares, which say something of a text.", OUTPUT)] = False
     anchor: flags.Anchor = None

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.benchmarks.serving import bench_serving
+from tests.benchmarks.showing import show
 from tests.builders import make_anchor, make_expert
 
 REPEATS = 5
@@ -31,11 +33,6 @@ def seconds(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def show(name: str, value: str, against: str) -> None:
-    """Print one row."""
-    print(f"{name:<44} {value:>12}   {against}", flush=True)
 
 
 def copy_and_hash(sources: list[Path], target: Path) -> None:
@@ -139,6 +136,7 @@ def main() -> None:
         bench_merge(Path(folder))
         bench_training(Path(folder))
         bench_text(Path(folder))
+        bench_serving(Path(folder) / "serving")
 
 
 if __name__ == "__main__":
