@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def mean_distance(some: list[list[float]], others: list[list[float]]) -> float:
     return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
 
-def test_who_asks_and_for_what_is_heard_as_by_our_own_server(merged: Path, tmp_path: Path) -> None:
+def test_who_asks_is_heard_as_by_our_own_server_and_what_is_under_way_is_finished(merged: Path, tmp_path: Path) -> None:
     with Server(tmp_path / "log", flexctl(merged, "--name", "m"), ("--", "--enforce-eager")) as server:
         client = server.client()
 
@@ -134,6 +135,15 @@ def test_who_asks_and_for_what_is_heard_as_by_our_own_server(merged: Path, tmp_p
         with pytest.raises(openai.NotFoundError):
             client.responses.create(model="m", input="a")
         assert say().choices[0].text is not None
+        stream = client.completions.create(
+            model="m-without-law", prompt="a", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        with ThreadPoolExecutor(1) as pool:
+            stopping = pool.submit(server.stop)
+            *_, last = stream
+            assert last.flexctl["without"] == ["law"]
+            assert stopping.result()[0] == 0
 
 
 def refused(command: tuple[str, ...], **variables: str) -> tuple[int, str]:
