@@ -20,7 +20,7 @@ from flexctl.model.building import quiet_transformers
 from flexctl.model.tensors import tensors_digest
 from flexctl.routing.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
 from flexctl.routing.space import RouterSpace, measure_documents, measure_passages
-from flexctl.runtime import Reporter, counted, software_versions
+from flexctl.runtime import Reporter, software_versions
 
 __all__ = [
     "ENOUGH_PASSAGES",
@@ -114,7 +114,7 @@ def embed_rows(
         reporter.note(f"router rows are made from {len(own)} passages; {ENOUGH_PASSAGES} and more are better")
     loaded = Encoder(recipe.encoder) if recipe.kind == "encoder" and recipe.encoder is not None else None
     with reporter.progress("measuring router inputs", len(own), "passages") as bar:
-        owner = OwnerInputs.of(measure_passages(model, counted(frame(own), bar)), space)
+        owner = OwnerInputs.of(measure_passages(model, frame(own), bar.advance), space)
     if loaded is not None:
         embedded, inputs = _measured_public(model, space, public, frame, loaded, reporter)
         directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
@@ -147,7 +147,7 @@ def _measured_public(
     known = cache.recall(_PUBLIC_PASSAGES, identity)
     if known is None:
         with reporter.progress("measuring router inputs", len(public), "passages") as bar:
-            inputs = measure_documents(model, counted(frame(public), bar))
+            inputs = measure_documents(model, frame(public), bar.advance)
         embedded = _embed(encoder, public, reporter)
         known = {"embedded": embedded.numpy(), "inputs": inputs.numpy()}
         cache.remember(_PUBLIC_PASSAGES, identity, known)
