@@ -286,7 +286,7 @@ def _measure_each(
     Of positions that are padding, and of each document's first, that is zero.
     """
     if len(documents) < 2:
-        raise UsageError("router rows need at least two passages", hint="give more text")
+        raise UsageError("router rows need at least two documents", hint="give more text, or split it into documents")
     blocks = routed_layers(model)
     device, hidden = blocks[0].router.public.device, blocks[0].router.public.shape[1]
     means = torch.zeros(len(documents), len(blocks), hidden)
