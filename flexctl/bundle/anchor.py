@@ -14,6 +14,7 @@ from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import index_json, stock_head
 from flexctl.bundle.manifest import (
     MANIFEST_FILE,
+    PUBLIC_SAMPLE_FILE,
     AnchorManifest,
     Architecture,
     digest_of,
@@ -50,7 +51,6 @@ __all__ = [
 
 ROUTER_SPACE_FILE = "router-space.safetensors"
 ROUTER_SPACE_PREFIX = "router_space."
-PUBLIC_SAMPLE_FILE = "public-sample.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +94,8 @@ class Anchor:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether it has a router space and a public sample; one that was adopted without public text has neither."""
-        return PUBLIC_SAMPLE_FILE in self.manifest.files
+        """Whether owners can train against it: see the manifest's."""
+        return self.manifest.is_calibrated
 
     def weights(self) -> Weights:
         """Return the anchor as a model of one expert, whose router rows are zero."""
@@ -151,11 +151,10 @@ def open_anchor(path: Path) -> Anchor:
         raise BundleError(f"{path / CONFIG_FILE}: its bytes are not those of the manifest", hint="fetch it again")
     weights = checkpoint_spans(path)
     _check_index(path, weights)
-    calibrated = PUBLIC_SAMPLE_FILE in manifest.files
-    spans = weights | (_router_space_spans(path) if calibrated else {})
+    spans = weights | (_router_space_spans(path) if manifest.is_calibrated else {})
     check_agreement(spans, manifest.tensors, str(path))
     check_feed_forward(spans, manifest.architecture, path)
-    if calibrated:
+    if manifest.is_calibrated:
         _check_router_space(spans, manifest.architecture, path)
     config = without_pointers(parse_json(config_bytes, str(path / CONFIG_FILE)))
     return Anchor(path=path, manifest=manifest, config=config, spans=spans)

@@ -17,6 +17,7 @@ from conftest import Texts
 
 from flexctl.bundle import open_anchor, open_expert
 from flexctl.bundle.anchor import write_tensors
+from flexctl.bundle.card import anchor_card
 from flexctl.bundle.stock import checkpoint_spans, indexed_spans
 from flexctl.bundle.tensors import RawTensor, to_float32
 from flexctl.cli.app import main
@@ -208,6 +209,7 @@ def test_without_public_text_nothing_can_be_trained_against_it(texts: Texts) -> 
         open_anchor(taken.path).public_sample()
     with pytest.raises(BundleError, match="adopted without public text"):
         open_anchor(taken.path).router_space()
+    assert "nothing can be trained against it" in anchor_card(open_anchor(taken.path).manifest, "a/b", None)
 
 
 def test_with_public_text_it_is_an_anchor_like_any_other(texts: Texts, tokenizer: Any) -> None:
@@ -353,6 +355,9 @@ def test_a_merged_model_of_ours_and_the_other_way_round() -> None:
     merged(take())
     with refused("merged/flexctl.json: is a bundle's manifest"):
         take("merged")
+    with refused("moe/flexctl.json: is missing; config.json is that of a mixture of experts") as caught:
+        remove(RemoveConfig(names=("law",), source=Path("moe")))
+    assert "flexctl adopt moe" in str(caught.value.hint)
     with pytest.raises(BundleError, match="model_type is 'flex_olmo'") as caught:
         init_anchor(InitAnchorConfig(source="moe", data=(Path("moe"),), output=Path("x"), threads=1))
     assert "flexctl adopt" in str(caught.value.hint)
