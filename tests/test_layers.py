@@ -20,6 +20,7 @@ LAYERS = (
     {"cli"},
     {"engine"},
     {"steps"},
+    {"serving"},
     {"evaluation", "training"},
     {"routing"},
     {"text"},
@@ -51,10 +52,12 @@ ONLY_IMPORTER = {
     "pyarrow": ("text/tables.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "torch": ("model/", "text/", "routing/", "training/", "evaluation/", "steps/", "engine/"),
+    "torch": ("model/", "text/", "routing/", "training/", "evaluation/", "serving/", "steps/", "engine/"),
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (
