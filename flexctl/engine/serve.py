@@ -65,6 +65,7 @@ class ServeConfig(Config):
     ] = None
     max_new_tokens: Annotated[int, flag("N", "Length of an answer at most.", SERVER, above=0)] = 1024
     timeout_s: Annotated[float, flag("S", "Seconds that an answer may take.", SERVER, above=0)] = 300.0
+    ui: Annotated[bool, switch("Show a page to try it, at the server's own address.", SERVER)] = False
     explain: Annotated[bool, switch("Tell experts' shares, which say something of a text.", OUTPUT)] = False
     anchor: flags.Anchor = None
     top_k: flags.TopK = None
@@ -129,7 +130,8 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
         model.set_top_k(speaker.net, runnable.active(config.top_k, everybody, reporter))
         service = _service(config, speaker, permits, context, reporter, _LOCAL if is_local else ())
         address = _address(found)
-        _run(service, found, lambda: reporter.note(f"{name} answers at {address}/v1; Ctrl-C stops it"))
+        page = f", the playground is at {address}/" if config.ui else ""
+        _run(service, found, lambda: reporter.note(f"{name} answers at {address}/v1{page}; Ctrl-C stops it"))
     return ServeResult(
         path=runnable.path,
         digest=runnable.digest,
@@ -223,6 +225,7 @@ def _service(
         timeout_s=config.timeout_s,
         reporter=reporter,
         local_names=names,
+        has_page=config.ui,
     )
 
 

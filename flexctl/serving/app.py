@@ -27,6 +27,7 @@ from flexctl.serving.batching import Batcher
 from flexctl.serving.jobs import Ask, Busy, Done, Event, Failed, Job, Prompt, Token
 from flexctl.serving.metrics import Metrics
 from flexctl.serving.permits import Grant, Key, Permits
+from flexctl.serving.playground import playground
 from flexctl.serving.protocol import Query, read_chat, read_completion
 from flexctl.serving.refusing import Refused, refused
 from flexctl.serving.replies import Account, Reply
@@ -79,6 +80,7 @@ class Service:
         timeout_s: How long an answer may take.
         reporter: Hears of what broke.
         local_names: Names in the Host header that are answered; empty is any.
+        has_page: Whether the playground is at the server's own address.
     """
 
     batcher: Batcher
@@ -93,6 +95,7 @@ class Service:
     timeout_s: float
     reporter: Reporter
     local_names: tuple[str, ...] = ()
+    has_page: bool = False
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -105,6 +108,7 @@ def make_app(service: Service) -> ASGIApp:
         Route("/v1/models/{model:path}", endpoints.model),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        *(playground() if service.has_page else ()),
     ]
     handlers: dict[Any, Callable[..., Awaitable[Response]]] = {
         Refused: _refusal,
@@ -217,6 +221,7 @@ class _Endpoints:
             "rights": {entry.name: entry._asdict() for entry in permits.rights if entry.name not in without},
             "form": f"{permits.name}-without-A+B leaves out A and B",
             "explains": self._service.account.explains,
+            "chat": self._service.encoder.has_template,
         }
         name = model_name(permits.name, without)
         return {"id": name, "object": "model", "created": 0, "owned_by": "flexctl", "flexctl": about}
