@@ -5,7 +5,8 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
-    "app": ("Service", "make_app"),
+    "app": ("make_app",),
+    "asking": ("Service",),
     "batching": ("Batcher",),
     "jobs": ("Ask", "Busy", "Done", "Event", "Failed", "Job", "Prompt", "Token"),
     "listening": ("bind", "listener"),

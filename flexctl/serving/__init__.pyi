@@ -1,7 +1,7 @@
 # Written by `make docs`; a test checks that it is current.
 
-from flexctl.serving.app import Service as Service
 from flexctl.serving.app import make_app as make_app
+from flexctl.serving.asking import Service as Service
 from flexctl.serving.batching import Batcher as Batcher
 from flexctl.serving.jobs import Ask as Ask
 from flexctl.serving.jobs import Busy as Busy
