@@ -82,7 +82,7 @@ def read_directory_manifest(path: Path) -> Manifest:
     if not (path / MANIFEST_FILE).exists() and (path / CONFIG_FILE).is_file() and is_stock_mixture(path):
         raise BundleError(
             f"{path / MANIFEST_FILE}: is missing; config.json is that of a mixture of experts",
-            hint=f"flexctl adopt {path} --names NAME,... takes one apart that others merged",
+            hint=f"flexctl adopt {path} takes one apart that others merged",
         )
     return read_manifest(read_bytes(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
 

@@ -25,7 +25,7 @@ function styleOf(name) {
   return `e${(index - 1) % COLOURS + 1}${index > COLOURS ? " again" : ""}`;
 }
 const keyOf = name => make("span", { class: `key ${styleOf(name)}` }, name);
-const percent = share => `${(100 * share).toFixed(0)} %`;
+const percent = share => `${(100 * share).toFixed(0)}\u00a0%`;
 const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const listed = names => names.join(", ");
 
@@ -58,8 +58,7 @@ async function look() {
       $("key-part").hidden = false;
       $("key").focus();
     } else {
-      $("facts").textContent = "The server does not tell what it has.";
-      $("problem").textContent = error.message;
+      $("facts").textContent = `The server does not tell what it has: ${error.message}.`;
     }
     return false;
   }
@@ -67,6 +66,7 @@ async function look() {
 
 function showServer() {
   document.title = `${server.model}: playground`;
+  document.querySelector("main").removeAttribute("data-waiting");
   $("name").textContent = server.model;
   $("facts").textContent = closed().length
     ? `the public expert and ${counted(closed().length, "closed one")}`
@@ -126,7 +126,7 @@ function titleOf(mask) {
 }
 
 function bodyOf(without) {
-  const prompt = $("prompt").value, temperature = numberOf("temperature", 0), purpose = $("purpose").value.trim();
+  const prompt = $("prompt").value || $("prompt").placeholder, temperature = numberOf("temperature", 0), purpose = $("purpose").value.trim();
   return {
     model: server.model,
     ...(isChat() ? { messages: [{ role: "user", content: prompt }] } : { prompt }),
@@ -146,7 +146,7 @@ function numberOf(id, other) {
 /* After anything that decides what is asked. */
 function refresh() {
   const chosen = $("beside").value, without = leftOut(), names = closed().filter(name => !without.includes(name));
-  const choices = [["", "nothing"], ...names.map(name => [`-${name}`, `without ${name}`])];
+  const choices = [["", "nothing"], ...names.map(name => [`-${name}`, `the same without ${name}`])];
   if (closed().length && without.length < closed().length) choices.push(["*", "the public expert alone"]);
   $("beside").replaceChildren(...choices.map(([value, text]) => make("option", { value }, text)));
   $("beside").value = choices.some(([value]) => value === chosen) ? chosen : "";
@@ -199,7 +199,10 @@ function pythonOf({ without, purpose, ...known }) {
     "import os",
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${JSON.stringify(address())}, api_key=os.environ.get("FLEXCTL_API_KEY", "none"))`,
+    "client = OpenAI(",
+    `    base_url=${JSON.stringify(address())},`,
+    '    api_key=os.environ.get("FLEXCTL_API_KEY", "none"),',
+    ")",
     `answer = client.${create}(`,
     ...settings.map(line => `    ${line},`),
     ")",
@@ -230,11 +233,14 @@ class Pane {
     this.element = $("pane").content.cloneNode(true).firstElementChild;
     this.title = title;
     this.pieces = [];
+    this.tokens = 0;
     this.text = "";
+    this.element.setAttribute("aria-label", title);
     this.part("h3").textContent = title;
     this.part(".passage").setAttribute("aria-label", `Answer: ${title}`);
     this.part(".words .scroll").setAttribute("aria-label", `Pieces, table: ${title}`);
     this.part(".state").textContent = "Asking\u2026";
+    this.part(".readout").hidden = !server.explains;
     this.element.toggleAttribute("data-busy", true);
     if ("prompt" in body) this.part(".passage").append(make("span", { class: "prompt" }, body.prompt));
     this.part(".passage").addEventListener("keydown", event => this.step(event));
@@ -244,7 +250,10 @@ class Pane {
 
   part(selector) { return this.element.querySelector(selector); }
 
+  /* One token. Those that are part of a letter alone have no text of their own. */
   add(text, shares) {
+    this.tokens += 1;
+    this.part(".state").textContent = `${counted(this.tokens, "token")}\u2026`;
     if (!text) return;
     this.text += text;
     const leader = shares && Object.keys(shares).reduce((best, name) => shares[name] > shares[best] ? name : best);
@@ -252,23 +261,23 @@ class Pane {
     if (leader) span.style.setProperty("--s", shares[leader].toFixed(3));
     this.pieces.push({ text, shares, leader, span });
     this.part(".passage").append(span);
-    this.part(".state").textContent = `${counted(this.pieces.length, "piece")}\u2026`;
   }
 
   /* Who took part, as the server says it at the end. */
-  account({ experts, reasons, shares }) {
+  account({ experts, reasons, shares = {} }) {
     this.shares = shares;
-    const out = Object.entries(reasons ?? {});
-    this.part(".reasons").replaceChildren(...out.flatMap(([name, reason], i) => [i ? "; " : "Left out: ", name, ` (${reason})`]));
-    if (!shares || !Object.keys(shares).length) return;
-    const ranked = server.experts.filter(name => experts.includes(name)).sort((a, b) => shares[b] - shares[a]);
-    this.part(".shares").replaceChildren(...ranked.map(name => {
-      const bar = make("span", { class: styleOf(name) });
-      bar.style.setProperty("--s", shares[name].toFixed(3));
-      return make("li", {}, keyOf(name), make("span", { class: "bar", "aria-hidden": "true" }, bar),
-        make("span", { class: "percent" }, percent(shares[name])));
-    }));
-    this.part(".words").hidden = false;
+    const shown = server.experts.filter(name => name in reasons || name in shares);
+    this.part(".shares").replaceChildren(...shown.map(name => experts.includes(name)
+      ? this.shareOf(name)
+      : make("li", { class: "out" }, keyOf(name), make("span", {}, `left out: ${reasons[name]}`))));
+    this.part(".words").hidden = !Object.keys(shares).length;
+  }
+
+  shareOf(name) {
+    const bar = make("span", { class: styleOf(name) });
+    bar.style.setProperty("--s", this.shares[name].toFixed(3));
+    return make("li", {}, keyOf(name), make("span", { class: "bar", "aria-hidden": "true" }, bar),
+      make("span", { class: "percent" }, percent(this.shares[name])));
   }
 
   end(said) {
@@ -322,7 +331,7 @@ async function* events(response) {
   }
 }
 
-const ENDS = { stop: "it came to its end", length: "as long as was asked for" };
+const ENDS = { stop: "ended by itself", length: "ended at the length asked for" };
 
 async function answer(pane, body, signal) {
   try {
@@ -333,16 +342,17 @@ async function answer(pane, body, signal) {
     for await (const chunk of events(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
       const choice = chunk.choices[0];
-      pane.add(choice.text ?? choice.delta?.content ?? "", chunk.flexctl?.experts ? null : chunk.flexctl?.shares);
-      reason = choice.finish_reason ?? reason;
+      // The first piece of a conversation has the role, the last one has the reason; between them are the tokens.
+      if (choice.finish_reason) reason = choice.finish_reason;
+      else if (!choice.delta?.role) pane.add(choice.text ?? choice.delta.content, chunk.flexctl?.shares);
       if (chunk.flexctl?.experts) pane.account(chunk.flexctl);
     }
     if (reason === null) throw new Error("the answer broke off");
-    pane.end(`${counted(pane.pieces.length, "piece")}, ${ENDS[reason] ?? reason}`);
+    pane.end(`${counted(pane.tokens, "token")}, ${ENDS[reason] ?? reason}`);
     return true;
   } catch (error) {
     const stopped = error.name === "AbortError";
-    pane.end(stopped ? `Stopped after ${counted(pane.pieces.length, "piece")}` : "No answer");
+    pane.end(stopped ? `Stopped after ${counted(pane.tokens, "token")}` : "No answer");
     if (!stopped) $("problem").textContent = `${pane.title}: ${error.message}`;
     return false;
   }
@@ -382,7 +392,7 @@ function compare(one, other) {
   let same = 0;
   while (one.pieces[same] && one.pieces[same].text === other.pieces[same]?.text) same += 1;
   for (const pane of [one, other]) pane.pieces[same]?.span.classList.add("fork");
-  $("fork").textContent = same ? `They part after ${counted(same, "piece")}, at the bar.` : "They part at the first piece.";
+  $("fork").textContent = same ? `They part after ${counted(same, "token")}, at the bar.` : "They part at the first token.";
 }
 
 function say(text) { $("status").textContent = text; }
@@ -392,7 +402,6 @@ function say(text) { $("status").textContent = text; }
 function submit(event) {
   event.preventDefault();
   if (running) { running.abort(); return; }
-  if (!server.model) { $("problem").textContent = "The server has not told yet what it has."; return; }
   if (!$("prompt").value.trim()) {
     $("problem").textContent = "Write a prompt first.";
     $("prompt").focus();

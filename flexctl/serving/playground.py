@@ -36,7 +36,7 @@ _HEADERS = {
 
 
 def playground() -> list[Route]:
-    """Return the addresses of the page, its style and its script; all three are files of ours and hold nobody's words."""
+    """Return the addresses of the page, its style and its script: files of ours, with nobody's words in them."""
     return [
         _file("/", _text("playground.html"), "text/html"),
         _file("/playground.css", template("pages.css") + _text("playground.css"), "text/css"),
