@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import uvicorn
+
 from flexctl.bundle.rights import Rights
 from flexctl.runtime import SILENT
-from flexctl.serving import Account, Job, Metrics, Permits, Service, Token, bind, listener, make_app
+from flexctl.serving import Account, Job, Metrics, Permits, Service, Token, bind, make_app
 from flexctl.serving.jobs import Done
 from flexctl.serving.permits import Key
 
@@ -126,17 +128,15 @@ def played(
         local_names=("127.0.0.1",),
         has_page=has_page,
     )
-    ready = threading.Event()
+    config = uvicorn.Config(make_app(service), ws="none", lifespan="off", log_config=None)
+    server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as found:
-        server = listener(make_app(service), ready.set, lambda: None)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([found])))
         thread.start()
-        assert ready.wait(10)
         try:
             yield f"http://127.0.0.1:{found.getsockname()[1]}/"
         finally:
             batcher.end()
-            server.finish()
-            server.finish()
+            server.should_exit = server.force_exit = True
             thread.join(10)
             assert not thread.is_alive()
