@@ -18,7 +18,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.manifest import MANIFEST_FILE
 from flexctl.bundle.mixture import hash_mixture, open_mixture, write_dense
-from flexctl.bundle.names import check_anchor_name, check_expert_name
+from flexctl.bundle.names import name_an_anchor, name_an_expert
 from flexctl.bundle.store import check_directory_target, check_file_target, place_of_work, require_space
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import mixture_families
@@ -61,6 +61,7 @@ class AdoptConfig(Config):
     public_expert: Annotated[int, flag("K", "Index of the expert that becomes the public one.", MODEL, at_least=0)] = 0
     data: flags.Data = ()
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     license: flags.License = None
     name: Annotated[str | None, flag("NAME", "The anchor's name (default: the folder's of MOE_DIR).", OUTPUT)] = None
     output: Annotated[
@@ -195,7 +196,7 @@ def _plan(config: AdoptConfig, source: _Source) -> AdoptResult:
             field="names",
         )
     for name in names:
-        check_expert_name(name, "`names`")
+        name_an_expert(name, "", field="names")
         if names.count(name) > 1:
             raise UsageError(f"{name!r} is there twice; each expert needs a name of its own", field="names")
     place = _place(config)
@@ -206,7 +207,7 @@ def _plan(config: AdoptConfig, source: _Source) -> AdoptResult:
     return AdoptResult(
         path=place.anchor,
         digest=None,
-        name=check_anchor_name(config.name or Path(config.mixture).resolve().name, "`name`"),
+        name=name_an_anchor(config.name, Path(config.mixture).resolve().name),
         model_type=source.found.family.dense_type,
         mixture_type=source.found.family.moe_type,
         mixture_digest=None,
@@ -281,8 +282,9 @@ def _write_anchor(
             text_field=config.text_field,
             kinds=(),
             sample_tokens=_SAMPLE_TOKENS,
+            special_as_text=config.special_as_text,
             seed=config.seed,
-            device=machine_of(config).device,
+            machine=machine_of(config),
             reporter=reporter,
         )
     anchor = write_anchor(

@@ -20,7 +20,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.checks import prove
 from flexctl.bundle.manifest import MANIFEST_FILE
-from flexctl.bundle.names import check_anchor_name
+from flexctl.bundle.names import name_an_anchor
 from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
@@ -62,6 +62,7 @@ class InitAnchorConfig(Config):
         int | None, flag("N", "Stop after this many tokens of `data` (default: the preset's).", TRAINING, above=0)
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     name: Annotated[
         str | None, flag("NAME", "The anchor's name (default: the folder's of SOURCE, or the preset).", OUTPUT)
     ] = None
@@ -202,7 +203,7 @@ def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
-    check_anchor_name(_name(config), "`name`")
+    _name(config)
     machine_of(config)
     for path in config.calibrate:
         text.text_files([path], "calibrate")
@@ -266,7 +267,7 @@ def _warn_of_tied_head(source: Path, dense: Mapping[str, Any], reporter: Reporte
 
 
 def _name(config: InitAnchorConfig) -> str:
-    return config.name or (Path(config.source).name if config.source else f"{config.preset}-anchor")
+    return name_an_anchor(config.name, Path(config.source).name if config.source else f"{config.preset}-anchor")
 
 
 def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> InitAnchorResult:
@@ -330,6 +331,8 @@ def _readable(source: Path, work: Path) -> Path:
 
 def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
     machine = machine_of(config)
+    # No file that is saved of the tokenizer holds this.
+    tokenizer.split_special_tokens = config.special_as_text
     stream = text.pack(
         work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     )
@@ -371,8 +374,9 @@ def _calibrate_and_write(
         text_field=config.text_field,
         kinds=config.calibrate,
         sample_tokens=config.sample_tokens,
+        special_as_text=config.special_as_text,
         seed=config.seed,
-        device=machine_of(config).device,
+        machine=machine_of(config),
         reporter=reporter,
     )
     dense = read_dense_config(checkpoint)

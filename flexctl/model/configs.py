@@ -25,8 +25,10 @@ _IMMATERIAL = {
     "pad_token_id",
     "use_cache",
 }
+# A trainer that turns the router's load-balancing loss on then adds nothing by it; it would move owners' rows.
+_NO_BALANCING = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
 # What of a mixture's config says nothing of what its layers compute once they are trained.
-_TRAINING_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"}
+_TRAINING_OF_MIXTURES = {*_NO_BALANCING, "router_jitter_noise"}
 _COUNTS = ("num_experts", "num_local_experts")
 _SIZES = (
     "hidden_size",
@@ -70,7 +72,7 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     resolved["head_dim"] = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
     resolved["sliding_window"] = getattr(dense, "sliding_window", None)
     resolved |= {name: getattr(dense, source) for name, source in family.copied.items()}
-    resolved |= dict(family.fixed)
+    resolved |= dict(family.fixed) | _NO_BALANCING
     resolved[family.count_field] = 1
     resolved["num_experts_per_tok"] = 1
     resolved["model_type"] = family.moe_type

@@ -237,14 +237,14 @@ class Pane {
     this.text = "";
     this.element.setAttribute("aria-label", title);
     this.part("h3").textContent = title;
-    this.part(".passage").setAttribute("aria-label", `Answer: ${title}`);
+    this.part(".excerpt").setAttribute("aria-label", `Answer: ${title}`);
     this.part(".words .scroll").setAttribute("aria-label", `Pieces, table: ${title}`);
     this.part(".state").textContent = "Asking\u2026";
     this.part(".readout").hidden = !server.explains;
     this.element.toggleAttribute("data-busy", true);
-    if ("prompt" in body) this.part(".passage").append(make("span", { class: "prompt" }, body.prompt));
-    this.part(".passage").addEventListener("keydown", event => this.step(event));
-    this.part(".passage").addEventListener("pointerover", event => this.point(event.target));
+    if ("prompt" in body) this.part(".excerpt").append(make("span", { class: "prompt" }, body.prompt));
+    this.part(".excerpt").addEventListener("keydown", event => this.step(event));
+    this.part(".excerpt").addEventListener("pointerover", event => this.point(event.target));
     this.part(".words").addEventListener("toggle", () => this.showWords());
   }
 
@@ -260,7 +260,7 @@ class Pane {
     const span = make("span", { class: leader ? styleOf(leader) : "plainly" }, text);
     if (leader) span.style.setProperty("--s", shares[leader].toFixed(3));
     this.pieces.push({ text, shares, leader, span });
-    this.part(".passage").append(span);
+    this.part(".excerpt").append(span);
   }
 
   /* Who took part, as the server says it at the end. */

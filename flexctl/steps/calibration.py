@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import model, routing, text
 from flexctl.bundle import RawTensor
-from flexctl.runtime import Reporter, counted
+from flexctl.runtime import Reporter
+from flexctl.steps.machine import Machine
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 __all__ = ["Calibration", "calibrate"]
@@ -47,8 +47,9 @@ def calibrate(
     text_field: str,
     kinds: Sequence[Path],
     sample_tokens: int,
+    special_as_text: bool,
     seed: int,
-    device: torch.device,
+    machine: Machine,
     reporter: Reporter,
 ) -> Calibration:
     """Draw a public sample and measure a dense model's router inputs on it.
@@ -59,17 +60,18 @@ def calibrate(
         text_field: Column or .jsonl field that holds it.
         kinds: Text of other kinds, measured only, one kind each.
         sample_tokens: Tokens of public text to keep.
+        special_as_text: Whether special tokens that stand in text are plain text.
         seed: Of the draw.
-        device: Where the model runs.
+        machine: What the model runs on.
         reporter: Hears of progress.
     """
     reporter.note("drawing the public sample")
-    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer = model.load_tokenizer(checkpoint, special_as_text=special_as_text)
     documents = text.frame_documents(tokenizer, text.read_documents(data, text_field))
     sample = text.draw_sample(documents, sample_tokens, seed)
     dense = model.load_dense(checkpoint)
     num_parameters = dense.num_parameters()
-    routed = model.route(dense).to(device)
+    routed = model.route(dense.to(machine.dtype)).to(machine.device)
     statistics = _measure(routed, sample, reporter)
     found = [_within(path, text_field, seed, routed, tokenizer, reporter) for path in kinds]
     space = routing.fit_space(statistics, found)
@@ -106,4 +108,4 @@ def _within(path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any,
     passages = text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed)
     framed = text.frame_passages(tokenizer, passages)
     with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-        return routing.measure_passages(routed, counted(framed, bar)).within
+        return routing.measure_passages(routed, framed, bar.advance).within

@@ -207,11 +207,11 @@ def test_an_answer_comes_piece_by_piece_in_the_colours_of_who_led(browser: Brows
     with page_of(browser, Played(wait_s=0.03, explains=True)):
         write(browser, prompt="It was", length=10)
         browser.evaluate("document.getElementById('go').click()")
-        browser.until("document.querySelectorAll('.passage span').length > 2")
-        assert browser.evaluate("document.querySelectorAll('.passage span').length") < 11
+        browser.until("document.querySelectorAll('.excerpt span').length > 2")
+        assert browser.evaluate("document.querySelectorAll('.excerpt span').length") < 11
         assert browser.evaluate("document.querySelector('.pane').hasAttribute('data-busy')")
         finish(browser)
-        spans = browser.evaluate("""[...document.querySelectorAll('.passage span')].map(
+        spans = browser.evaluate("""[...document.querySelectorAll('.excerpt span')].map(
             span => [span.textContent, span.className, span.style.getPropertyValue('--s')])""")
         assert spans[0] == ["It was", "prompt", ""]
         assert spans[1:4] == [[" the", "e0", "0.500"], [" defendant", "e2", "0.580"], [" had", "e0", "0.660"]]
@@ -230,7 +230,7 @@ def test_stopping_stops(browser: Browser) -> None:
         write(browser, prompt="It was", length=200)
         browser.evaluate("document.getElementById('go').focus()")
         browser.press("Enter", 13, text="\r")
-        browser.until("document.querySelectorAll('.passage span').length > 3")
+        browser.until("document.querySelectorAll('.excerpt span').length > 3")
         assert browser.evaluate("[document.activeElement.id, document.activeElement.textContent]") == ["go", "Stop"]
         browser.press("Escape", 27)
         finish(browser)
@@ -265,7 +265,7 @@ def test_shares_are_not_told_without_explain(browser: Browser) -> None:
     with page_of(browser, Played(explains=False), explains=False):
         assert "was started without --explain, as routing tells something of a text" in texts(browser, "#told")[0]
         ask(browser)
-        assert set(browser.evaluate("[...document.querySelectorAll('.passage span')].map(span => span.className)")) == {
+        assert set(browser.evaluate("[...document.querySelectorAll('.excerpt span')].map(span => span.className)")) == {
             "prompt",
             "plainly",
         }
@@ -283,7 +283,7 @@ def test_a_question_goes_to_the_assistant(browser: Browser) -> None:
         ask(browser, "Who pays?")
         assert "/v1/chat/completions" in calls(browser)[0]
         assert '"messages":[{"role":"user","content":"Who pays?"}]' in calls(browser)[0]
-        assert texts(browser, ".passage")[0].startswith(" the defendant had breached")
+        assert texts(browser, ".excerpt")[0].startswith(" the defendant had breached")
         assert texts(browser, ".state") == ["10 tokens, ended at the length asked for"]
 
 
@@ -294,7 +294,7 @@ def test_a_question_goes_to_the_assistant(browser: Browser) -> None:
 def test_hostile_text_stays_text(browser: Browser) -> None:
     with page_of(browser, Played([(HOSTILE, "law"), ("</div>", "public")], explains=True)):
         ask(browser, HOSTILE)
-        assert texts(browser, ".passage") == [HOSTILE + (HOSTILE + "</div>") * 5]
+        assert texts(browser, ".excerpt") == [HOSTILE + (HOSTILE + "</div>") * 5]
         browser.evaluate("document.querySelector('.words').open = true")
         browser.until("document.querySelectorAll('.words tbody tr').length === 10")
         assert browser.evaluate("document.title") == "merged: playground"
@@ -442,7 +442,7 @@ def test_nothing_moves_for_those_who_ask_for_that(browser: Browser) -> None:
         browser.evaluate("document.getElementById('go').click()")
         browser.until("document.querySelector('.pane') !== null")
         assert (
-            browser.evaluate("getComputedStyle(document.querySelector('.passage'), '::after').animationName") == "none"
+            browser.evaluate("getComputedStyle(document.querySelector('.excerpt'), '::after').animationName") == "none"
         )
         assert browser.evaluate("getComputedStyle(document.querySelector('.switch input')).transitionDuration") == "0s"
         browser.press("Escape", 27)
@@ -490,9 +490,9 @@ def test_the_keyboard_does_all_of_it(page: Browser) -> None:
     page.evaluate("document.getElementById('prompt').focus()")
     write(page, prompt="It was", length=10)
     page.press("Enter", 13, modifiers=2)
-    page.until("document.querySelectorAll('.passage span').length === 11")
+    page.until("document.querySelectorAll('.excerpt span').length === 11")
     finish(page)
-    page.evaluate("document.querySelector('.passage').focus()")
+    page.evaluate("document.querySelector('.excerpt').focus()")
     for _ in range(2):
         page.press("ArrowRight", 39)
     assert texts(page, ".current") == [" defendant"]
