@@ -20,6 +20,7 @@ from flexctl.options import (
     RIGHTS,
     ROUTER,
     TRAINING,
+    TRUST,
     Option,
     argument,
     flag,
@@ -43,6 +44,7 @@ __all__ = [
     "Encoder",
     "Expires",
     "ForwardTokens",
+    "Key",
     "Label",
     "License",
     "Lr",
@@ -52,8 +54,11 @@ __all__ = [
     "OutputElsewhere",
     "Overwrite",
     "OwnCovariance",
+    "PassphraseFile",
     "Public",
     "Purpose",
+    "Reason",
+    "RequireSigned",
     "Resume",
     "Router",
     "Seed",
@@ -63,7 +68,9 @@ __all__ = [
     "Tether",
     "TextField",
     "Threads",
+    "Tombstone",
     "TopK",
+    "Trust",
     "TrustCache",
     "Without",
     "output",
@@ -183,6 +190,19 @@ Expires = Annotated[
 Label = Annotated[str | None, flag("TEXT", "One line about the data.", RIGHTS, check=_refuse_unwritable)]
 Contact = Annotated[str | None, flag("TEXT", "Whom to ask about the expert.", RIGHTS, check=_refuse_unwritable)]
 AllowExpired = Annotated[bool, switch("Take experts whose rights have expired.", RIGHTS)]
+
+# Whose word counts.
+Trust = Annotated[
+    Path | None, flag("FILE", "Trust file: whose keys count, and how long (docs/security.md, section 2).", TRUST)
+]
+RequireSigned = Annotated[bool, switch("Refuse experts that no key of `trust` has signed.", TRUST)]
+PassphraseFile = Annotated[
+    Path | None,
+    flag("FILE", "File whose first line opens the key (default: FLEXCTL_PASSPHRASE, else asked for).", TRUST),
+]
+Key = Annotated[Path | None, flag("FILE", "Private key, made by keygen, that signs.", TRUST)]
+Tombstone = Annotated[bool, switch("Keep the name and digest of what goes in the manifest and the card.", OUTPUT)]
+Reason = Annotated[str | None, flag("TEXT", "Why, for the record that `key` signs.", OUTPUT, check=_refuse_unwritable)]
 
 # The machine.
 Seed = Annotated[int, flag("N", "Seed of everything random.", HARDWARE)]

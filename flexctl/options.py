@@ -32,6 +32,7 @@ __all__ = [
     "ROUTER",
     "SECTIONS",
     "TRAINING",
+    "TRUST",
     "Config",
     "Option",
     "argument",
@@ -46,10 +47,11 @@ TRAINING = "Training"
 ROUTER = "Router"
 MODEL = "Model"
 RIGHTS = "Rights"
+TRUST = "Trust"
 HUB = "Hub"
 HARDWARE = "Hardware"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, HUB, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, TRUST, HUB, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

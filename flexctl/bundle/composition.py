@@ -20,6 +20,7 @@ from flexctl.bundle.anchor import PUBLIC_SAMPLE_FILE, Anchor
 from flexctl.bundle.expert import Expert, check_fits
 from flexctl.bundle.hashing import StoredTensor
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, feed_forward_keys
+from flexctl.bundle.licenses import conflicts
 from flexctl.bundle.manifest import (
     OTHER_LICENSE,
     AnchorRef,
@@ -41,6 +42,7 @@ from flexctl.bundle.merged import (
     weight_files,
 )
 from flexctl.bundle.names import PUBLIC
+from flexctl.bundle.rights import Rights
 from flexctl.bundle.signatures import kept_signature_file, read_signature, signature_path
 from flexctl.bundle.stock import DENSE_PREFIX
 from flexctl.bundle.tensors import RawTensor, Span
@@ -127,6 +129,11 @@ class Composition:
             return OTHER_LICENSE
         same = all((part.entry.license or "").lower() == first.lower() for part in self.parts)
         return first if same else OTHER_LICENSE
+
+    def license_conflicts(self) -> list[str]:
+        """Return what of the inputs' licenses does not go together, as far as their ids tell."""
+        entries = (part.entry for part in self.parts)
+        return conflicts([Rights(entry.name, entry.license, entry.purposes, entry.expires) for entry in entries])
 
     def closed_rows(self) -> dict[str, RawTensor]:
         """Return each closed expert's router rows, as its owner made them, (num_hidden_layers, hidden_size), F32."""

@@ -150,7 +150,7 @@ def read_signature(path: Path, manifest: Manifest) -> Envelope | None:
     if envelope is None or envelope.payload == signed_statement(manifest):
         return envelope
     raise BundleError(
-        f"{path}: signs another {_first_difference(envelope, manifest, str(path))} than that of {bundle_name(manifest)}",
+        f"{path}: signs another {_first_difference(envelope, manifest, str(path))} than {bundle_name(manifest)}'s",
         hint=f"sign it again, or delete {path.name}",
     )
 

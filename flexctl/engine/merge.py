@@ -21,6 +21,7 @@ from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
 from flexctl.steps.sources import localise
+from flexctl.steps.trusting import refuse_untrusted
 
 __all__ = ["MergeConfig", "MergeResult", "MergedExpert", "merge"]
 
@@ -36,6 +37,7 @@ class MergeConfig(Config):
     Examples:
         flexctl merge experts/*.st
         flexctl merge merged experts/news.st -o merged-2
+        flexctl merge experts/*.st --require-signed --trust trust.toml
     """
 
     experts: Annotated[
@@ -53,6 +55,8 @@ class MergeConfig(Config):
     ] = None
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
+    trust: flags.Trust = None
+    require_signed: flags.RequireSigned = False
     allow_expired: flags.AllowExpired = False
     trust_cache: flags.TrustCache = False
 
@@ -116,6 +120,7 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         overwrite = overwrite or replaces_own
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
+    refuse_untrusted(config, composition, today)
     _warn(composition, config, reporter)
     routing = _expected_routing(composition, config, reporter)
     digest, written = assemble(
@@ -185,3 +190,6 @@ def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> 
     elif composition.license == OTHER_LICENSE:
         listed = ", ".join(f"{part.entry.name}: {part.entry.license or 'unknown'}" for part in composition.parts)
         reporter.warn(f"the inputs have no license in common ({listed}); the merged model's is 'other'")
+    for conflict in (found := composition.license_conflicts())[:1]:
+        more = f" (and {len(found) - 1} more: flexctl check-rights)" if len(found) > 1 else ""
+        reporter.warn(f"licenses that may not go together: {conflict}{more}")

@@ -20,7 +20,9 @@ from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Parts, Reporter
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.machine import machine_of
+from flexctl.steps.removal import recorder
 from flexctl.steps.sources import localise
+from flexctl.steps.trusting import refuse_untrusted
 
 __all__ = ["Change", "ReplaceConfig", "ReplaceResult", "replace"]
 
@@ -29,7 +31,8 @@ __all__ = ["Change", "ReplaceConfig", "ReplaceResult", "replace"]
 class ReplaceConfig(Config):
     """What to replace.
 
-    With `data` also how each domain's bits per byte changed, scored as evaluate does.
+    With `data` also how each domain's bits per byte changed, scored as evaluate does. With `tombstone`, `reason`
+    and `key` the owner gets a signed record of the version that went, NAME.removed.json beside the model.
 
     Examples:
         flexctl replace law law-2.st
@@ -43,6 +46,12 @@ class ReplaceConfig(Config):
     output: flags.OutputElsewhere = None
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
+    tombstone: flags.Tombstone = False
+    reason: flags.Reason = None
+    key: flags.Key = None
+    passphrase_file: flags.PassphraseFile = None
+    trust: flags.Trust = None
+    require_signed: flags.RequireSigned = False
     text_field: flags.TextField = "text"
     seq_len: flags.SeqLen = None
     forward_tokens: flags.ForwardTokens = 8192
@@ -76,6 +85,7 @@ class ReplaceResult:
         bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
         dry_run: Whether nothing was written.
         bits_per_byte: Domain -> {before, after} on its test text; empty without data, and after a dry run.
+        records: The signed record for the owner, where it was asked for.
     """
 
     path: Path
@@ -87,6 +97,7 @@ class ReplaceResult:
     bytes_written: int
     dry_run: bool
     bits_per_byte: Mapping[str, Mapping[str, float]]
+    records: tuple[Path, ...] = ()
 
 
 def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> ReplaceResult:
@@ -112,7 +123,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
             hint="an expert is replaced by one of the same name; remove and merge for any other",
         )
     warn_of_tuned(merged, reporter)
-    composition = compose_merged(merged).without([config.name]).adding([expert])
+    composition = compose_merged(merged).without([config.name], tombstone=config.tombstone).adding([expert])
     old = _old_manifest(merged, expert)
     if domains:
         _warn_of_length(config, merged, reporter)
@@ -121,6 +132,8 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     target, replaces_own = place_of_change(source, config.output)
     overwrite = config.overwrite or replaces_own
     check_directory_target(target, kind="merged", overwrite=overwrite)
+    refuse_untrusted(config, composition, today)
+    recording = recorder(merged, [config.name], target, config, reporter)
     # One model is in memory at a time: the old one is scored and gone before the new one is.
     scoring = Parts(reporter)
     scoring.expect(2 * sum(domain.size_bytes() for domain in domains))
@@ -133,6 +146,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         dry_run=config.dry_run,
         reporter=reporter,
     )
+    records = recording.write(target, "replace", today or datetime.date.today()) if recording and digest else ()
     after = _score(target, domains, config, scoring, "after")
     return ReplaceResult(
         path=target,
@@ -144,6 +158,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         bytes_written=written,
         dry_run=config.dry_run,
         bits_per_byte={name: {"before": before[name], "after": after[name]} for name in before},
+        records=records,
     )
 
 

@@ -1,4 +1,7 @@
-"""Private keys, ed25519, encrypted at rest: made once, opened to sign."""
+"""Private keys, ed25519, encrypted at rest: made once, opened to sign.
+
+The file is OpenSSH's, as its bcrypt makes every guess at a passphrase slow; ``ssh-keygen -p`` changes the passphrase.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexctl.bundle.names import shown
-from flexctl.bundle.store import check_file_target, new_file
+from flexctl.bundle.store import new_file
 from flexctl.errors import UsageError
 
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner, SSlibKey
 
-__all__ = ["load_key", "make_key", "public_key", "public_line", "public_path", "require_sign"]
+__all__ = ["load_key", "make_key", "public_key", "public_line", "public_path", "read_key_file", "require_sign"]
+
+KDF_ROUNDS = 64
+"""About half a second a guess."""
 
 _MOST_BYTES = 10_000
 
@@ -26,9 +32,9 @@ def require_sign() -> None:
     Raises:
         UsageError: It is not.
     """
-    missing = [name for name in ("cryptography", "securesystemslib") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("bcrypt", "cryptography", "securesystemslib") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"signatures need {' and '.join(missing)}", hint="pip install 'flexctl[sign]'")
+        raise UsageError(f"signatures need {', '.join(missing)}", hint="pip install 'flexctl[sign]'")
 
 
 def public_path(path: Path) -> Path:
@@ -36,36 +42,28 @@ def public_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.pub")
 
 
-def make_key(path: Path, passphrase: str, *, overwrite: bool) -> SSlibKey:
+def make_key(path: Path, passphrase: str) -> SSlibKey:
     """Write a new key pair and return its public half.
 
     Args:
-        path: File of the private key: PEM (PKCS#8), encrypted, mode 0600. The public half goes beside it.
+        path: File of the private key as OpenSSH has it, encrypted, mode 0600. The public half, PEM, goes beside it.
         passphrase: What it is encrypted with.
-        overwrite: Whether a key that exists may be replaced.
 
     Raises:
-        UsageError: A file exists and may not be replaced.
+        UsageError: A file exists.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import (
-        BestAvailableEncryption,
-        Encoding,
-        PrivateFormat,
-        PublicFormat,
-    )
+    from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
     from securesystemslib.signer import SSlibKey
 
-    check_file_target(public_path(path), overwrite=overwrite)
     private = Ed25519PrivateKey.generate()
-    sealed = private.private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase.encode("utf-8"))
-    )
-    with new_file(path, overwrite=overwrite) as temporary:
+    slowly = PrivateFormat.OpenSSH.encryption_builder().kdf_rounds(KDF_ROUNDS).build(passphrase.encode("utf-8"))
+    sealed = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, slowly)
+    with new_file(path, overwrite=False) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(sealed)
-    with new_file(public_path(path), overwrite=overwrite) as temporary:
+    with new_file(public_path(path), overwrite=False) as temporary:
         temporary.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return SSlibKey.from_crypto(private.public_key())
 
@@ -76,17 +74,20 @@ def load_key(path: Path, passphrase: str) -> CryptoSigner:
     Raises:
         UsageError: There is no such file, it is no ed25519 key, is not encrypted, or the passphrase is wrong.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
     from securesystemslib.signer import CryptoSigner
 
     data = read_key_file(path)
-    if b"BEGIN ENCRYPTED PRIVATE KEY" not in data:
+    if b"BEGIN OPENSSH PRIVATE KEY" not in data:
         what = "a public key" if b"PUBLIC KEY" in data else "no private key of keygen's"
-        raise UsageError(f"{path}: is {what}; expected a private key that is encrypted", hint="flexctl keygen makes one")
+        raise UsageError(f"{path}: is {what}", hint="flexctl keygen makes a key")
     try:
-        private = load_pem_private_key(data, passphrase.encode("utf-8"))
-    except ValueError as error:
+        private = load_ssh_private_key(data, passphrase.encode("utf-8"))
+    except TypeError as error:
+        raise UsageError(f"{path}: is not encrypted", hint=f"ssh-keygen -p -f {path} gives it a passphrase") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path}: cannot be opened: the passphrase is wrong, or the file is broken") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise UsageError(f"{path}: is a key of another kind; expected ed25519")

@@ -88,7 +88,7 @@ def read_trust(path: Path) -> tuple[Owner, ...]:
     """Return the keys of a trust file, in its order.
 
     Raises:
-        UsageError: There is no such file, it is not TOML, or a field is missing, unknown or wrong; the message names it.
+        UsageError: There is no such file, it is not TOML, or a field is missing, unknown or wrong.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="flexctl keygen shows what goes into a trust file")

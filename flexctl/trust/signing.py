@@ -116,4 +116,3 @@ def refuse_unsigned(composition: Composition, trust: Trust) -> None:
 def named(owners: Sequence[Owner]) -> str:
     """Return who signed and when trust in each ends, in words."""
     return ", ".join(f"{owner.name} (trusted {owner.ends})" for owner in owners)
-
