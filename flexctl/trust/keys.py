@@ -32,7 +32,9 @@ def require_sign() -> None:
     Raises:
         UsageError: It is not.
     """
-    missing = [name for name in ("bcrypt", "cryptography", "securesystemslib") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("bcrypt", "cryptography", "securesystemslib") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise UsageError(f"signatures need {', '.join(missing)}", hint="pip install 'flexctl[sign]'")
 
