@@ -59,7 +59,7 @@ COMMANDS = (
     Command("verify", "Re-hash and check everything in a bundle."),
     Command("keygen", "Make a key to sign with."),
     Command("sign", "Sign a bundle, so that others can see who made it."),
-    Command("check_rights", "Say which experts a purpose rules out, and how to remove them.", ("RuledOut",)),
+    Command("check_rights", "Say which experts a purpose rules out.", ("RuledOut",)),
     Command(
         "list",
         "List the workspace's anchor, experts and merged model.",

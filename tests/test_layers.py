@@ -23,7 +23,7 @@ LAYERS = (
     {"evaluation", "training"},
     {"routing"},
     {"text"},
-    {"hub", "cache"},
+    {"hub", "cache", "trust"},
     {"model", "bundle"},
     {
         "families",
@@ -55,6 +55,8 @@ ONLY_IMPORTER = {
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
+    "cryptography": ("trust/",),
+    "securesystemslib": ("trust/", "steps/"),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -298,6 +299,8 @@ def _span(found: Estimate, shown: Callable[[float], str] = number) -> str | None
 
 
 def _inspect(result: InspectResult) -> list[str]:
+    if result.sbom is not None:
+        return [json.dumps(result.sbom, indent=2)]
     manifest = {
         name: value for name, value in result.manifest.items() if name not in ("tensors", "files", "moe_config")
     }

@@ -88,7 +88,7 @@ def load_key(path: Path, passphrase: str) -> CryptoSigner:
     try:
         private = load_ssh_private_key(data, passphrase.encode("utf-8"))
     except TypeError as error:
-        raise UsageError(f"{path}: is not encrypted", hint=f"ssh-keygen -p -f {path} gives it a passphrase") from error
+        raise UsageError(f"{path}: is not encrypted", hint="ssh-keygen gives it a passphrase") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path}: cannot be opened: the passphrase is wrong, or the file is broken") from error
     if not isinstance(private, Ed25519PrivateKey):

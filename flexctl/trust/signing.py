@@ -106,7 +106,7 @@ def refuse_unsigned(composition: Composition, trust: Trust) -> None:
         if part.signature is None:
             raise BundleError(
                 f"{part.source}: expert {part.entry.name} is not signed",
-                hint=f"its owner signs it: flexctl sign {part.entry.name}.st --key KEY",
+                hint="its owner signs it: flexctl sign",
             )
         signers_of(
             parse_envelope(part.signature, str(part.source)), part.entry.name, trust, f"{part.source}, its signature"
