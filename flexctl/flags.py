@@ -29,6 +29,8 @@ from flexctl.options import (
 
 __all__ = [
     "OWN_COVARIANCE",
+    "Accept",
+    "Admit",
     "AllowExpired",
     "Anchor",
     "BatchTokens",
@@ -61,6 +63,7 @@ __all__ = [
     "RequireSigned",
     "Resume",
     "Router",
+    "Screen",
     "Seed",
     "SeqLen",
     "Source",
@@ -196,6 +199,11 @@ Trust = Annotated[
     Path | None, flag("FILE", "Trust file: whose keys count, and how long (docs/security.md, section 2).", TRUST)
 ]
 RequireSigned = Annotated[bool, switch("Refuse experts that no key of `trust` has signed.", TRUST)]
+Screen = Annotated[
+    bool, switch("Try experts on public text, each against the model without it; loads the model.", TRUST)
+]
+Accept = Annotated[tuple[str, ...], flag("NAME", "Take this expert whatever is found; repeatable.", TRUST)]
+Admit = Annotated[bool, switch("Refuse an expert that makes a domain of `data` worse.", TRUST)]
 PassphraseFile = Annotated[
     Path | None,
     flag("FILE", "File whose first line opens the key (default: FLEXCTL_PASSPHRASE, else asked for).", TRUST),

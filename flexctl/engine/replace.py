@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from flexctl import evaluation, flags, model, workspace
+from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.codec import encode
-from flexctl.bundle.composition import compose_merged
+from flexctl.bundle.composition import Composition, compose_merged
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.bundle.manifest import ExpertManifest
 from flexctl.bundle.merged import Merged, open_merged
@@ -21,8 +22,9 @@ from flexctl.runtime import SILENT, Parts, Reporter
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.machine import machine_of
 from flexctl.steps.removal import recorder
+from flexctl.steps.screening import admit, domains_of, refuse_implausible, screen, untrusted
 from flexctl.steps.sources import localise
-from flexctl.steps.trusting import refuse_untrusted
+from flexctl.steps.trusting import refuse_untrusted, trust_of
 
 __all__ = ["Change", "ReplaceConfig", "ReplaceResult", "replace"]
 
@@ -52,6 +54,9 @@ class ReplaceConfig(Config):
     passphrase_file: flags.PassphraseFile = None
     trust: flags.Trust = None
     require_signed: flags.RequireSigned = False
+    screen: flags.Screen = False
+    admit: flags.Admit = False
+    accept: flags.Accept = ()
     text_field: flags.TextField = "text"
     seq_len: flags.SeqLen = None
     forward_tokens: flags.ForwardTokens = 8192
@@ -113,7 +118,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
             a setting or the data is wrong.
         BundleError: The new expert bears another name or does not fit, or bytes are not those of a manifest.
     """
-    domains = _domains(config)
+    domains = domains_of(config)
     source = config.source or workspace.find().merged
     merged = open_merged(source)
     expert = open_expert(localise(config.expert, reporter))
@@ -134,6 +139,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     check_directory_target(target, kind="merged", overwrite=overwrite)
     refuse_untrusted(config, composition, today)
     recording = recorder(merged, [config.name], target, config, reporter)
+    _look_at(config, merged, composition, domains, reporter, today)
     # One model is in memory at a time: the old one is scored and gone before the new one is.
     scoring = Parts(reporter)
     scoring.expect(2 * sum(domain.size_bytes() for domain in domains))
@@ -162,13 +168,23 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     )
 
 
-def _domains(config: ReplaceConfig) -> list[evaluation.Domain]:
-    """Return what to score on, after refusing settings that cannot be scored with."""
-    if not config.data:
-        return []
-
-    machine_of(config)
-    return evaluation.parse_domains(config.data, config.text_field)
+def _look_at(
+    config: ReplaceConfig,
+    merged: Merged,
+    composition: Composition,
+    domains: Sequence[evaluation.Domain],
+    reporter: Reporter,
+    today: datetime.date | None,
+) -> None:
+    """Refuse a new version that is out of proportion, ruins public text, or makes a domain worse than the old one."""
+    own, trust, names = workspace.find().anchor, trust_of(config, today), [config.name]
+    anchor = open_anchor(own) if own.is_dir() else None
+    anchor = anchor if anchor and anchor.digest == composition.anchor.digest else None
+    strangers = untrusted(composition, names, trust)
+    refuse_implausible(composition, strangers, anchor, config, reporter)
+    screen(composition, names if config.screen else strangers if trust and anchor else [], anchor, config, reporter)
+    if config.admit and not config.dry_run:
+        admit(composition, names, domains, config, reporter, before=compose_merged(merged))
 
 
 def _score(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexctl.bundle.codec import indented_json
-from flexctl.bundle.composition import Composition
+from flexctl.bundle.composition import Composition, Part
 from flexctl.bundle.names import shown
 from flexctl.bundle.signatures import PAYLOAD_TYPE, Envelope, parse_envelope
 from flexctl.errors import BundleError
@@ -18,7 +18,7 @@ from flexctl.trust.owners import Owner
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
 
-__all__ = ["Trust", "named", "refuse_unsigned", "seal", "signers_of"]
+__all__ = ["Trust", "is_signed", "named", "refuse_unsigned", "seal", "signers_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +94,17 @@ def signers_of(
         said = "; ".join(objections) or f"no key of {trust.path} signed it, but {shown(ids)}"
         raise BundleError(f"{where}: {said}")
     return tuple(found)
+
+
+def is_signed(part: Part, trust: Trust) -> bool:
+    """Return whether an expert carries a signature of a trusted key that may sign it."""
+    if part.signature is None:
+        return False
+    try:
+        signers_of(parse_envelope(part.signature, str(part.source)), part.entry.name, trust, str(part.source))
+    except BundleError:
+        return False
+    return True
 
 
 def refuse_unsigned(composition: Composition, trust: Trust) -> None:
