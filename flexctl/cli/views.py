@@ -342,7 +342,7 @@ def _check_rights(result: CheckRightsResult) -> list[str]:
     for out in result.ruled_out:
         lines.append(f"must be left out: {out.name}: {out.reason}{f'; ask {out.contact}' if out.contact else ''}")
     lines += [f"look at the licenses: {conflict}" for conflict in result.conflicts]
-    return [*lines, "", cell(result.command)] if result.command else lines
+    return [*lines, "", cell(result.remedy)] if result.remedy else lines
 
 
 def _list(result: ListResult) -> list[str]:

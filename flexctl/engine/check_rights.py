@@ -61,7 +61,7 @@ class CheckRightsResult:
         allowed: Closed experts that may stay.
         ruled_out: Those that may not.
         conflicts: What of the licenses does not go together, as far as their ids tell.
-        command: What removes those that may not stay; None where all may.
+        remedy: The command that removes those that may not stay; None where all may.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class CheckRightsResult:
     allowed: tuple[str, ...]
     ruled_out: tuple[RuledOut, ...]
     conflicts: tuple[str, ...]
-    command: str | None
+    remedy: str | None
 
     @property
     def exit_code(self) -> int:
@@ -109,5 +109,5 @@ def check_rights(
         allowed=tuple(name for name in merged.names if name not in reasons),
         ruled_out=tuple(RuledOut(name=n, reason=reasons[n], contact=contacts[n]) for n in merged.names if n in reasons),
         conflicts=tuple(conflicts([right for right in rights if right.name not in reasons])),
-        command=shlex.join(["flexctl", "remove", *sorted(reasons), "--from", str(path)]) if reasons else None,
+        remedy=shlex.join(["flexctl", "remove", *sorted(reasons), "--from", str(path)]) if reasons else None,
     )

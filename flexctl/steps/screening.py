@@ -14,12 +14,12 @@ from flexctl import evaluation, model, text
 from flexctl.bundle import Anchor
 from flexctl.bundle.composed import composed_weights
 from flexctl.bundle.composition import Composition
-from flexctl.bundle.plausible import implausible_sizes
+from flexctl.bundle.plausible import implausible_sizes, sizes_of
 from flexctl.errors import BundleError, UsageError
 from flexctl.evaluation.figures import Estimate
 from flexctl.runtime import Parts, Reporter
 from flexctl.steps.machine import MachineConfig, machine_of
-from flexctl.steps.overlap import expected_between
+from flexctl.steps.overlap import public_shares
 from flexctl.trust.signing import Trust, is_signed
 
 if TYPE_CHECKING:
@@ -114,14 +114,15 @@ def refuse_implausible(
         if name not in (part.entry.name for part in composition.parts[1:]):
             raise UsageError(f"there is no expert {name!r} to accept", field="accept")
     rows = {name: row for name, row in composition.closed_rows().items() if name in names}
+    shares = public_shares(anchor, rows) if anchor is not None and rows else {}
+    public = sizes_of(composition.parts[0]) if names else {}
     for part in composition.parts[1:]:
         name = part.entry.name
         if name not in names:
             continue
-        found = list(implausible_sizes(part, composition.parts[0]))
-        if anchor is not None:
-            share = expected_between(anchor, {name: rows[name]})["public"][name]
-            found += [f"by its rows it takes {share:.0%} of public text"] * (share >= MOST_SHARE)
+        found = list(implausible_sizes(part, public))
+        if shares.get(name, 0.0) >= MOST_SHARE:
+            found.append(f"by its rows it takes {shares[name]:.0%} of public text")
         _refuse(part.source, name, found, config, reporter)
 
 

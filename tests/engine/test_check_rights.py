@@ -77,11 +77,11 @@ def test_who_must_be_left_out_and_the_command_that_does_it(world: World, capsys:
     assert result.allowed == ("code", "law")
     assert [(out.name, out.contact) for out in result.ruled_out] == [("news", "rights@news.example"), ("poems", None)]
     assert result.ruled_out[0].reason == "it is for research, not for 'commercial'"
-    assert (result.exit_code, result.command) == (3, "flexctl remove news poems --from merged")
-    assert main([*shlex.split(result.command)[1:], "-o", "rest", "-q"]) == 0
+    assert (result.exit_code, result.remedy) == (3, "flexctl remove news poems --from merged")
+    assert main([*shlex.split(result.remedy)[1:], "-o", "rest", "-q"]) == 0
     assert open_merged(Path("rest")).names == result.allowed
     rest = check_rights(CheckRightsConfig(path=Path("rest"), purpose=("commercial",)), today=TODAY)
-    assert (rest.ruled_out, rest.command, rest.exit_code) == ((), None, 0)
+    assert (rest.ruled_out, rest.remedy, rest.exit_code) == ((), None, 0)
     assert main(["check-rights", "merged", "--purpose", "commercial"]) == 3
     out = capsys.readouterr().out
     assert "must be left out: news: it is for research, not for 'commercial'; ask rights@news.example\n" in out
