@@ -269,4 +269,4 @@ def test_check_rights(space: Terminal) -> None:
     found = space.json("check-rights", "--purpose", "anything")
     assert (found["allowed"], found["ruled_out"], found["remedy"]) == (["code", "sums"], [], None)
     assert space.text("check-rights", "merged") == "may be used: code, sums\n"
-    assert "no such directory" in space.error("check-rights", "nowhere", code=2)
+    assert "no such file" in space.error("check-rights", "nowhere", code=2)
