@@ -570,14 +570,6 @@ def test_training_says_nothing_without_a_reporter(
     assert caplog.records == []
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_training_on_a_gpu(tmp_path: Path, anchor: Path, texts: Any, dtype: str) -> None:
-    result = train(anchor, texts.code, tmp_path / "x.st", device="cuda", dtype=dtype)
-    assert result.frozen_verified
-    assert result.held_out["own"]["after"] < result.held_out["own"]["before"]
-
-
 def test_training_in_bfloat16_writes_the_anchor_s_dtype(tmp_path: Path, anchor: Path, texts: Any) -> None:
     result = train(anchor, texts.code, tmp_path / "code.st", dtype="bfloat16", lr=5e-3, max_steps=12)
     expert = open_expert(result.path)
