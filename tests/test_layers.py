@@ -57,6 +57,7 @@ ONLY_IMPORTER = {
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
     "cryptography": ("trust/",),
     "securesystemslib": ("trust/", "steps/"),
+    "model_signing": ("trust/oms.py",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

@@ -331,7 +331,7 @@ def _keygen(result: KeygenResult) -> list[str]:
 
 
 def _sign(result: SignResult) -> list[str]:
-    by = f"key {result.key_id[:12]}"
+    by = f"key {result.key_id[:12]}" if result.key_id else "for OpenSSF's tool"
     count = f"{result.signatures} signatures" if result.signatures > 1 else None
     return [_sentence(result, f"Signed {cell(result.path)} in {cell(result.signature)}", by, count)]
 

@@ -11,9 +11,11 @@ from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.signatures import Envelope, read_envelope, signature_path, signed_statement
 from flexctl.bundle.store import check_file_target, new_file
 from flexctl.errors import UsageError
-from flexctl.options import TRUST, Config, argument, flag
+from flexctl.options import TRUST, Config, argument, flag, switch
 from flexctl.runtime import SILENT, Reporter
-from flexctl.steps.passphrase import open_key
+from flexctl.steps.passphrase import known_passphrase, open_key
+from flexctl.trust.keys import read_key_file
+from flexctl.trust.oms import oms_path, require_oms, write_oms
 from flexctl.trust.signing import seal
 
 __all__ = ["SignConfig", "SignResult", "sign"]
@@ -34,6 +36,9 @@ class SignConfig(Config):
     path: Annotated[Path, argument("PATH", "Anchor, expert (.st), router file or merged model.")]
     key: Annotated[Path, flag("FILE", "Private key, made by keygen, that signs.", TRUST)]
     passphrase_file: flags.PassphraseFile = None
+    oms: Annotated[
+        bool, switch("Write OpenSSF's model signing v1 instead; hashes everything, and takes EC keys in PEM.", TRUST)
+    ] = False
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
 
@@ -46,7 +51,7 @@ class SignResult:
         path: The bundle.
         digest: Its digest.
         signature: File with the signature.
-        key_id: Of the key that signed.
+        key_id: Of the key that signed; None in OpenSSF's form, which has none.
         signatures: How many keys have signed it now.
         dry_run: Whether nothing was written.
     """
@@ -54,7 +59,7 @@ class SignResult:
     path: Path
     digest: str
     signature: Path
-    key_id: str
+    key_id: str | None
     signatures: int
     dry_run: bool
 
@@ -71,6 +76,8 @@ def sign(config: SignConfig, reporter: Reporter = SILENT) -> SignResult:
         BundleError: The bundle is not valid.
     """
     bundle = open_bundle(config.path)
+    if config.oms:
+        return _sign_for_openssf(config, bundle.digest, reporter)
     target, payload = signature_path(config.path), signed_statement(bundle.manifest)
     before = _before(target, payload, config)
     check_file_target(target, overwrite=True)
@@ -86,6 +93,18 @@ def sign(config: SignConfig, reporter: Reporter = SILENT) -> SignResult:
         key_id=key_id,
         signatures=len({key_id, *(before.signatures if before else ())}),
         dry_run=config.dry_run,
+    )
+
+
+def _sign_for_openssf(config: SignConfig, digest: str, reporter: Reporter) -> SignResult:
+    require_oms()
+    target = check_file_target(oms_path(config.path), overwrite=config.overwrite)
+    read_key_file(config.key)
+    passphrase = known_passphrase(config.key, config, reporter)
+    if not config.dry_run:
+        write_oms(config.path, config.key, passphrase, overwrite=config.overwrite)
+    return SignResult(
+        path=config.path, digest=digest, signature=target, key_id=None, signatures=1, dry_run=config.dry_run
     )
 
 

@@ -14,7 +14,7 @@ from flexctl.trust import keys
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
 
-__all__ = ["PASSPHRASE", "PassphraseConfig", "new_passphrase", "open_key"]
+__all__ = ["PASSPHRASE", "PassphraseConfig", "known_passphrase", "new_passphrase", "open_key"]
 
 PASSPHRASE = "FLEXCTL_PASSPHRASE"
 _FEWEST, _MOST = 8, 1000
@@ -36,7 +36,16 @@ def open_key(path: Path, config: PassphraseConfig, reporter: Reporter) -> Crypto
     """
     keys.require_sign()
     keys.read_key_file(path)
-    return keys.load_key(path, _given(config, reporter) or _asked(reporter, f"Passphrase of {path}"))
+    return keys.load_key(path, known_passphrase(path, config, reporter))
+
+
+def known_passphrase(path: Path, config: PassphraseConfig, reporter: Reporter) -> str:
+    """Return the passphrase of a key that there is.
+
+    Raises:
+        UsageError: None is given.
+    """
+    return _given(config, reporter) or _asked(reporter, f"Passphrase of {path}")
 
 
 def new_passphrase(config: PassphraseConfig, reporter: Reporter) -> str:
