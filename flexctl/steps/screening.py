@@ -36,7 +36,7 @@ MOST_SHARE = 0.9
 MOST_COST = 0.25
 """Nats a token that public text may cost more with an expert than without it."""
 
-_PUBLIC_TOKENS = 16_384
+_PUBLIC_TOKENS = 4096
 
 
 class ScreenConfig(MachineConfig, Protocol):
@@ -153,7 +153,7 @@ def screen(
     documents = text.leading(sample.held_out, _PUBLIC_TOKENS)
     trial, parts = _trial(composition, config), Parts(reporter)
     ways = [[], *([name] for name in names), *([list(names)] if len(names) > 1 else [])]
-    parts.expect(len(ways) * len(documents))
+    parts.expect(len(ways) * _windows(documents, trial))
     scores = [_on_public(trial, documents, way, parts) for way in ways]
     whole, alone = scores[0], dict(zip(names, scores[1:], strict=False))
     shares = dict(zip(trial.names, whole.routing(), strict=True))
@@ -253,12 +253,18 @@ def _on_public(
     trial: _Trial, documents: Sequence[text.Framed], without: Sequence[str], reporter: Reporter
 ) -> evaluation.Score:
     title = f"public text without {', '.join(without)}" if without else "public text with all"
-    with reporter.progress(title, len(documents), "documents") as bar:
-        score = evaluation.score_documents(
-            trial.without(without), documents, seq_len=trial.seq_len, batch_tokens=trial.batch_tokens
+    with reporter.progress(title, _windows(documents, trial), "windows") as bar:
+        return evaluation.score_documents(
+            trial.without(without),
+            documents,
+            seq_len=trial.seq_len,
+            batch_tokens=trial.batch_tokens,
+            scored=lambda windows, _: bar.advance(windows),
         )
-        bar.advance(len(documents))
-    return score
+
+
+def _windows(documents: Sequence[text.Framed], trial: _Trial) -> int:
+    return sum(-(-(len(document.tokens) - 1) // trial.seq_len) for document in documents)
 
 
 def _drawn(

@@ -146,7 +146,7 @@ def _model_elsewhere(world: World) -> Path:
     return path
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_what_is_tried_is_what_will_be_written(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     root = tmp_path_factory.mktemp("law")
