@@ -70,6 +70,9 @@ from flexctl.engine.replace import replace as replace
 from flexctl.engine.select_proxy import SelectProxyConfig as SelectProxyConfig
 from flexctl.engine.select_proxy import SelectProxyResult as SelectProxyResult
 from flexctl.engine.select_proxy import select_proxy as select_proxy
+from flexctl.engine.serve import ServeConfig as ServeConfig
+from flexctl.engine.serve import ServeResult as ServeResult
+from flexctl.engine.serve import serve as serve
 from flexctl.engine.sign import SignConfig as SignConfig
 from flexctl.engine.sign import SignResult as SignResult
 from flexctl.engine.sign import sign as sign

@@ -31,6 +31,7 @@ __all__ = [
     "RIGHTS",
     "ROUTER",
     "SECTIONS",
+    "SERVER",
     "TRAINING",
     "TRUST",
     "Config",
@@ -50,8 +51,9 @@ RIGHTS = "Rights"
 TRUST = "Trust"
 HUB = "Hub"
 HARDWARE = "Hardware"
+SERVER = "Server"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, TRUST, HUB, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, TRUST, HUB, SERVER, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

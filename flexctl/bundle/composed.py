@@ -6,7 +6,7 @@ import numpy as np
 
 from flexctl.bundle.composition import Composition, LowRank, Part
 from flexctl.bundle.hashing import StoredTensor
-from flexctl.bundle.lowrank import expand
+from flexctl.bundle.lowrank import expand_bytes
 from flexctl.bundle.tensors import RawTensor
 from flexctl.bundle.weights import Weights
 
@@ -37,7 +37,7 @@ def _feed_forward(part: Part, public: Part) -> dict[str, RawTensor]:
 
 def _expanded(source: LowRank, base: StoredTensor | LowRank) -> RawTensor:
     assert isinstance(base, StoredTensor)
-    blocks = list(expand(base.span, source.a.span, source.b.span))
+    blocks = list(expand_bytes(base.span, source.a.span, source.b.span))
     return RawTensor(base.span.dtype, base.span.shape, np.concatenate(blocks))
 
 
