@@ -33,6 +33,7 @@ __all__ = [
     "SECTIONS",
     "SERVER",
     "TRAINING",
+    "TRUST",
     "Config",
     "Option",
     "argument",
@@ -47,11 +48,12 @@ TRAINING = "Training"
 ROUTER = "Router"
 MODEL = "Model"
 RIGHTS = "Rights"
+TRUST = "Trust"
 HUB = "Hub"
 HARDWARE = "Hardware"
 SERVER = "Server"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, HUB, SERVER, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, TRUST, HUB, SERVER, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     {"evaluation", "training"},
     {"routing"},
     {"text"},
-    {"hub", "cache"},
+    {"hub", "cache", "trust"},
     {"model", "bundle"},
     {
         "families",
@@ -56,6 +56,9 @@ ONLY_IMPORTER = {
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
+    "cryptography": ("trust/",),
+    "securesystemslib": ("trust/", "steps/"),
+    "model_signing": ("trust/oms.py",),
     "starlette": ("serving/",),
     "uvicorn": ("serving/",),
     "vllm": ("serving/vllm/",),

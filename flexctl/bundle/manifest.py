@@ -18,6 +18,7 @@ __all__ = [
     "MANIFEST_FILE",
     "MANIFEST_KEY",
     "OTHER_LICENSE",
+    "PUBLIC_SAMPLE_FILE",
     "SCHEMA_VERSION",
     "TOLERATED",
     "AnchorManifest",
@@ -42,6 +43,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "flexctl.json"
 MANIFEST_KEY = "flexctl"
+PUBLIC_SAMPLE_FILE = "public-sample.safetensors"
 
 TOLERATED = ("run.json", "results.json", ".gitattributes", "*.sig", "*.sigstore.json")
 """Names of files that may lie beside a bundle although nothing binds them. Anything else unknown is refused."""
@@ -168,6 +170,11 @@ class AnchorManifest:
         """How others name this anchor."""
         return AnchorRef(digest=self.digest, model_type=self.model_type, name=self.name)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it has a public sample and a router space; one that was adopted without public text has neither."""
+        return PUBLIC_SAMPLE_FILE in self.files
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertManifest:
@@ -207,7 +214,7 @@ class ExpertEntry:
     """One expert of a merged model.
 
     The public expert's ``digest`` and ``manifest_sha256`` are the anchor's, so that they bind its ``moe_config``
-    too. ``manifest_sha256`` is of the manifest's bytes.
+    too. ``manifest_sha256`` is of the manifest's bytes. ``contact`` is written only where an owner gave one.
     """
 
     name: str
@@ -218,6 +225,7 @@ class ExpertEntry:
     purposes: tuple[str, ...]
     expires: str | None
     privacy: PrivacyInfo | None
+    contact: str | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
