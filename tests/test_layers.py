@@ -58,6 +58,8 @@ ONLY_IMPORTER = {
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
     "starlette": ("serving/",),
     "uvicorn": ("serving/",),
+    "vllm": ("serving/vllm/",),
+    "uvloop": ("serving/vllm/",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (
@@ -66,6 +68,13 @@ WITHOUT_TORCH_AT_TOP = (
     "steps/",
     "bundle/",
     "routing/overlap.py",
+    "serving/vllm/asking.py",
+    "serving/vllm/check.py",
+    "serving/vllm/launch.py",
+    "serving/vllm/masks.py",
+    "serving/vllm/plugin.py",
+    "serving/vllm/refusals.py",
+    "serving/vllm/web.py",
     "config.py",
     "workspace.py",
     "__init__.py",

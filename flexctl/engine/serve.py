@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from flexctl import flags, model, serving, workspace
 from flexctl.bundle.runnable import Runnable
 from flexctl.errors import UsageError
-from flexctl.options import OUTPUT, SERVER, Config, flag, switch
+from flexctl.options import OUTPUT, SERVER, Config, argument, flag, options, switch
 from flexctl.runtime import SILENT, Reporter
+from flexctl.serving.vllm.launch import Count, run_vllm
+from flexctl.serving.vllm.refusals import merged_of, refuse_flags, require_vllm
 from flexctl.steps.answering import Speaker, opened
 from flexctl.steps.machine import machine_of
 
@@ -41,12 +43,18 @@ class ServeConfig(Config):
     A request says who may answer: by the model's name (merged-without-law), by "without" or "only", by "purpose", and
     by its key. Ctrl-C or SIGTERM finishes what is running; a second one stops at once.
 
+    `engine` vllm starts vLLM's own server instead, on a merged model, with the same names and the same masks; what
+    stands behind -- is for it.
+
     Examples:
         flexctl serve
         flexctl serve merged --port 8080 --api-keys keys.toml
+        flexctl serve merged --engine vllm -- --max-model-len 4096
     """
 
     bundle: flags.Bundle = None
+    engine_flags: Annotated[tuple[str, ...], argument("FLAG", "Behind --: flags of vLLM's own.")] = ()
+    engine: Annotated[Literal["own", "vllm"], flag("NAME", "own, or vllm, for many GPUs and clients.", SERVER)] = "own"
     host: Annotated[str, flag("ADDRESS", "Where to listen; anything but this machine is warned of.", SERVER)] = (
         "127.0.0.1"
     )
@@ -65,6 +73,7 @@ class ServeConfig(Config):
     ] = None
     max_new_tokens: Annotated[int, flag("N", "Length of an answer at most.", OUTPUT, above=0)] = 1024
     timeout_s: Annotated[float, flag("S", "Seconds that an answer may take.", SERVER, above=0)] = 300.0
+    ui: Annotated[bool, switch("Show a page to try it, at the server's own address.", SERVER)] = False
     explain: Annotated[bool, switch("Tell experts' shares, which say something of a text.", OUTPUT)] = False
     anchor: flags.Anchor = None
     top_k: flags.TopK = None
@@ -110,6 +119,7 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
         BundleError: The bundle is not valid, or does not belong to the anchor.
         FlexctlError: The address is taken.
     """
+    _refuse_other_engine_s(config)
     serving.require_server()
     runnable = opened(config, reporter)
     name = config.name or _name_of(config, runnable)
@@ -119,30 +129,80 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
     permits = serving.Permits(name, everybody.experts, runnable.rights, keys)
     context = _context(config, runnable.weights.dense_config)
     machine = machine_of(config)
+    merged = merged_of(runnable.bundles[0], runnable.path) if config.engine == "vllm" else None
     runnable.warn_of_expired(everybody, reporter)
     with serving.bind(config.host, config.port) as found:
         is_local = ipaddress.ip_address(found.getsockname()[0]).is_loopback
         if not is_local:
             whom = "whoever reaches it with a key" if keys else "whoever reaches it, as there are no `api_keys`"
             reporter.warn(f"`host`: {config.host} is open to other machines, without encryption; it answers {whom}")
-        speaker = Speaker(runnable, machine)
-        model.set_top_k(speaker.net, runnable.active(config.top_k, everybody, reporter))
-        service = _service(config, speaker, permits, context, reporter, _LOCAL if is_local else ())
         address = _address(found)
-        _run(service, found, lambda: reporter.note(f"{name} answers at {address}/v1; Ctrl-C stops it"))
+        if merged is not None:
+            done = run_vllm(
+                merged,
+                name=name,
+                api_keys=config.api_keys,
+                found=found,
+                is_local=is_local,
+                dtype=None if config.dtype == "auto" else config.dtype,
+                flags=config.engine_flags,
+                reporter=reporter,
+            )
+        else:
+            speaker = Speaker(runnable, machine)
+            model.set_top_k(speaker.net, runnable.active(config.top_k, everybody, reporter))
+            service = _service(config, speaker, permits, context, reporter, serving.LOCAL_NAMES if is_local else ())
+            page = f", the playground is at {address}/" if config.ui else ""
+            _run(service, found, lambda: reporter.note(f"{name} answers at {address}/v1{page}; Ctrl-C stops it"))
+            done = Count(service.metrics.requests, service.batcher.new_tokens)
     return ServeResult(
         path=runnable.path,
         digest=runnable.digest,
         name=name,
         experts=runnable.experts,
         address=address,
-        requests=service.metrics.requests,
-        new_tokens=service.batcher.new_tokens,
+        requests=done.requests,
+        new_tokens=done.new_tokens,
     )
 
 
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
-"""What a client on this machine calls it."""
+_INSTEAD = {
+    "max_batch": "--max-num-seqs",
+    "max_queue": None,
+    "max_context": "--max-model-len",
+    "max_new_tokens": None,
+    "timeout_s": None,
+    "ui": None,
+    "explain": None,
+    "top_k": "--hf-overrides",
+    "threads": None,
+    "device": None,
+}
+"""Options of our own server -> what vLLM has instead."""
+
+
+def _refuse_other_engine_s(config: ServeConfig) -> None:
+    """Refuse, before any work, what the chosen engine does not take.
+
+    Raises:
+        UsageError: There is such a thing, or vLLM is not here.
+    """
+    if config.engine == "own":
+        if config.engine_flags:
+            hint = "say `engine` vllm, or leave it out"
+            raise UsageError(f"{config.engine_flags[0]!r} is for vLLM", hint=hint, field="engine_flags")
+        return
+    if config.bundle is not None and str(config.bundle).startswith("-"):
+        raise UsageError(
+            f"{config.bundle} is no bundle", hint="name the bundle, then --, then vLLM's flags", field="bundle"
+        )
+    defaults = {option.field: option.default for option in options(ServeConfig)}
+    for field, instead in _INSTEAD.items():
+        if getattr(config, field) != defaults[field]:
+            hint = f"give vLLM {instead} behind --" if instead else "leave it out"
+            raise UsageError("is our own server's, and `engine` is vllm", hint=hint, field=field)
+    refuse_flags(config.engine_flags)
+    require_vllm()
 
 
 def _name_of(config: ServeConfig, runnable: Runnable) -> str:
@@ -224,6 +284,7 @@ def _service(
         timeout_s=config.timeout_s,
         reporter=reporter,
         local_names=names,
+        has_page=config.ui,
     )
 
 

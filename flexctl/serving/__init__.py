@@ -12,6 +12,7 @@ NAMES = {
     "listening": ("bind", "listener"),
     "metrics": ("Metrics",),
     "permits": ("Permits", "read_keys"),
+    "hosts": ("LOCAL_NAMES",),
     "replies": ("Account",),
     "requirements": ("require_server",),
     "sampling": ("Sampling",),

@@ -3,6 +3,7 @@
 from flexctl.serving.app import make_app as make_app
 from flexctl.serving.asking import Service as Service
 from flexctl.serving.batching import Batcher as Batcher
+from flexctl.serving.hosts import LOCAL_NAMES as LOCAL_NAMES
 from flexctl.serving.jobs import Ask as Ask
 from flexctl.serving.jobs import Busy as Busy
 from flexctl.serving.jobs import Done as Done

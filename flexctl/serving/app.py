@@ -16,13 +16,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flexctl.bundle import left_out_of, model_name
-from flexctl.errors import UsageError
 from flexctl.serving.asking import Service, prepare
 from flexctl.serving.exchange import Coming, Stream, body_of, events_of, unless_gone
+from flexctl.serving.hosts import check_host
 from flexctl.serving.jobs import Busy, Event, Job
+from flexctl.serving.listing import Listing
+from flexctl.serving.playground import playground
 from flexctl.serving.protocol import Query, read_chat, read_completion
-from flexctl.serving.refusing import Refused, refused
+from flexctl.serving.refusing import Refused
 
 __all__ = ["make_app"]
 
@@ -39,6 +40,7 @@ def make_app(service: Service) -> ASGIApp:
         Route("/v1/models/{model:path}", endpoints.model),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        *(playground() if service.has_page else ()),
     ]
     handlers: dict[Any, Callable[..., Awaitable[Response]]] = {
         Refused: _refusal,
@@ -78,24 +80,14 @@ class _Counted:
             await send(message)
 
         try:
-            if self._is_ours(scope):
-                await self._app(scope, receive, watch)
-            else:
-                await _refusal_of_name(scope, receive, watch)
+            check_host(scope, self._service.local_names)
+            await self._app(scope, receive, watch)
+        except Refused as refusal:
+            await JSONResponse(refusal.body, refusal.status)(scope, receive, watch)
         finally:
             known = scope["path"] in ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
             endpoint = scope["path"] if known else "other"
             self._service.metrics.answered(endpoint, status, time.monotonic() - started)
-
-    def _is_ours(self, scope: Scope) -> bool:
-        names = self._service.local_names
-        hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
-        return not names or all(host.rsplit(":", 1)[0] in names or host in names for host in hosts)
-
-
-async def _refusal_of_name(scope: Scope, receive: Receive, send: Send) -> None:
-    refusal = Refused(403, "this server answers on this machine alone: ask for it as localhost", code="wrong_host")
-    await JSONResponse(refusal.body, refusal.status)(scope, receive, send)
 
 
 class _Endpoints:
@@ -103,6 +95,9 @@ class _Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._listing = Listing(
+            service.permits, service.account.digest, service.account.explains, service.encoder.has_template
+        )
         # One thread beside the scheduler's: texts are cut into tokens without holding up who is under way.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
@@ -127,33 +122,13 @@ class _Endpoints:
 
     async def models(self, request: Request) -> Response:
         """List the model's names: with all, and with each closed expert left out."""
-        permits = self._service.permits
-        permits.holder(request.headers.get("authorization"))
-        removals = [(), *((name,) for name in permits.experts[1:])]
-        return JSONResponse({"object": "list", "data": [self._model(without) for without in removals]})
+        self._service.permits.holder(request.headers.get("authorization"))
+        return JSONResponse(self._listing.all())
 
     async def model(self, request: Request) -> Response:
         """Say what one of the model's names means."""
-        permits = self._service.permits
-        permits.holder(request.headers.get("authorization"))
-        try:
-            without = left_out_of(request.path_params["model"], permits.name, permits.experts)
-        except UsageError as error:
-            raise refused(error) from error
-        return JSONResponse(self._model(without))
-
-    def _model(self, without: tuple[str, ...]) -> dict[str, Any]:
-        permits = self._service.permits
-        about = {
-            "digest": self._service.account.digest,
-            "experts": [name for name in permits.experts if name not in without],
-            "without": list(without),
-            "rights": {entry.name: entry._asdict() for entry in permits.rights if entry.name not in without},
-            "form": f"{permits.name}-without-A+B leaves out A and B",
-            "explains": self._service.account.explains,
-        }
-        name = model_name(permits.name, without)
-        return {"id": name, "object": "model", "created": 0, "owned_by": "flexctl", "flexctl": about}
+        self._service.permits.holder(request.headers.get("authorization"))
+        return JSONResponse(self._listing.one(request.path_params["model"]))
 
     async def completions(self, request: Request) -> Response:
         """Go on with texts."""

@@ -15,7 +15,7 @@ from flexctl.bundle.names import shown
 from flexctl.serving.permits import Wish
 from flexctl.serving.refusing import Refused
 
-__all__ = ["Query", "read_chat", "read_completion"]
+__all__ = ["IGNORED", "Query", "read_chat", "read_completion", "read_object", "read_wish"]
 
 _MOST_STOPS = 16
 _MOST_LOGPROBS = 20
@@ -23,7 +23,7 @@ _MOST_CHOICES = 128
 _COMPLETION_TOKENS = 16
 """The protocol's default length of a completion."""
 
-_IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 """Fields that change no answer."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -86,7 +86,7 @@ def read_completion(body: bytes) -> Query:
     Raises:
         Refused: It is no JSON object, or a field is wrong or not known.
     """
-    fields = _Fields(body)
+    fields = _Fields(read_object(body))
     prompts = _prompts(fields)
     query = Query(
         prompts=prompts,
@@ -106,7 +106,7 @@ def read_chat(body: bytes) -> Query:
     Raises:
         Refused: It is no JSON object, or a field is wrong or not known.
     """
-    fields = _Fields(body)
+    fields = _Fields(read_object(body))
     lengths = [fields.integer(name, 1) for name in ("max_completion_tokens", "max_tokens")]
     tells, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, _MOST_LOGPROBS)
     if top and not tells:
@@ -119,21 +119,56 @@ def read_chat(body: bytes) -> Query:
     )
 
 
-def _common(fields: _Fields) -> dict[str, Any]:
-    """Return the fields that both kinds of requests have; whatever is left then is refused."""
+def read_wish(fields: Mapping[str, Any]) -> tuple[Wish, dict[str, Any]]:
+    """Return whom a request wants, and its other fields as they are: another server is to read these.
+
+    Args:
+        fields: As from ``read_object``.
+
+    Raises:
+        Refused: One of the fields about experts is wrong.
+    """
+    found = _Fields(fields)
+    return _wish(found), found.rest()
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a body is.
+
+    Raises:
+        Refused: It is none.
+    """
+    try:
+        fields = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise Refused(400, "the body is nested too deeply") from error
+    except ValueError as error:
+        raise Refused(400, f"the body is not valid JSON: {shown(str(error))}") from error
+    if not isinstance(fields, dict):
+        raise Refused(400, "the body must be a JSON object")
+    return fields
+
+
+def _wish(fields: _Fields) -> Wish:
     model = fields.text("model")
     if model is None:
         _refuse("model", "is missing; GET /v1/models lists what is served")
+    return Wish(
+        model=model,
+        without=fields.names("without") or (),
+        only=fields.names("only"),
+        purpose=fields.text("purpose"),
+    )
+
+
+def _common(fields: _Fields) -> dict[str, Any]:
+    """Return the fields that both kinds of requests have; whatever is left then is refused."""
+    wish = _wish(fields)
     stream, options = fields.flag("stream"), fields.take("stream_options")
     if options is not None and not stream:
         _refuse("stream_options", "needs stream: true")
     found = {
-        "wish": Wish(
-            model=model,
-            without=fields.names("without") or (),
-            only=fields.names("only"),
-            purpose=fields.text("purpose"),
-        ),
+        "wish": wish,
         "n": _or_default(fields.integer("n", 1, _MOST_CHOICES), 1),
         "temperature": _or_default(fields.number("temperature", 0, 100), 1.0),
         "top_p": _or_default(fields.number("top_p", 0, 1), 1.0),
@@ -149,16 +184,8 @@ def _common(fields: _Fields) -> dict[str, Any]:
 class _Fields:
     """The fields of a JSON object, each taken once; null is as if it were not there."""
 
-    def __init__(self, body: bytes) -> None:
-        try:
-            fields = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
-        except RecursionError as error:
-            raise Refused(400, "the body is nested too deeply") from error
-        except ValueError as error:
-            raise Refused(400, f"the body is not valid JSON: {shown(str(error))}") from error
-        if not isinstance(fields, dict):
-            raise Refused(400, "the body must be a JSON object")
-        self._fields = fields
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = dict(fields)
 
     def take(self, name: str) -> Any:
         return self._fields.pop(name, None)
@@ -197,10 +224,14 @@ class _Fields:
             _refuse(name, "is empty; name closed experts, or leave the field out")
         return tuple(value)
 
+    def rest(self) -> dict[str, Any]:
+        """Return what nobody has taken."""
+        return dict(self._fields)
+
     def end(self) -> None:
         """Refuse what nobody has taken."""
         for name, value in self._fields.items():
-            if name in _IGNORED or value is None or value in _NEUTRAL.get(name, ()):
+            if name in IGNORED or value is None or value in _NEUTRAL.get(name, ()):
                 continue
             if name in _NEUTRAL:
                 _refuse(name, f"is {shown(value)}, which this server does not support")
