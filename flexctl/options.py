@@ -28,6 +28,7 @@ __all__ = [
     "HUB",
     "MODEL",
     "OUTPUT",
+    "PRIVACY",
     "RIGHTS",
     "ROUTER",
     "SECTIONS",
@@ -43,13 +44,14 @@ __all__ = [
 
 DATA = "Data"
 TRAINING = "Training"
+PRIVACY = "Privacy"
 ROUTER = "Router"
 MODEL = "Model"
 RIGHTS = "Rights"
 HUB = "Hub"
 HARDWARE = "Hardware"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, HUB, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, PRIVACY, ROUTER, MODEL, RIGHTS, HUB, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

@@ -16,7 +16,9 @@ LOGIT_BUDGET = 16 * 1024 * 1024
 """Logits that may exist at once; positions are taken in chunks of LOGIT_BUDGET / vocab_size."""
 
 
-def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+def training_loss(
+    model: nn.Module, inputs: Tensor, targets: Tensor, z_loss: float, weights: Tensor | None = None
+) -> Tensor:
     """Return cross-entropy plus ``z_loss`` times the squared log-partition, summed over positions, float32.
 
     Args:
@@ -24,20 +26,23 @@ def training_loss(model: nn.Module, inputs: Tensor, targets: Tensor, z_loss: flo
         inputs: Token ids, (B, S), int64.
         targets: The ids that follow, (B, S), int64.
         z_loss: Weight of log(Z)^2; FlexOlmo uses 1e-5.
+        weights: Of the positions in the sum, (B, S), float32; None is 1 each.
     """
     states = model.base_model(inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    flat, wanted = states.flatten(0, 1), targets.flatten()
+    flat = [states.flatten(0, 1), targets.flatten(), *([] if weights is None else [weights.flatten()])]
 
-    def part(chunk: Tensor, ids: Tensor) -> Tensor:
+    def part(chunk: Tensor, ids: Tensor, weight: Tensor | None = None) -> Tensor:
         logits: Tensor = head(chunk).float()
-        loss = F.cross_entropy(logits, ids, reduction="sum")
-        return loss + z_loss * logits.logsumexp(dim=-1).square().sum()
+        squares = logits.logsumexp(dim=-1).square()
+        if weight is None:
+            return F.cross_entropy(logits, ids, reduction="sum") + z_loss * squares.sum()
+        return (weight * (F.cross_entropy(logits, ids, reduction="none") + z_loss * squares)).sum()
 
     size = max(1, LOGIT_BUDGET // head.out_features)
-    if len(flat) <= size:
-        return part(flat, wanted)
-    pieces = zip(flat.split(size), wanted.split(size), strict=True)
+    if len(flat[0]) <= size:
+        return part(*flat)
+    pieces = zip(*(each.split(size) for each in flat), strict=True)
     return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
 
 

@@ -17,7 +17,16 @@ from flexctl.runtime import Progress, Reporter
 from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
 
-__all__ = ["LoopSettings", "Outcome", "ParameterGroup", "learning_rate", "train"]
+__all__ = [
+    "LoopSettings",
+    "Outcome",
+    "ParameterGroup",
+    "autocasting",
+    "learning_rate",
+    "new_optimiser",
+    "set_rate",
+    "train",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,13 +118,7 @@ def train(
             looked at when training starts, before each checkpoint, and when it ends.
     """
     parameters = [parameter for group in groups for parameter in group.parameters]
-    optimiser = torch.optim.AdamW(
-        [{"params": list(group.parameters), "lr_factor": group.lr_factor} for group in groups],
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimiser = new_optimiser(groups, settings)
     state = TrainingState(parameters=parameters, optimiser=optimiser)
     data.refuse_change()
     losses = checkpoints.restore(state) if checkpoints is not None else []
@@ -124,7 +127,7 @@ def train(
     with reporter.progress("training", settings.steps * per_step, "tokens") as bar:
         bar.advance(first * per_step)
         for step in range(first, settings.steps):
-            _set_rate(optimiser, learning_rate(step, settings))
+            set_rate(optimiser, learning_rate(step, settings))
             losses.append(_step(model, parameters, data, step, settings, optimiser, match, penalty))
             _refuse_nonfinite(losses[-1], step)
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
@@ -153,7 +156,7 @@ def _step(
     total = torch.zeros((), device=device)
     count = data.batch_size * data.seq_len
     for rows, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
-        with _autocast(device, settings.autocast):
+        with autocasting(device, settings.autocast):
             loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss)
             penalised = loss if match is None else loss + match(which)
         (penalised / count).backward()
@@ -166,11 +169,24 @@ def _step(
     return float(total)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+def new_optimiser(groups: Sequence[ParameterGroup], settings: LoopSettings) -> torch.optim.AdamW:
+    """Return what moves ``groups``; ``set_rate`` tells it how far."""
+    return torch.optim.AdamW(
+        [{"params": list(group.parameters), "lr_factor": group.lr_factor} for group in groups],
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Let matrix products inside the ``with`` statement run in ``dtype``, or in the weights' own where it is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Let an optimiser's next step be made at ``rate`` times each group's own factor."""
     for group in optimiser.param_groups:
         group["lr"] = rate * group["lr_factor"]
 
