@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PrivateConfig", "PrivateRun", "Released"]
 
-_PUBLIC_DOCUMENTS = 128
+_PUBLIC_DOCUMENTS = 64
 _ROW_TOKENS = 256
 
 
