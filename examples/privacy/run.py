@@ -2,8 +2,8 @@
 
     python examples/privacy/run.py --anchor DIR --data DIR -o OUT [--device cuda] [--jobs 4]
 
-DATA holds a folder a domain with train.jsonl and test.jsonl (flexmix-mini). The owner's text is cut into pieces, which are
-the documents here: what the guarantee is for. The learning rate is chosen on another domain's pieces, so that it
+DATA holds a folder a domain with train.jsonl and test.jsonl (flexmix-mini). The owner's text is cut into pieces, which
+are the documents here: what the guarantee is for. The learning rate is chosen on another domain's pieces, so that it
 costs the owner nothing. Run it again after an interruption: every expert that was scored stays, as OUT/rows/NAME.json.
 OUT/table.md and OUT/table.json come last. --small makes one of each on little text, to see that it runs.
 """
@@ -301,7 +301,16 @@ def line_of(plan: Plan, row: Row, anchor: dict[str, float]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-SMALL = {"sizes": (120,), "tuned_on": 120, "steps": 2, "batch": 16, "seq_len": 32, "micro_batch": 16, "rates": (1.0,), "seeds": 1}
+SMALL = {
+    "sizes": (120,),
+    "tuned_on": 120,
+    "steps": 2,
+    "batch": 16,
+    "seq_len": 32,
+    "micro_batch": 16,
+    "rates": (1.0,),
+    "seeds": 1,
+}
 
 
 def arguments() -> tuple[Plan, int]:
@@ -316,9 +325,7 @@ def arguments() -> tuple[Plan, int]:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--small", action="store_true", help="see that it runs")
     given = parser.parse_args()
-    plan = Plan(
-        anchor=given.anchor, data=given.data, output=given.output, device=given.device, threads=given.threads
-    )
+    plan = Plan(anchor=given.anchor, data=given.data, output=given.output, device=given.device, threads=given.threads)
     changes = {**(SMALL if given.small else {}), **{k: v for k in ("steps", "batch") if (v := getattr(given, k))}}
     return replace(plan, **changes), given.jobs
 

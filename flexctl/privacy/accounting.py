@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,9 @@ _FINEST = 1e-4
 _NO_GUARANTEE = 100.0
 """Above this epsilon only the quick bound is computed: nobody is protected by either."""
 
-_DECIMALS = 4
+_GRAIN = 1e-4
+"""Figures are rounded up to this."""
+
 _LEAST_NOISE, _MOST_NOISE, _MOST_STEPS = 0.01, 1e6, 10**8
 _TOLERANCE = 1e-6
 """What two machines' floating point may make of one epsilon, as a share of it."""
@@ -73,10 +76,10 @@ def is_installed() -> bool:
 
 @functools.lru_cache(maxsize=256)
 def spent(mechanism: Mechanism, delta: float) -> float:
-    """Return epsilon of a mechanism at ``delta``, an upper bound rounded up to four decimals; inf where there is none."""
+    """Return epsilon of a mechanism at ``delta``: an upper bound, rounded up to four decimals; inf for none."""
     quick = _renyi(mechanism, delta)
     found = quick if quick > _NO_GUARANTEE else min(quick, _by_distribution(mechanism, delta, quick))
-    return found if math.isinf(found) else math.ceil(found * 10**_DECIMALS + 0.01) / 10**_DECIMALS
+    return found if math.isinf(found) else _rounded_up(found)
 
 
 def gaussian_noise(epsilon: float, delta: float) -> float:
@@ -145,12 +148,12 @@ def refutation(info: PrivacyInfo) -> str | None:
         row_noise_multiplier=float(info.row_noise_multiplier or 0),
     )
     found = spent(mechanism, float(info.delta))
-    if info.epsilon < found * (1 - _TOLERANCE) - 10**-_DECIMALS:
+    if info.epsilon < found * (1 - _TOLERANCE) - _GRAIN:
         return f"epsilon is {info.epsilon:g}; its own noise, sampling rate and steps make it {found:g}"
     return None
 
 
-def _least(holds: Any) -> float:
+def _least(holds: Callable[[float], bool]) -> float:
     """Return the least number for which ``holds`` is true, to a ten-thousandth, rounded up to four decimals."""
     high = 1.0
     while not holds(high):
@@ -159,7 +162,11 @@ def _least(holds: Any) -> float:
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if middle >= _LEAST_NOISE and holds(middle) else (middle, high)
-    return math.ceil(high * 10**_DECIMALS) / 10**_DECIMALS
+    return _rounded_up(high)
+
+
+def _rounded_up(figure: float) -> float:
+    return math.ceil(figure / _GRAIN + 0.01) / round(1 / _GRAIN)
 
 
 def _normal(x: float) -> float:

@@ -1,13 +1,13 @@
 """The sum of documents' clipped gradients from one forward and one backward pass.
 
-Every trained tensor of an expert sits in a module that maps (B S, in) to (B S, out) linearly, so a document's gradient is
-a product of what went in and of the loss's gradient at what came out:
+Every trained tensor of an expert sits in a module that maps (B S, in) to (B S, out) linearly, so a document's gradient
+is a product of what went in and of the loss's gradient at what came out:
 
   nn.Linear W:          g' x
   LowRankLinear A, B:   (g B)' x   and   g' (x A')
 
 Hooks keep what went in and what came out; one ``torch.autograd.grad`` gives g and computes no weight's gradient. Norms
-come from g and x by whichever of two ways is cheaper, and the clipped sum is one more product with g scaled by document.
+come from g and x by whichever of two ways is cheaper; the clipped sum is one more product, g scaled by document.
 
 Shapes: B documents, S positions of each.
 

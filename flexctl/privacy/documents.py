@@ -43,9 +43,7 @@ class Padded:
 
     def to(self, device: torch.device) -> Padded:
         """Return the same on a device."""
-        return Padded(
-            inputs=self.inputs.to(device), targets=self.targets.to(device), weights=self.weights.to(device)
-        )
+        return Padded(inputs=self.inputs.to(device), targets=self.targets.to(device), weights=self.weights.to(device))
 
 
 def padded(documents: Sequence[Tokens], rows: int) -> Padded:
@@ -62,9 +60,7 @@ def padded(documents: Sequence[Tokens], rows: int) -> Padded:
         count = len(document) - 1
         inputs[row, :count], targets[row, :count] = document[:-1], document[1:]
         weights[row, :count] = 1 / count
-    return Padded(
-        inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets), weights=torch.from_numpy(weights)
-    )
+    return Padded(inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets), weights=torch.from_numpy(weights))
 
 
 class Documents:

@@ -1,7 +1,8 @@
 """What a private run has fixed before it reads a document: its key and its clips, in a file of its working folder.
 
-A run that goes on finds them there, so it draws for every step the noise that it drew before, and nobody can choose among
-draws by stopping and going on. The file goes with the folder when the run is done. Whoever has it can take the noise off.
+A run that goes on finds them there, so it draws for every step the noise that it drew before, and nobody can choose
+among draws by stopping and going on. The file goes with the folder when the run is done: whoever has it can take the
+noise off.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,6 @@ def open_ledger(path: Path, *, resume: bool, started: bool, clips: Callable[[], 
     ledger = Ledger(key=Secret.new_key().hex(), max_grad_norm=max_grad_norm, row_norm=row_norm)
     fields = {"key": ledger.key, "max_grad_norm": ledger.max_grad_norm, "row_norm": ledger.row_norm}
     with new_file(path, overwrite=True) as temporary:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(fields, file)
+        temporary.touch(0o600, exist_ok=False)
+        temporary.write_text(json.dumps(fields))
     return ledger

@@ -1,7 +1,7 @@
 """Noise that nobody can subtract: from secret bits, on a grid that tells nothing of what it was added to.
 
 Secret bits are AES-256 in counter mode under a key of the system's entropy, so each step has its own, a resumed run
-draws what it drew before, and nothing comes from ``seed``. torch's and numpy's generators have short or guessable seeds.
+draws what it drew before, and nothing comes from ``seed``. torch's generators have seeds short enough to be guessed.
 
 A sum plus floating-point noise can betray the sum by its last bits (Mironov, "On Significance of the Least Significant
 Bits for Differential Privacy", CCS 2012). So noise is drawn and added in float64, with 53 random bits for each of
@@ -22,6 +22,7 @@ from torch import Tensor
 
 __all__ = ["Secret", "Stream", "noisy"]
 
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 KEY_BYTES = 32
@@ -42,16 +43,17 @@ class Stream:
         """Return random words, (count,), uint64."""
         # The library wants room for one block more than it writes.
         found = np.empty(count + 2, dtype=np.uint64)
-        place = memoryview(found).cast("B")
+        place = memoryview(found.view(np.uint8))  # type: ignore[arg-type]  # a buffer, says numpy since 3.12 alone
         for start in range(0, 8 * count, len(_ZEROS)):
             piece = _ZEROS[: 8 * count - start]
             self._cipher.update_into(piece, place[start:])
         return found[:count]
 
-    def chosen(self, count: int, probability: float) -> Words:
+    def chosen(self, count: int, probability: float) -> Numbers:
         """Return which of ``count`` things are chosen, each by itself with a probability rounded down to 2^-64."""
         below = int(probability * 2.0**64)
-        return np.flatnonzero(self.words(count) <= np.uint64(below - 1)) if below else np.zeros(0, dtype=np.int64)
+        taken = self.words(count) <= np.uint64(below - 1) if below else np.zeros(count, dtype=bool)
+        return np.flatnonzero(taken).astype(np.int64)
 
     def normal(self, shape: torch.Size, device: torch.device) -> Tensor:
         """Return standard normal numbers, float64.

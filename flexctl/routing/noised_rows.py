@@ -1,8 +1,8 @@
 """Router rows under a guarantee: from a clipped, noised mean over documents, each of which counts once.
 
-A document's share is where its mean router input lies from public text's in every layer, in units in which public inputs
-vary alike in all directions, all layers as one vector. What is not the owner's mean is public: the covariance is public
-text's alone, and the clip is measured on public documents.
+A document's share is where its mean router input lies from public text's in every layer, in units in which public
+inputs vary alike in all directions, all layers as one vector. What is not the owner's mean is public: the covariance is
+public text's alone, and the clip is measured on public documents.
 
 Shapes: B documents, L num_hidden_layers, H hidden_size.
 """

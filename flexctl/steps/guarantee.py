@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from flexctl import flags, privacy, training
 from flexctl.bundle import Anchor, PrivacyInfo
 from flexctl.errors import UsageError
-from flexctl.steps.router_rows import names_a_file
+from flexctl.steps.router_rows import RowConfig, names_a_file
 
-__all__ = ["GuaranteeConfig", "Plan", "planned"]
+__all__ = ["Plan", "PrivateConfig", "planned"]
 
 _PASSES = 20.0
 _BATCHES, _LARGEST_BATCH = 8, 256
@@ -19,27 +19,104 @@ _ROW_SHARE = 0.25
 _ALONE = ("dp_delta", "dp_documents", "dp_max_grad_norm", "dp_noise_multiplier", "dp_row_epsilon")
 
 
-class GuaranteeConfig(Protocol):
-    """What ``train_expert``'s Config says that a guarantee depends on."""
+class PrivateConfig(RowConfig, Protocol):
+    """What ``train_expert``'s Config says of a run under a guarantee, beside router rows."""
 
-    data: tuple[Path, ...]
-    public: Path | None
-    public_mix: float
-    router: str
-    own_covariance: float
-    seq_len: int | None
-    batch_tokens: int | None
-    micro_batch: int | None
-    max_tokens: int | None
-    max_steps: int | None
-    epochs: float | None
-    lr: float | None
-    dp_epsilon: float | None
-    dp_delta: float | None
-    dp_documents: int | None
-    dp_max_grad_norm: float | None
-    dp_noise_multiplier: float | None
-    dp_row_epsilon: float | None
+    @property
+    def data(self) -> tuple[Path, ...]:
+        """The owner's text."""
+
+    @property
+    def text_field(self) -> str:
+        """Column or field that holds it."""
+
+    @property
+    def public(self) -> Path | None:
+        """Public text in place of the anchor's sample."""
+
+    @property
+    def public_mix(self) -> float:
+        """Weight of public text in a step."""
+
+    @property
+    def public_match(self) -> float:
+        """Weight of the match."""
+
+    @property
+    def rank(self) -> int | None:
+        """Of a low-rank expert."""
+
+    @property
+    def seq_len(self) -> int | None:
+        """Tokens of a document at most."""
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Tokens of a step."""
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Documents in memory at once."""
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of the owner's; a guarantee has none."""
+
+    @property
+    def max_steps(self) -> int | None:
+        """Steps."""
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the documents."""
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Steps of warm-up."""
+
+    @property
+    def lr(self) -> float | None:
+        """Peak learning rate."""
+
+    @property
+    def seed(self) -> int:
+        """Of the order of public text."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the model, for the manifest."""
+
+    @property
+    def resume(self) -> bool:
+        """Whether to go on."""
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """How often to leave a checkpoint."""
+
+    @property
+    def dp_epsilon(self) -> float | None:
+        """The bound; None is no guarantee."""
+
+    @property
+    def dp_delta(self) -> float | None:
+        """How likely it may fail."""
+
+    @property
+    def dp_documents(self) -> int | None:
+        """How many documents there are, in public."""
+
+    @property
+    def dp_max_grad_norm(self) -> float | None:
+        """Clip of a document's gradient."""
+
+    @property
+    def dp_noise_multiplier(self) -> float | None:
+        """Noise of a step, in clips."""
+
+    @property
+    def dp_row_epsilon(self) -> float | None:
+        """Epsilon of router rows by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +146,8 @@ class Plan:
     @property
     def epsilon(self) -> float:
         """What the mechanism spends."""
-        return privacy.spent(self.mechanism, self.delta)
+        epsilon: float = privacy.spent(self.mechanism, self.delta)
+        return epsilon
 
     def info(self, max_grad_norm: float) -> PrivacyInfo:
         """Return the claim for a manifest."""
@@ -97,7 +175,7 @@ class Plan:
         )
 
 
-def planned(config: GuaranteeConfig, anchor: Anchor) -> Plan | None:
+def planned(config: PrivateConfig, anchor: Anchor) -> Plan | None:
     """Return the guarantee that is asked for; None where none is.
 
     Raises:
@@ -115,7 +193,9 @@ def planned(config: GuaranteeConfig, anchor: Anchor) -> Plan | None:
         raise UsageError(f"needs `{name}` beside it", hint=f"add `{name}`: {hint}", field="dp_epsilon")
     if not privacy.is_installed():
         raise UsageError(
-            "dp-accounting and cryptography are not installed", hint="pip install 'flexctl[privacy]'", field="dp_epsilon"
+            "dp-accounting and cryptography are not installed",
+            hint="pip install 'flexctl[privacy]'",
+            field="dp_epsilon",
         )
     if delta >= 1 / documents:
         raise UsageError(
@@ -127,11 +207,13 @@ def planned(config: GuaranteeConfig, anchor: Anchor) -> Plan | None:
     return _plan(config, anchor, epsilon, delta, documents)
 
 
-def _refuse_leaks(config: GuaranteeConfig) -> None:
+def _refuse_leaks(config: PrivateConfig) -> None:
     """Refuse what would tell of documents outside what is counted."""
     if config.max_tokens is not None:
         raise UsageError(
-            "counts the owner's tokens, which a guarantee may not", hint="give `max_steps` or `epochs`", field="max_tokens"
+            "counts the owner's tokens, which a guarantee may not",
+            hint="give `max_steps` or `epochs`",
+            field="max_tokens",
         )
     if names_a_file(config.router) or config.router == "encoder":
         raise UsageError(
@@ -154,7 +236,7 @@ def _overlap(one: Path, other: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
 
-def _plan(config: GuaranteeConfig, anchor: Anchor, epsilon: float, delta: float, documents: int) -> Plan:
+def _plan(config: PrivateConfig, anchor: Anchor, epsilon: float, delta: float, documents: int) -> Plan:
     budget = training.resolve_budget(
         available_tokens=documents,
         epochs=1.0,

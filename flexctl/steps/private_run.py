@@ -9,40 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flexctl import evaluation, privacy, routing, text, training
 from flexctl.bundle import PUBLIC, PrivacyInfo, RouterInfo
 from flexctl.errors import UsageError
 from flexctl.runtime import Reporter
 from flexctl.steps.anchored import Anchored
-from flexctl.steps.guarantee import Plan
+from flexctl.steps.guarantee import Plan, PrivateConfig
 from flexctl.steps.machine import Machine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["PrivateConfig", "PrivateRun", "Released"]
+__all__ = ["PrivateRun", "Released"]
 
 _PUBLIC_DOCUMENTS = 64
 _ROW_TOKENS = 256
-
-
-class PrivateConfig(Protocol):
-    """What ``train_expert``'s Config says of a private run beside its guarantee."""
-
-    data: tuple[Path, ...]
-    text_field: str
-    public_mix: float
-    public_match: float
-    router: str
-    rank: int | None
-    warmup_steps: int | None
-    seed: int
-    dtype: str
-    resume: bool
-    checkpoint_steps: int
-    dp_max_grad_norm: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -164,9 +164,7 @@ def _own_gradients(
         parameter.grad = (noisy(total, deviation, stream) * share).to(parameter.dtype)
 
 
-def _chosen(
-    documents: Documents, steps: PrivateSteps, micro_batch: int, step: int, secret: Secret
-) -> Iterator[Padded]:
+def _chosen(documents: Documents, steps: PrivateSteps, micro_batch: int, step: int, secret: Secret) -> Iterator[Padded]:
     """Yield the documents of a step in micro-batches of one size: each takes part by itself, by secret bits."""
     stream = secret.stream("sample", step)
     chosen = documents.shortest_first(stream.chosen(len(documents), steps.sampling_rate))
