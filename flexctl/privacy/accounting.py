@@ -154,12 +154,12 @@ def refutation(info: PrivacyInfo) -> str | None:
 
 
 def _least(holds: Callable[[float], bool]) -> float:
-    """Return the least number for which ``holds`` is true, to a ten-thousandth, rounded up to four decimals."""
+    """Return the least number for which ``holds`` is true, to a thousandth, rounded up to four decimals."""
     high = 1.0
     while not holds(high):
         high *= 2
     low = 0.0 if high == 1.0 else high / 2
-    while high - low > 1e-4 * high:
+    while high - low > 1e-3 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if middle >= _LEAST_NOISE and holds(middle) else (middle, high)
     return _rounded_up(high)

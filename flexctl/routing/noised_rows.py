@@ -20,7 +20,7 @@ from flexctl.privacy.noise import Stream, noisy
 from flexctl.routing.rows import OwnerInputs, Rows, discriminant, finish_rows
 from flexctl.routing.space import RouterSpace
 
-__all__ = ["document_shifts", "private_rows", "shift_norm"]
+__all__ = ["clipped_shifts", "document_shifts", "private_rows", "shift_norm"]
 
 _MARGIN = 1e-3
 """As of gradients: what floating point may make of a norm or a sum."""
@@ -73,6 +73,24 @@ def shift_norm(model: nn.Module, space: RouterSpace, batches: Iterable[Padded]) 
     return float(torch.cat(lengths).median())
 
 
+def clipped_shifts(model: nn.Module, space: RouterSpace, batches: Iterable[Padded], clip: float) -> Tensor:
+    """Return the sum of documents' shifts, each at most ``clip`` long over all layers together, (L, H), float64.
+
+    Args:
+        model: The anchor.
+        space: Its router space.
+        batches: Documents; one whose shift is not finite counts nothing.
+        clip: Above 0.
+    """
+    total = torch.zeros(space.mean.shape, dtype=torch.float64)
+    for shifts in document_shifts(model, space, batches):
+        lengths = shifts.flatten(1).norm(dim=1)
+        scale = (clip * (1 - _MARGIN) / lengths.clamp(min=1e-30)).clamp(max=1.0)
+        kept = torch.where(torch.isfinite(lengths)[:, None, None], shifts * scale[:, None, None], 0.0)
+        total += kept.sum(dim=0).cpu()
+    return total
+
+
 def private_rows(
     kind: str,
     model: nn.Module,
@@ -96,12 +114,7 @@ def private_rows(
         noise_multiplier: Standard deviation of the noise on the sum, in clips.
         stream: Secret bits for it.
     """
-    total = torch.zeros(space.mean.shape, dtype=torch.float64)
-    for shifts in document_shifts(model, space, batches):
-        lengths = shifts.flatten(1).norm(dim=1)
-        scale = (clip * (1 - _MARGIN) / lengths.clamp(min=1e-30)).clamp(max=1.0)
-        kept = torch.where(torch.isfinite(lengths)[:, None, None], shifts * scale[:, None, None], 0.0)
-        total += kept.sum(dim=0).cpu()
+    total = clipped_shifts(model, space, batches, clip)
     deviation = clip * noise_multiplier
     shift = noisy(total, deviation, stream) / documents
     roots = torch.stack([torch.linalg.cholesky(space.covariance(layer)) for layer in range(len(shift))])
