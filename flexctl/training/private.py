@@ -127,6 +127,7 @@ def gradient_norm(
     parameters = [parameter for group in groups for parameter in group.parameters]
     start = [parameter.detach().clone() for parameter in parameters]
     optimiser = new_optimiser(groups, settings)
+    set_rate(optimiser, settings.lr)
     steps = PrivateSteps(
         sampling_rate=0, batch_size=1, seq_len=1, max_grad_norm=1, noise_multiplier=1, public_share=0.5
     )
