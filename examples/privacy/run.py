@@ -5,7 +5,8 @@
 DATA holds a folder a domain with train.jsonl and test.jsonl (flexmix-mini). The owner's text is cut into pieces, which
 are the documents here: what the guarantee is for. The learning rate is chosen on another domain's pieces, so that it
 costs the owner nothing. Run it again after an interruption: every expert that was scored stays, as OUT/rows/NAME.json.
-OUT/table.md and OUT/table.json come last. --small makes one of each on little text, to see that it runs.
+OUT/table.md and OUT/table.json come last, with what there is by then. --small makes one of each on little
+text, to see that it runs.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Row:
         return "-".join([*parts, f"seed-{self.seed}"])
 
 
-def main(plan: Plan, jobs: int) -> None:
+def main(plan: Plan, jobs: int, deadline: float) -> None:
     plan.output.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(plan).items()}
     (plan.output / "plan.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -99,9 +100,9 @@ def main(plan: Plan, jobs: int) -> None:
         write_pieces(plan, OWNER, size)
     anchor = score(plan, plan.anchor, (OWNER, TUNED_ON))
     (plan.output / "anchor.json").write_text(json.dumps(anchor, indent=2) + "\n")
-    run_all(plan, tuning_rows(plan), jobs)
+    run_all(plan, tuning_rows(plan), jobs, deadline)
     rates = {rank: best_rate(plan, rank) for rank in (None, RANK)}
-    run_all(plan, table_rows(plan, rates), jobs)
+    run_all(plan, table_rows(plan, rates), jobs, deadline)
     write_table(plan, anchor, rates)
 
 
@@ -131,9 +132,10 @@ def table_rows(plan: Plan, rates: dict[int | None, float]) -> list[Row]:
 
 
 def best_rate(plan: Plan, rank: int | None) -> float:
-    """The rate with the lowest bits on the other owner's test text."""
-    found = {row.rate: read(plan, row) for row in tuning_rows(plan) if row.rank == rank}
-    return min((rate for rate in found if rate is not None), key=lambda rate: found[rate]["bits"][TUNED_ON])
+    """The rate with the lowest bits on the other owner's test text, of those that there was time to try."""
+    tried = [row for row in tuning_rows(plan) if row.rank == rank and path_of(plan, row).exists()]
+    best = min(tried, key=lambda row: read(plan, row)["bits"][TUNED_ON], default=None)
+    return 1.0 if best is None or best.rate is None else best.rate
 
 
 def write_pieces(plan: Plan, domain: str, count: int) -> None:
@@ -165,23 +167,22 @@ def pieces_of(plan: Plan, domain: str, count: int) -> Path:
     return plan.output / "pieces" / f"{domain}-{count}.jsonl"
 
 
-def run_all(plan: Plan, rows: Sequence[Row], jobs: int) -> None:
-    """Train and score what is not there yet, some at a time."""
+def run_all(plan: Plan, rows: Sequence[Row], jobs: int, deadline: float) -> None:
+    """Train and score what is not there yet, some at a time; none is begun after the deadline."""
     missing = [row for row in rows if not path_of(plan, row).exists()]
     if jobs == 1:
         for row in missing:
-            run(plan, row)
-            say(plan, row)
+            run(plan, row, deadline)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(run, plan, row): row for row in missing}
-        for done in as_completed(pending):
+        for done in as_completed([pool.submit(run, plan, row, deadline) for row in missing]):
             done.result()
-            say(plan, pending[done])
 
 
-def run(plan: Plan, row: Row) -> None:
+def run(plan: Plan, row: Row, deadline: float) -> None:
     """One expert: trained, scored on its own and on public test text, and deleted."""
+    if time.time() > deadline:
+        return
     started, expert = time.monotonic(), plan.output / "experts" / f"{row.name}.st"
     result = flexctl.train_expert(config_of(plan, row, expert))
     trained = time.monotonic()
@@ -202,6 +203,8 @@ def run(plan: Plan, row: Row) -> None:
     path.write_text(json.dumps(found, indent=2) + "\n")
     for file in expert.parent.glob(f"{row.name}.*"):
         file.unlink()
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in bits.items())
+    print(f"{row.name}: {shown} bits per byte; {found['train_s']:.0f} + {found['score_s']:.0f} s", flush=True)
 
 
 def config_of(plan: Plan, row: Row, expert: Path) -> flexctl.TrainExpertConfig:
@@ -217,7 +220,7 @@ def config_of(plan: Plan, row: Row, expert: Path) -> flexctl.TrainExpertConfig:
         "overwrite": True,
     }
     if row.epsilon is None:
-        return flexctl.TrainExpertConfig(**common, seq_len=256, epochs=2.0)
+        return flexctl.TrainExpertConfig(**common, seq_len=256)
     batch = row.batch or plan.batch
     return flexctl.TrainExpertConfig(
         **common,
@@ -257,12 +260,6 @@ def read(plan: Plan, row: Row) -> dict:
     return json.loads(path_of(plan, row).read_text())
 
 
-def say(plan: Plan, row: Row) -> None:
-    found = read(plan, row)
-    bits = ", ".join(f"{name} {value:.4f}" for name, value in found["bits"].items())
-    print(f"{row.name}: {bits} bits per byte; {found['train_s']:.0f} s", flush=True)
-
-
 def write_table(plan: Plan, anchor: dict[str, float], rates: dict[int | None, float]) -> None:
     """table.md and table.json: bits, what is kept of the gain without privacy, and what public text lost."""
     rows = [row for row in table_rows(plan, rates) if path_of(plan, row).exists()]
@@ -276,7 +273,7 @@ def write_table(plan: Plan, anchor: dict[str, float], rates: dict[int | None, fl
     lines += [line_of(plan, row, anchor) for row in rows]
     (plan.output / "table.md").write_text("\n".join(lines) + "\n")
     figures = {"anchor": anchor, "rates": {str(rank): rate for rank, rate in rates.items()}}
-    tried = [read(plan, row) for row in tuning_rows(plan)]
+    tried = [read(plan, row) for row in tuning_rows(plan) if path_of(plan, row).exists()]
     table = {**figures, "tuning": tried, "rows": [read(plan, row) for row in rows]}
     (plan.output / "table.json").write_text(json.dumps(table, indent=2) + "\n")
     print("\n".join(lines))
@@ -284,8 +281,9 @@ def write_table(plan: Plan, anchor: dict[str, float], rates: dict[int | None, fl
 
 def line_of(plan: Plan, row: Row, anchor: dict[str, float]) -> str:
     found = read(plan, row)
-    plain = read(plan, Row(documents=row.documents, epsilon=None, rank=row.rank))
-    kept = (anchor[OWNER] - found["bits"][OWNER]) / (anchor[OWNER] - plain["bits"][OWNER])
+    plain = Row(documents=row.documents, epsilon=None, rank=row.rank)
+    whole = anchor[OWNER] - read(plan, plain)["bits"][OWNER] if path_of(plan, plain).exists() else float("nan")
+    kept = (anchor[OWNER] - found["bits"][OWNER]) / whole
     noise = "" if found["privacy"] is None else f"{found['privacy']['noise_multiplier']:.3f}"
     cells = (
         f"{row.documents:,}",
@@ -313,7 +311,7 @@ SMALL = {
 }
 
 
-def arguments() -> tuple[Plan, int]:
+def arguments() -> tuple[Plan, int, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--anchor", type=Path, required=True, help="an anchor of flexctl")
     parser.add_argument("--data", type=Path, required=True, help="folder of domains")
@@ -323,11 +321,12 @@ def arguments() -> tuple[Plan, int]:
     parser.add_argument("--jobs", type=int, default=1, help="experts that are trained at once")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no expert is begun")
     parser.add_argument("--small", action="store_true", help="see that it runs")
     given = parser.parse_args()
     plan = Plan(anchor=given.anchor, data=given.data, output=given.output, device=given.device, threads=given.threads)
     changes = {**(SMALL if given.small else {}), **{k: v for k in ("steps", "batch") if (v := getattr(given, k))}}
-    return replace(plan, **changes), given.jobs
+    return replace(plan, **changes), given.jobs, time.time() + given.limit
 
 
 if __name__ == "__main__":

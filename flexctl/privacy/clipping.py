@@ -88,9 +88,9 @@ class PerDocument:
         norms = _norms(factors, documents)
         bad = ~torch.isfinite(norms)
         scale = (clip * (1 - _MARGIN) / norms.clamp(min=1e-30)).clamp(max=1.0).masked_fill(bad, 0.0).float()
-        found = {}
+        found, some_are_bad = {}, bool(bad.any())
         for parameter, g, x in factors:
-            if bool(bad.any()):
+            if some_are_bad:
                 # Masked as well, as 0 times NaN is NaN.
                 g, x = (part.masked_fill(bad[:, None, None], 0.0) for part in (g, x))
             found[parameter] = (g.float() * scale[:, None, None]).flatten(0, 1).T @ x.float().flatten(0, 1)
