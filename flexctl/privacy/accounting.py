@@ -39,7 +39,7 @@ MECHANISM, UNIT, ACCOUNTANT = "dp-sgd", "document", "pld"
 ADJACENCY = "add or remove one"
 
 _ORDERS = [*range(2, 64), 80, 96, 128, 192, 256, 512, 1024]
-_POINTS = 10_000
+_POINTS = 5_000
 _FINEST = 1e-4
 _NO_GUARANTEE = 100.0
 """Above this epsilon only the quick bound is computed: nobody is protected by either."""

@@ -267,7 +267,7 @@ def _plan(config: PrivateConfig, anchor: Anchor, epsilon: float, delta: float, d
         mechanism=privacy.Mechanism(noise_multiplier=noise, row_noise_multiplier=rows, **sampling),
         batch_size=size,
         seq_len=budget.seq_len,
-        micro_batch=budget.micro_batch,
+        micro_batch=min(budget.micro_batch, size),
         public_batch=max(1, min(budget.micro_batch, round(size * config.public_mix / (1 - config.public_mix)))),
         lr=budget.lr,
     )

@@ -38,6 +38,7 @@ PRIVATE: dict[str, Any] = {
     "name": "own",
     "max_steps": 4,
     "seq_len": 32,
+    "micro_batch": 16,
     "batch_tokens": 8 * 32,
     "threads": 1,
     "dp_epsilon": 30.0,
@@ -144,6 +145,50 @@ def test_nothing_of_the_text_is_told_but_by_noised_weights(tmp_path: Path, ancho
     shutil.rmtree(tmp_path / ".own.work")
 
 
+def test_nothing_is_told_that_depends_on_the_text_by_other_ways(tmp_path: Path, anchor: Path, corpus: Path) -> None:
+    """Another corpus of another size gives the same plan, data, clips and run.json, word for word."""
+    other = tmp_path / "other.jsonl"
+    write_jsonl(other, tiny.make_texts("sums", 9))
+    for name, data in (("a", corpus), ("b", other)):
+        train(anchor, data, tmp_path / f"{name}.st", max_steps=1)
+    one, two = (open_expert(tmp_path / f"{name}.st").manifest for name in ("a", "b"))
+    assert (one.data, one.privacy, one.router.samples) == (two.data, two.privacy, two.router.samples)
+    training = [{name: said for name, said in manifest.training.items() if name != "losses"} for manifest in (one, two)]
+    assert training[0] == training[1]
+    runs = [json.loads((tmp_path / f"{name}.run.json").read_text())["asked"] for name in ("a", "b")]
+    assert runs[0] == runs[1]
+
+
+def test_a_checkpoint_has_no_loss_of_the_owner_s(tmp_path: Path, anchor: Path, corpus: Path) -> None:
+    """Without public text there is none to keep."""
+    from safetensors import safe_open
+
+    with pytest.raises(KeyboardInterrupt):
+        train(anchor, corpus, tmp_path / "x.st", Recorder(2), checkpoint_steps=2, public_mix=0.0)
+    (kept,) = (tmp_path / ".own.work" / "checkpoints").glob("*.safetensors")
+    with safe_open(kept, framework="pt") as file:
+        assert json.loads(file.metadata()["run"])["losses"] == [0.0, 0.0]
+
+
+def test_the_command_line_says_what_was_spent(
+    tmp_path: Path, anchor: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in PRIVATE.items()]
+    asked = ["train-expert", "--data", str(corpus), "--anchor", str(anchor), *flags, "--max-steps", "1"]
+    assert main([*asked, "-o", str(tmp_path / "x.st")]) == 0
+    assert re.search(r"in 1 steps|: .*1 step", said := capsys.readouterr().out) is not None, said
+    assert re.search(r"Private to epsilon [\d.]+, delta 0\.001 a document\.", said)
+    assert main([*asked, "-o", str(tmp_path / "y.st"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["privacy"]["epsilon"] > 0
+    assert (found["tokens"], found["final_loss"], found["tokens_per_s"], found["peak_rss_bytes"]) == (
+        None,
+        None,
+        None,
+        0,
+    )
+
+
 def test_the_working_folder_alone_has_text_and_key_and_goes(tmp_path: Path, anchor: Path, corpus: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "x.st", Recorder(3), checkpoint_steps=1)
@@ -220,7 +265,7 @@ def test_going_on_with_another_guarantee_or_text_or_without_the_key_is_refused(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "x.st", Recorder(2), checkpoint_steps=2)
-    for changed in ({"dp_noise_multiplier": 0.6}, {"dp_documents": 41}, {"dp_row_epsilon": 7.0}, {"dp_delta": 2e-3}):
+    for changed in ({"dp_noise_multiplier": 0.6}, {"dp_row_epsilon": 7.0}):
         with pytest.raises(UsageError, match="that run had"):
             train(anchor, corpus, tmp_path / "x.st", resume=True, **changed)
     with pytest.raises(UsageError, match="that run had"):
