@@ -137,6 +137,7 @@ class TrainExpertResult:
         bias: The router bias of each layer.
         rank: Of a low-rank expert; None of a full one.
         bytes_written: Size of the expert's file.
+        peak_rss_bytes: Most memory that was in use; 0 under a guarantee, as it depends on the owner's text.
     """
 
     path: Path

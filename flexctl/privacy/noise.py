@@ -5,7 +5,7 @@ draws what it drew before, and nothing comes from ``seed``. torch's generators h
 
 A sum plus floating-point noise can betray the sum by its last bits (Mironov, "On Significance of the Least Significant
 Bits for Differential Privacy", CCS 2012). So noise is drawn and added in float64, with 53 random bits for each of
-radius and angle, and the result is rounded to a grid of 2^-16 standard deviations, which is the same for every corpus:
+radius and angle, and the result is rounded to a grid of at most 2^-16 standard deviations, the same for every corpus:
 what is released is one point of it, behind which lie billions of noises. Rounding takes nothing from the guarantee, as
 it comes after the noise.
 """

@@ -109,7 +109,7 @@ class PrivateRun:
         before = self._losses()
         reporter.note(f"router rows: {config.router}, with noise")
         rows = self._rows(documents, ledger)
-        checkpoints = self._checkpoints(documents, ledger, rows)
+        checkpoints = self._checkpoints(documents, ledger)
         pair = self._pair(self.reader, rows.rows)
         training.train_privately(
             self.reader,
@@ -228,16 +228,13 @@ class PrivateRun:
             "dtype": config.dtype,
         }
 
-    def _checkpoints(
-        self, documents: privacy.Documents, ledger: privacy.Ledger, rows: routing.Rows
-    ) -> training.Checkpoints:
+    def _checkpoints(self, documents: privacy.Documents, ledger: privacy.Ledger) -> training.Checkpoints:
         config, plan = self._config, self._plan
         identity = {
             **self._settings(),
             "anchor": self._base.anchor.digest,
             "data": ledger.sealed(documents.digest),
             "public": self._public.digest,
-            "rows": [float(row) for row in rows.rows.sum(dim=1)],
             "rank": config.rank,
             "epsilon": plan.epsilon,
             "delta": plan.delta,

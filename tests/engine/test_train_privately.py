@@ -429,3 +429,10 @@ def test_what_is_made_of_a_private_expert_keeps_the_claim_where_it_covers_it(
         )
     )
     assert open_expert(tmp_path / "rows.st").manifest.privacy is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"rank": 4}, {"dtype": "float32"}])
+def test_a_guarantee_on_a_gpu(tmp_path: Path, anchor: Path, corpus: Path, settings: dict[str, Any]) -> None:
+    train(anchor, corpus, tmp_path / "x.st", device="cuda", **settings)
+    assert verify(VerifyConfig(path=tmp_path / "x.st", anchor=anchor)).ok
