@@ -55,7 +55,7 @@ class Plan:
     batch: int = 256
     piece: int = 120
     seq_len: int = 64
-    micro_batch: int = 128
+    micro_batch: int = 64
     rates: tuple[float, ...] = (0.3, 1.0, 3.0)
     seeds: int = 3
 

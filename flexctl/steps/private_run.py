@@ -159,6 +159,7 @@ class PrivateRun:
             self._loop,
             pair.match if config.public_match else None,
         )
+        pair.close()
         return float(f"{norm:.3g}"), row_norm
 
     def _beside(self, documents: Sequence[text.Framed], seq_len: int) -> Iterator[privacy.Padded]:
