@@ -283,5 +283,5 @@ def _measure_each(model: nn.Module, documents: Iterable[Tensor], add: Callable[[
             model.base_model(tokens[None].to(device), use_cache=False)  # type: ignore[operator]
             means.append(current)
     if len(means) < 2:
-        raise UsageError("router rows need at least two documents", hint="give more text, or split it into documents")
+        raise UsageError("router rows need at least two passages", hint="give more text")
     return torch.stack(means)

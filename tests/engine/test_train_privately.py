@@ -126,7 +126,7 @@ def test_nothing_of_the_text_is_told_but_by_noised_weights(tmp_path: Path, ancho
     result = train(anchor, corpus, tmp_path / "x.st", reporter, checkpoint_steps=1)
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "y.st", Recorder(3), checkpoint_steps=1)
-    (kept,) = (tmp_path / ".own.work" / "checkpoints").glob("*3.safetensors")
+    (kept,) = (tmp_path / ".y.work" / "checkpoints").glob("*3.safetensors")
     (header, *_) = kept.read_bytes().split(b"}}", 1)
     said = "\n".join(reporter.said)
     shown = json.dumps(dataclasses.asdict(result), default=str)
@@ -142,7 +142,7 @@ def test_nothing_of_the_text_is_told_but_by_noised_weights(tmp_path: Path, ancho
     assert sorted(json.loads(run)) == ["asked", "digest"]
     assert "loss" not in said
     assert "training 4 steps" in said
-    shutil.rmtree(tmp_path / ".own.work")
+    shutil.rmtree(tmp_path / ".y.work")
 
 
 def test_nothing_is_told_that_depends_on_the_text_by_other_ways(tmp_path: Path, anchor: Path, corpus: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_checkpoint_has_no_loss_of_the_owner_s(tmp_path: Path, anchor: Path, c
 
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "x.st", Recorder(2), checkpoint_steps=2, public_mix=0.0)
-    (kept,) = (tmp_path / ".own.work" / "checkpoints").glob("*.safetensors")
+    (kept,) = (tmp_path / ".x.work" / "checkpoints").glob("*.safetensors")
     with safe_open(kept, framework="pt") as file:
         assert json.loads(file.metadata()["run"])["losses"] == [0.0, 0.0]
 
@@ -192,7 +192,7 @@ def test_the_command_line_says_what_was_spent(
 def test_the_working_folder_alone_has_text_and_key_and_goes(tmp_path: Path, anchor: Path, corpus: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "x.st", Recorder(3), checkpoint_steps=1)
-    ledger = tmp_path / ".own.work" / "ledger.json"
+    ledger = tmp_path / ".x.work" / "ledger.json"
     assert ledger.stat().st_mode & 0o777 == 0o600
     assert sorted(json.loads(ledger.read_text())) == ["key", "max_grad_norm", "row_norm"]
     train(anchor, corpus, tmp_path / "x.st", resume=True)
@@ -251,10 +251,10 @@ def test_it_learns_where_noise_is_small(tmp_path: Path, anchor: Path, corpus: Pa
 def test_a_run_that_was_stopped_goes_on_and_never_draws_again(tmp_path: Path, anchor: Path, corpus: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "x.st", Recorder(2), checkpoint_steps=2)
-    shutil.copytree(tmp_path / ".own.work", tmp_path / "copy")
+    shutil.copytree(tmp_path / ".x.work", tmp_path / "copy")
     first = train(anchor, corpus, tmp_path / "x.st", resume=True, checkpoint_steps=2)
-    shutil.copytree(tmp_path / "copy", tmp_path / ".own.work")
-    (tmp_path / ".own.work" / "checkpoints").rename(tmp_path / "checkpoints")
+    shutil.copytree(tmp_path / "copy", tmp_path / ".x.work")
+    (tmp_path / ".x.work" / "checkpoints").rename(tmp_path / "checkpoints")
     again = train(anchor, corpus, tmp_path / "x.st", resume=True, overwrite=True)
     assert again.digest == first.digest
     assert again.privacy == first.privacy
@@ -270,7 +270,7 @@ def test_going_on_with_another_guarantee_or_text_or_without_the_key_is_refused(
             train(anchor, corpus, tmp_path / "x.st", resume=True, **changed)
     with pytest.raises(UsageError, match="that run had"):
         train(anchor, texts.code, tmp_path / "x.st", resume=True)
-    (tmp_path / ".own.work" / "ledger.json").unlink()
+    (tmp_path / ".x.work" / "ledger.json").unlink()
     with pytest.raises(UsageError, match="without it noise would be drawn a second time"):
         train(anchor, corpus, tmp_path / "x.st", resume=True)
 

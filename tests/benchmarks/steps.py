@@ -1,0 +1,198 @@
+"""Training steps measured: the pair, full and low-rank, against a masked mixture, the whole dense model, and LoRA.
+
+Every kind goes through flexctl's own loop, with the same batches, the same chunked loss and the same fused AdamW, so
+what differs is the model: ``measure`` yields a row each.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flexctl.model.building import route
+from flexctl.runtime import SILENT
+from flexctl.training.loop import LoopSettings, ParameterGroup, train
+from flexctl.training.pair import Pair
+from tests.benchmarks.shapes import DENSE, LORA, MASKED, PAIR, Shape, dense_model, mixture_model, step_flops
+
+RANK = 16
+
+
+class Trained(NamedTuple):
+    """A model in training."""
+
+    model: nn.Module
+    groups: list[ParameterGroup]
+    match: Callable[[Tensor], Tensor] | None
+    autocast: torch.dtype | None
+
+
+class RandomBatches:
+    """Batches of random tokens, the last fourth of the sequences public."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.seq_len, self.batch_size, self._vocab = shape.seq_len, shape.batch, shape.vocab
+
+    def batch(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        return torch.randint(2, self._vocab, (self.batch_size, self.seq_len + 1), generator=generator)
+
+    def is_public(self, step: int) -> Tensor:
+        del step
+        return torch.arange(self.batch_size) >= self.batch_size - self.batch_size // 4
+
+    def refuse_change(self) -> None:
+        """Nothing changes."""
+
+
+def pair(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int | None = None) -> Trained:
+    """flexctl's own: frozen weights in ``dtype``, trained ones in float32."""
+    model = route(dense_model(shape, device, dtype)).to(device)
+    rows = 0.02 * torch.randn(shape.layers, shape.hidden, generator=torch.Generator().manual_seed(0))
+    made = Pair(model, rows, public_match=1.0, rank=rank)
+    return Trained(model, made.groups(), made.match, None if dtype == torch.float32 else dtype)
+
+
+def dense(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
+    """Every weight of the dense model trains, kept in float32."""
+    model = dense_model(shape, device, torch.float32).requires_grad_(True)
+    autocast = None if dtype == torch.float32 else dtype
+    return Trained(model, [ParameterGroup(parameters=list(model.parameters()))], None, autocast)
+
+
+def masked(shape: Shape, device: torch.device, dtype: torch.dtype, how: str) -> Trained:
+    """The release's way: both experts in one mixture, the public one's gradients zeroed. All weights are in ``dtype``,
+
+    which spares this one the casts and half of AdamW's traffic: Transformers' grouped products take no autocast.
+    """
+    model = mixture_model(shape, device, dtype, experts=2, top_k=2, how=how).requires_grad_(False)
+    weights = [value for name, value in model.named_parameters() if ".experts." in name]
+    for weight in weights:
+        weight.requires_grad_(True)
+        weight.register_post_accumulate_grad_hook(_zero_public)
+    return Trained(model, [ParameterGroup(parameters=weights)], None, None)
+
+
+def _zero_public(weight: Tensor) -> None:
+    assert weight.grad is not None
+    weight.grad[0].zero_()
+
+
+def lora(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int = RANK) -> Trained:
+    """peft's LoRA on the feed-forward matrices of the dense model: frozen in ``dtype``, adapters in float32."""
+    import peft
+
+    model = dense_model(shape, device, dtype).requires_grad_(False)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["gate_proj", "up_proj", "down_proj"])
+    model = peft.inject_adapter_in_model(config, model)
+    weights = []
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = value.data.float()
+            weights.append(value.requires_grad_(True))
+    autocast = None if dtype == torch.float32 else dtype
+    return Trained(model, [ParameterGroup(parameters=weights)], None, autocast)
+
+
+KINDS: dict[str, tuple[str, int | None, Callable[..., Trained]]] = {
+    "pair": (PAIR, None, pair),
+    f"pair, rank {RANK}": (PAIR, RANK, lambda *where: pair(*where, rank=RANK)),
+    "dense, every weight": (DENSE, None, dense),
+    "masked 2 experts, grouped": (MASKED, None, lambda *where: masked(*where, how="grouped_mm")),
+    "masked 2 experts, eager": (MASKED, None, lambda *where: masked(*where, how="eager")),
+    f"LoRA of peft, rank {RANK}": (LORA, RANK, lora),
+}
+"""Name -> kind, rank, maker."""
+
+
+def measure(
+    shape: Shape, device: torch.device, dtype: torch.dtype, *, steps: int, names: tuple[str, ...] = tuple(KINDS)
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every kind of step: tokens a second, operations a second, peak memory; or why there is none.
+
+    Args:
+        shape: Of the anchor and of a step.
+        device: Where.
+        dtype: Of frozen weights and of matrix products.
+        steps: That are timed, after two that are not.
+        names: Which kinds.
+    """
+    for name in names:
+        kind, rank, make = KINDS[name]
+        row: dict[str, Any] = {"name": name, "dtype": str(dtype).removeprefix("torch.")}
+        if kind == LORA and find_spec("peft") is None:
+            yield row | {"skipped": "peft is not installed"}
+            continue
+        flops = step_flops(shape, kind, rank)
+        try:
+            made = make(shape, device, dtype)
+            run(made, shape, 2)
+            reset_peak(device)
+            rate, loss = run(made, shape, steps)
+        except RuntimeError as error:  # out of memory among them
+            row |= {"failed": str(error).splitlines()[0][:300]}
+        else:
+            row |= {
+                "tokens_per_s": rate,
+                "step_s": shape.tokens / rate,
+                "flops_per_step": flops,
+                "flops_per_s": flops * rate / shape.tokens,
+                "peak_bytes": peak_bytes(device),
+                "loss": loss,
+            }
+        made = None  # type: ignore[assignment]
+        free(device)
+        yield row
+
+
+def run(made: Trained, shape: Shape, steps: int) -> tuple[float, float]:
+    """Train for ``steps`` and return (tokens a second, last losses' mean)."""
+    settings = LoopSettings(steps=steps, lr=1e-4, warmup_steps=1, micro_batch=shape.batch, autocast=made.autocast)
+    outcome = train(made.model, made.groups, RandomBatches(shape), settings, reporter=SILENT, match=made.match)
+    assert outcome.tokens_per_s is not None
+    return outcome.tokens_per_s, outcome.final_loss
+
+
+def free(device: torch.device) -> None:
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to look for the most memory in use."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most memory in use on the card since ``reset_peak``; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 10) -> float:
+    """Return the rate of a product of square matrices of random numbers, the best of ``repeats``."""
+    import time
+
+    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(repeats + 2):
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        _wait(device)
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
