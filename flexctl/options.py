@@ -32,6 +32,7 @@ __all__ = [
     "RIGHTS",
     "ROUTER",
     "SECTIONS",
+    "SERVER",
     "TRAINING",
     "Config",
     "Option",
@@ -50,8 +51,9 @@ MODEL = "Model"
 RIGHTS = "Rights"
 HUB = "Hub"
 HARDWARE = "Hardware"
+SERVER = "Server"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, PRIVACY, ROUTER, MODEL, RIGHTS, HUB, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, PRIVACY, ROUTER, MODEL, RIGHTS, HUB, SERVER, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

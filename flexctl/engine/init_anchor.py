@@ -29,7 +29,7 @@ from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
-from flexctl.runtime import SILENT, Reporter, counted, note_busy_cores, software_versions
+from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
 from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
@@ -400,7 +400,8 @@ def _calibrate(config: InitAnchorConfig, checkpoint: Path, reporter: Reporter) -
     sample = text.draw_sample(documents, config.sample_tokens, config.seed)
     dense = model.load_dense(checkpoint)
     num_parameters = dense.num_parameters()
-    routed = model.route(dense).to(machine_of(config).device)
+    machine = machine_of(config)
+    routed = model.route(dense.to(machine.dtype)).to(machine.device)
     statistics = _measure(routed, sample, reporter)
     space = routing.fit_space(statistics, _measure_kinds(config, routed, tokenizer, reporter))
     spread = [float(std) for std in routing.constant_spread(space, statistics)]
@@ -482,5 +483,5 @@ def _measure_kinds(config: InitAnchorConfig, routed: Any, tokenizer: Any, report
         passages = text.sample_passages(text.read_documents([path], config.text_field), _KIND_PASSAGES, config.seed)
         framed = text.frame_passages(tokenizer, passages)
         with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-            found.append(routing.measure_passages(routed, counted(framed, bar)).within)
+            found.append(routing.measure_passages(routed, framed, bar.advance).within)
     return found

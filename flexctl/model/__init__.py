@@ -24,7 +24,8 @@ NAMES = {
     "configs": ("refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
     "lowrank": ("decompose", "expand"),
     "presets": ("PRESETS", "new_model"),
-    "routed": ("exclude", "observing", "routed_layers", "set_top_k"),
+    "routed": ("exclude", "masking", "observing", "routed_layers", "set_top_k", "token_mask"),
+    "slots": ("SlotCache", "Span", "forward"),
     "tensors": ("DTYPES", "to_bytes", "to_torch"),
 }
 """Module -> the names that the floors above use, imported on first use."""

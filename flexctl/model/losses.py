@@ -14,10 +14,13 @@ from torch.nn import functional as F
 
 __all__ = ["LOGIT_BUDGET", "score_tokens", "training_loss"]
 
-LOGIT_BUDGET = 16 * 1024 * 1024
-"""Logits that may exist at once; positions are taken in chunks of LOGIT_BUDGET / vocab_size."""
+LOGIT_BUDGET = 4 * 1024 * 1024
+"""Logits that may exist at once; positions are taken in chunks of LOGIT_BUDGET / vocab_size.
 
-_ON_A_CARD = 8
+More of them are slower on a CPU: memory of that size is given back to the system and asked for again each time.
+"""
+
+_ON_A_CARD = 32
 """As many times LOGIT_BUDGET: products of fewer rows leave a GPU idle."""
 
 

@@ -6,7 +6,7 @@ Shapes: D passages, L num_hidden_layers, H hidden_size, E width of the sentence 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from flexctl.model.building import quiet_transformers
 from flexctl.model.tensors import tensors_digest
 from flexctl.routing.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
 from flexctl.routing.space import RouterSpace, measure_documents, measure_passages
-from flexctl.runtime import Reporter, counted, software_versions
+from flexctl.runtime import Reporter, software_versions
 
 __all__ = [
     "ENOUGH_PASSAGES",
@@ -121,7 +121,7 @@ def embed_rows(
         reporter.note(f"router rows are made from {len(own)} passages; {ENOUGH_PASSAGES} and more are better")
     loaded = Encoder(recipe.encoder) if recipe.kind == "encoder" and recipe.encoder is not None else None
     with reporter.progress("measuring router inputs", len(own), "passages") as bar:
-        owner = _measured_own(recipe, model, counted(frame(own), bar), space)
+        owner = _measured_own(recipe, model, frame(own), space, bar.advance)
     if loaded is not None:
         embedded, inputs = _measured_public(recipe, model, space, public, frame, loaded, reporter)
         directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
@@ -132,11 +132,17 @@ def embed_rows(
     return finish_rows(space, owner, directions)
 
 
-def _measured_own(recipe: RowRecipe, model: nn.Module, passages: Iterable[Tensor], space: RouterSpace) -> OwnerInputs:
+def _measured_own(
+    recipe: RowRecipe,
+    model: nn.Module,
+    passages: Sequence[Tensor],
+    space: RouterSpace,
+    advance: Callable[[int], None],
+) -> OwnerInputs:
     """Return what the rows of a recipe need to know of an owner's passages: the covariance only where it counts."""
     if recipe.has_covariance:
-        return OwnerInputs.of(measure_passages(model, passages), space)
-    return OwnerInputs.of_means(measure_documents(model, passages), space)
+        return OwnerInputs.of(measure_passages(model, passages, advance), space)
+    return OwnerInputs.of_means(measure_documents(model, passages, advance), space)
 
 
 def _measured_public(
@@ -163,7 +169,7 @@ def _measured_public(
     known = cache.recall(_PUBLIC_PASSAGES, identity)
     if known is None:
         with reporter.progress("measuring router inputs", len(public), "passages") as bar:
-            inputs = measure_documents(model, counted(frame(public), bar))
+            inputs = measure_documents(model, frame(public), bar.advance)
         embedded = _embed(encoder, public, reporter)
         known = {"embedded": embedded.numpy(), "inputs": inputs.numpy()}
         cache.remember(_PUBLIC_PASSAGES, identity, known)

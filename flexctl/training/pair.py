@@ -67,9 +67,13 @@ class Pair:
             self._outputs[layer][name] = output
 
     def close(self) -> None:
-        """Stop watching the experts' outputs."""
+        """Stop watching what the experts compute."""
         for watch in self._watching:
             watch.remove()
+        for expert in self.experts:
+            for part in expert.children():
+                if isinstance(part, LowRankLinear):
+                    part.leave()
         self._outputs.clear()
 
     def groups(self) -> list[ParameterGroup]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.benchmarks.shapes import ONE_B, SMALL
-from tests.benchmarks.steps import KINDS, free, matmul_flops_per_s, measure, pair, run
+from tests.benchmarks.steps import KINDS, USUAL, free, matmul_flops_per_s, measure, pair, run
 from tests.gpu.section import Section
 
 
@@ -15,13 +15,14 @@ def main() -> None:
     shape = SMALL if section.small else ONE_B
     rate = matmul_flops_per_s(section.device, torch.bfloat16, 256 if section.small else 8192)
     section.put(name="measured rate", dtype="bfloat16", flops_per_s=rate)
-    for row in measure(shape, section.device, torch.bfloat16, steps=2 if section.small else 12):
+    names = USUAL if section.small else tuple(KINDS)
+    for row in measure(shape, section.device, torch.bfloat16, steps=2 if section.small else 12, names=names):
         section.failed |= "failed" in row
         section.put(**row, **({"share_of_rate": row["flops_per_s"] / rate} if "flops_per_s" in row else {}))
     for rank in (None, 16):
         with section.part(f"profile of a pair's step, rank {rank}"):
             _profile(section, rank)
-    for row in measure(shape, section.device, torch.float32, steps=2, names=tuple(KINDS)[:2]):
+    for row in measure(shape, section.device, torch.float32, steps=2, names=USUAL[:2]):
         section.put(**row)
     section.end()
 
