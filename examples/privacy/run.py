@@ -38,6 +38,7 @@ class Plan:
         sizes: Numbers of documents.
         tuned_on: Documents of the other owner's.
         steps: Of a private run.
+        tuning_steps: Of one on the other owner's.
         batch: Documents expected in a step.
         piece: Characters of a document, at least, where the text goes on.
         seq_len: Tokens of it at most.
@@ -51,7 +52,8 @@ class Plan:
     threads: int | None = None
     sizes: tuple[int, ...] = (20_000, 2_000)
     tuned_on: int = 12_000
-    steps: int = 150
+    steps: int = 100
+    tuning_steps: int = 40
     batch: int = 256
     piece: int = 120
     seq_len: int = 64
@@ -227,7 +229,7 @@ def config_of(plan: Plan, row: Row, expert: Path) -> flexctl.TrainExpertConfig:
         seq_len=plan.seq_len,
         batch_tokens=batch * plan.seq_len,
         micro_batch=min(plan.micro_batch, batch),
-        max_steps=plan.steps,
+        max_steps=plan.tuning_steps if row.domain == TUNED_ON else plan.steps,
         lr=None if row.rate is None else row.rate * default_rate(plan),
         dp_epsilon=row.epsilon,
         dp_delta=DELTA_SHARE / row.documents,

@@ -62,7 +62,7 @@ class Stream:
         """
         count = math.prod(shape)
         pairs = (count + 1) // 2
-        words = torch.from_numpy(self.words(2 * pairs).view(np.int64).copy()).to(device)
+        words = torch.from_numpy(self.words(2 * pairs).view(np.int64)).to(device)
         bits = (words >> 11) & (2**53 - 1)
         radius = (-2 * ((bits[:pairs] + 1).double() * 2.0**-53).log()).sqrt()
         angle = bits[pairs:].double() * (2.0**-53 * 2 * math.pi)
