@@ -304,6 +304,7 @@ def line_of(plan: Plan, row: Row, anchor: dict[str, float]) -> str:
 SMALL = {
     "sizes": (120,),
     "tuned_on": 120,
+    "tuning_steps": 2,
     "steps": 2,
     "batch": 16,
     "seq_len": 32,
