@@ -3,6 +3,10 @@
 from flexctl.bundle.checks import Check as Check
 from flexctl.bundle.manifest import PrivacyInfo as PrivacyInfo
 from flexctl.bundle.manifest import Tombstone as Tombstone
+from flexctl.engine.adopt import AdoptConfig as AdoptConfig
+from flexctl.engine.adopt import AdoptedExpert as AdoptedExpert
+from flexctl.engine.adopt import AdoptResult as AdoptResult
+from flexctl.engine.adopt import adopt as adopt
 from flexctl.engine.chat import ChatConfig as ChatConfig
 from flexctl.engine.chat import ChatResult as ChatResult
 from flexctl.engine.chat import ChatSession as ChatSession

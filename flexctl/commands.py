@@ -45,6 +45,7 @@ COMMANDS = (
     Command("init_anchor", "Make the public, frozen model that experts train against."),
     Command("train_expert", "Train one expert on text that stays where it is."),
     Command("import_expert", "Make an expert of a checkpoint fine-tuned elsewhere."),
+    Command("adopt", "Take a stock mixture apart into an anchor and experts.", ("AdoptedExpert",)),
     Command("embed_router", "Make router rows from sample texts, without training.", ("LayerReport",)),
     Command("compress", "Make a small, low-rank copy of an expert."),
     Command("merge", "Merge the anchor and experts into one stock checkpoint.", ("MergedExpert",)),

@@ -70,7 +70,7 @@ def anchor_card(manifest: AnchorManifest, repository: str, base_model: str | Non
         base_model: The model on the Hub that it was made from, if there is one.
     """
     sizes = manifest.architecture
-    return template("anchor-card.md").format(
+    return template("anchor-card.md" if manifest.is_calibrated else "adopted-card.md").format(
         license=_license(manifest.license, "unknown"),
         base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
         model_type=manifest.model_type,

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from flexctl.bundle.anchor import PUBLIC_SAMPLE_FILE, Anchor
+from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.expert import Expert, check_fits
 from flexctl.bundle.hashing import StoredTensor
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, feed_forward_keys
 from flexctl.bundle.manifest import (
     OTHER_LICENSE,
+    PUBLIC_SAMPLE_FILE,
     AnchorRef,
     Architecture,
     ExpertEntry,

@@ -18,6 +18,7 @@ __all__ = [
     "MANIFEST_FILE",
     "MANIFEST_KEY",
     "OTHER_LICENSE",
+    "PUBLIC_SAMPLE_FILE",
     "SCHEMA_VERSION",
     "TOLERATED",
     "AnchorManifest",
@@ -42,6 +43,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "flexctl.json"
 MANIFEST_KEY = "flexctl"
+PUBLIC_SAMPLE_FILE = "public-sample.safetensors"
 
 TOLERATED = ("run.json", "results.json", ".gitattributes", "*.sig", "*.sigstore.json")
 """Names of files that may lie beside a bundle although nothing binds them. Anything else unknown is refused."""
@@ -183,6 +185,11 @@ class AnchorManifest:
     def ref(self) -> AnchorRef:
         """How others name this anchor."""
         return AnchorRef(digest=self.digest, model_type=self.model_type, name=self.name)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it has a public sample and a router space; one that was adopted without public text has neither."""
+        return PUBLIC_SAMPLE_FILE in self.files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

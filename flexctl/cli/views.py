@@ -12,6 +12,7 @@ from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, 
 
 if TYPE_CHECKING:
     from flexctl import (
+        AdoptResult,
         ChatResult,
         CompressResult,
         DemoResult,
@@ -138,6 +139,16 @@ def _import_expert(result: ImportExpertResult) -> list[str]:
     if result.frozen_verified:
         return [*lines, "", "Everything but the expert is the anchor's, bit for bit."]
     return [*lines, "", f"{number(len(result.moved))} other tensors had moved and were left behind."]
+
+
+def _adopt(result: AdoptResult) -> list[str]:
+    count = len(result.experts) + 1
+    taken = f"Took a {result.mixture_type} of {count} experts apart: anchor {result.name} in {cell(result.path)}"
+    lines = [_sentence(result, taken, f"{result.model_type} of expert {result.public_expert}")]
+    rows = [[expert.name, expert.index, expert.path, expert.digest] for expert in result.experts]
+    lines += ["", *table(["expert", "was", "file", "digest"], rows)]
+    files, top_k = cell(result.experts[0].path.parent / "*.st"), result.num_experts_per_tok
+    return [*lines, "", f"Merge again: flexctl merge {files} --anchor {cell(result.path)} --top-k {top_k}"]
 
 
 def _embed_router(result: EmbedRouterResult) -> list[str]:
@@ -486,6 +497,7 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "init_anchor": _init_anchor,
     "train_expert": _train_expert,
     "import_expert": _import_expert,
+    "adopt": _adopt,
     "embed_router": _embed_router,
     "compress": _compress,
     "merge": _merge,

@@ -79,7 +79,7 @@ class MergeResult:
         license: What all inputs share, else ``other``.
         bytes_written: Bytes copied or made; after a dry run, what the weights would take.
         expected_routing: Text of whom -> expert -> share of the router's probability that is expected, from router
-            rows alone; None where the anchor is not at hand.
+            rows alone; None where the anchor is not at hand, or was adopted without public text.
         peak_rss_bytes: The process's largest resident size.
         dry_run: Whether nothing was written.
     """
@@ -170,6 +170,8 @@ def _expected_routing(composition: Composition, config: MergeConfig, reporter: R
     """Return who is expected to answer whose text, and warn of experts that will take each other's."""
     path = localise(config.anchor, reporter) if config.anchor else workspace.find().anchor
     if not path.is_dir() or (anchor := open_anchor(path)).digest != composition.anchor.digest:
+        return None
+    if not anchor.is_calibrated:
         return None
     routing = expected_between(anchor, composition.closed_rows())
     warn_of_overlaps(routing, reporter)

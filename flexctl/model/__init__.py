@@ -21,7 +21,7 @@ NAMES = {
         "set_threads",
         "stock_problems",
     ),
-    "configs": ("refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
+    "configs": ("MixtureConfig", "read_mixture", "refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
     "lowrank": ("decompose", "expand"),
     "presets": ("PRESETS", "new_model"),
     "routed": ("exclude", "masking", "observing", "routed_layers", "set_top_k", "token_mask"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from conftest import Texts
 
 from flexctl.cli.app import main
@@ -94,6 +95,22 @@ def test_train_expert(terminal: Terminal, anchor: Path, texts: Texts) -> None:
     wrong = ("--data", texts.code, *flags, "--name", "third", "--public", "nowhere")
     assert terminal.error("train-expert", *wrong, code=2) == "--public: nowhere does not exist"
     assert "--lr is 'fast'" in terminal.error("train-expert", "--data", texts.code, "--lr", "fast", code=2)
+
+
+def test_adopt(terminal: Terminal) -> None:
+    tiny.make_mixture(Path("moe"), "mixtral", experts=3)
+    made = terminal.json("adopt", "moe", "--names", "law,code", "--license", "MIT", "--threads", "1")
+    assert {"path", "digest", "name", "mixture_digest", "num_experts_per_tok"} <= set(made)
+    assert [(expert["name"], expert["index"]) for expert in made["experts"]] == [("law", 1), ("code", 2)]
+    assert "[merge]\ntop_k = 2" in Path("flexctl.toml").read_text()
+    assert "exists" in terminal.error("adopt", "moe", "--names", "law,code", code=2)
+    text = terminal.text("adopt", "moe", "--names", "law,code", "--overwrite")
+    assert text.startswith("Took a mixtral of 3 experts apart: anchor moe in anchor: llama of expert 0, sha256:")
+    assert text.endswith("Merge again: flexctl merge experts/*.st --anchor anchor --top-k 2\n")
+    assert terminal.error("adopt", "moe", code=2).startswith("--names: 0 for 2 experts")
+    assert "law" in terminal.text("list")
+    assert "adopted" in terminal.text("inspect", "experts/law.st")
+    assert "public" in terminal.text("merge", "experts/law.st")
 
 
 def test_embed_router(terminal: Terminal, anchor: Path, experts: dict[str, Path], texts: Texts) -> None:

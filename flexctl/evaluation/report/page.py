@@ -11,6 +11,7 @@ from flexctl.bundle.names import PUBLIC
 from flexctl.evaluation.explaining import Piece
 from flexctl.evaluation.figures import Figures
 from flexctl.evaluation.report import charts, words
+from flexctl.shipped import template
 
 __all__ = ["Excerpt", "render"]
 
@@ -69,7 +70,7 @@ def render(figures: Figures, excerpts: Sequence[Excerpt] = ()) -> str:
     return environment.from_string(_text("page.html")).render(
         figures=figures,
         lineage=figures.lineage,
-        style=Markup(_text("page.css")),
+        style=Markup(template("pages.css") + _text("page.css")),
         summary=words.summary(figures),
         settings=words.settings(figures),
         who_differs=words.who_differs(figures.lineage, figures.compare.lineage) if figures.compare else "",
