@@ -206,9 +206,10 @@ def _refuse_other_engine_s(config: ServeConfig) -> None:
 
 
 def _name_of(config: ServeConfig, runnable: Runnable) -> str:
-    """Return the last part of the bundle's place, without an ending."""
+    """Return the last part of the bundle's place, without ending and revision."""
     place = runnable.path if config.bundle is not None else workspace.find().merged
-    name = (Path(place).resolve() if isinstance(place, Path) else Path(str(place))).name.removesuffix(".st")
+    last = place.resolve().name if isinstance(place, Path) else place.rsplit("/", 1)[-1].partition("@")[0]
+    name = last.removesuffix(".st")
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} cannot be a model's name", hint="give one with `name`", field="bundle")
     return name
