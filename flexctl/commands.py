@@ -59,6 +59,9 @@ COMMANDS = (
     Command("serve", "Serve a bundle; each request says who may answer."),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
+    Command("keygen", "Make a key to sign with."),
+    Command("sign", "Sign a bundle, so that others can see who made it."),
+    Command("check_rights", "Say which experts a purpose rules out.", ("RuledOut",)),
     Command(
         "list",
         "List the workspace's anchor, experts and merged model.",

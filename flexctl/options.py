@@ -34,6 +34,7 @@ __all__ = [
     "SECTIONS",
     "SERVER",
     "TRAINING",
+    "TRUST",
     "Config",
     "Option",
     "argument",
@@ -49,11 +50,12 @@ PRIVACY = "Privacy"
 ROUTER = "Router"
 MODEL = "Model"
 RIGHTS = "Rights"
+TRUST = "Trust"
 HUB = "Hub"
 HARDWARE = "Hardware"
 SERVER = "Server"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, PRIVACY, ROUTER, MODEL, RIGHTS, HUB, SERVER, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, PRIVACY, ROUTER, MODEL, RIGHTS, TRUST, HUB, SERVER, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

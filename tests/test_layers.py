@@ -25,7 +25,7 @@ LAYERS = (
     {"routing"},
     {"privacy"},
     {"text"},
-    {"hub", "cache"},
+    {"hub", "cache", "trust"},
     {"model", "bundle"},
     {
         "families",
@@ -57,12 +57,14 @@ ONLY_IMPORTER = {
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
     "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
+    "cryptography": ("trust/", "privacy/noise.py"),
+    "securesystemslib": ("trust/", "steps/"),
+    "model_signing": ("trust/oms.py",),
     "starlette": ("serving/",),
     "uvicorn": ("serving/",),
     "vllm": ("serving/vllm/",),
     "uvloop": ("serving/vllm/",),
     "dp_accounting": ("privacy/accounting.py",),
-    "cryptography": ("privacy/noise.py",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

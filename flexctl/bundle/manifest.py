@@ -230,7 +230,7 @@ class ExpertEntry:
     """One expert of a merged model.
 
     The public expert's ``digest`` and ``manifest_sha256`` are the anchor's, so that they bind its ``moe_config``
-    too. ``manifest_sha256`` is of the manifest's bytes.
+    too. ``manifest_sha256`` is of the manifest's bytes. ``contact`` is written only where an owner gave one.
     """
 
     name: str
@@ -241,6 +241,7 @@ class ExpertEntry:
     purposes: tuple[str, ...]
     expires: str | None
     privacy: PrivacyInfo | None
+    contact: str | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from flexctl import (
         AdoptResult,
         ChatResult,
+        CheckRightsResult,
         CompressResult,
         DemoResult,
         DoctorResult,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         ImportExpertResult,
         InitAnchorResult,
         InspectResult,
+        KeygenResult,
         ListedAnchor,
         ListedExpert,
         ListedMerged,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
         RemoveResult,
         ReplaceResult,
         SelectProxyResult,
+        SignResult,
         TaskScore,
         TrainExpertResult,
         TuneRouterResult,
@@ -186,7 +190,12 @@ def _merge(result: MergeResult) -> list[str]:
 def _remove(result: RemoveResult) -> list[str]:
     done = f"Removed {cell(result.removed)}; {cell(result.path)} holds {cell(('public', *result.remaining))}"
     active = f"{result.num_experts_per_tok} active for a token"
-    return [_sentence(result, done, active, None if result.exact else "with a tombstone")]
+    line = _sentence(result, done, active, None if result.exact else "with a tombstone")
+    return [line, *_records(result.records)]
+
+
+def _records(records: tuple[Path, ...]) -> list[str]:
+    return [f"for the owner: {cell(record)}" for record in records]
 
 
 def _replace(result: ReplaceResult) -> list[str]:
@@ -198,7 +207,7 @@ def _replace(result: ReplaceResult) -> list[str]:
         headers = ("bits per byte", "before", "after", "change")
         rows = [[name, b["before"], b["after"], b["after"] - b["before"]] for name, b in result.bits_per_byte.items()]
         lines += ["", *table(headers, rows)]
-    return lines
+    return [*lines, *(["", *_records(result.records)] if result.records else [])]
 
 
 def _evaluate(result: EvaluateResult) -> list[str]:
@@ -314,6 +323,8 @@ def _span(found: Estimate, shown: Callable[[float], str] = number) -> str | None
 
 
 def _inspect(result: InspectResult) -> list[str]:
+    if result.sbom is not None:
+        return [json.dumps(result.sbom, indent=2)]
     manifest = {
         name: value for name, value in result.manifest.items() if name not in ("tensors", "files", "moe_config")
     }
@@ -328,6 +339,36 @@ def _verify(result: VerifyResult) -> list[str]:
     return [*table(["", "", ""], rows)[1:], "", f"{cell(result.path)}: {'ok' if result.ok else 'FAILED'}{digest}"]
 
 
+def _keygen(result: KeygenResult) -> list[str]:
+    pair = f"{cell(result.path)} (private, encrypted) and {cell(result.public_path)}"
+    if result.dry_run:
+        return [f"Dry run, nothing written. Would make {pair}"]
+    entry = [f"key = {result.public_key!r}".replace("'", '"'), 'name = "WHOSE"']
+    return [
+        f"Made {pair}",
+        "",
+        "Those who are to trust it write into their trust file:",
+        "",
+        "[[owners]]",
+        *entry[::-1],
+    ]
+
+
+def _sign(result: SignResult) -> list[str]:
+    by = f"key {result.key_id[:12]}" if result.key_id else "for OpenSSF's tool"
+    count = f"{result.signatures} signatures" if result.signatures > 1 else None
+    return [_sentence(result, f"Signed {cell(result.path)} in {cell(result.signature)}", by, count)]
+
+
+def _check_rights(result: CheckRightsResult) -> list[str]:
+    purpose = f" for {', '.join(result.purpose)}" if result.purpose else ""
+    lines = [f"may be used{purpose}: {cell(result.allowed) or 'public alone'}"]
+    for out in result.ruled_out:
+        lines.append(f"must be left out: {out.name}: {out.reason}{f'; ask {out.contact}' if out.contact else ''}")
+    lines += [f"look at the licenses: {conflict}" for conflict in result.conflicts]
+    return [*lines, "", cell(result.remedy)] if result.remedy else lines
+
+
 def _list(result: ListResult) -> list[str]:
     lines = [f"workspace {cell(result.path)}", ""]
     if result.anchor is None:
@@ -338,11 +379,14 @@ def _list(result: ListResult) -> list[str]:
         lines.append("no merged model yet: flexctl merge EXPERT.st")
     else:
         lines += _listed_merged(result, result.merged)
+    if result.expiring and not result.experts:
+        return [*lines, f"no expert's rights end within {result.expiring}"]
     if not result.experts:
         return [*lines, "no experts yet: flexctl train-expert --data PATH"]
     whole = [expert for expert in result.experts if not expert.error]
     broken = [f"broken: {local(printable(expert.error))}" for expert in result.experts if expert.error]
-    return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *broken]
+    contacts = [f"{e.name}: ask {printable(e.contact)}" for e in whole if result.expiring and e.contact]
+    return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *contacts, *broken]
 
 
 _LISTED = ("expert", "size_bytes", "rank", "license", "expires", "merged")
@@ -509,6 +553,9 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "chat": _chat,
     "inspect": _inspect,
     "verify": _verify,
+    "keygen": _keygen,
+    "sign": _sign,
+    "check_rights": _check_rights,
     "list": _list,
     "push": _push,
     "pull": _pull,

@@ -6,6 +6,7 @@ from flexctl.faces import face
 
 NAMES = {
     "baselines": ("Baselines", "Ingredients", "find_ingredients"),
+    "bootstrap": ("Resampled", "resample"),
     "domains": ("Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"),
     "measuring": ("Measured",),
     "passes": ("Passes", "Variant", "every_top_k", "one_left_out", "public_alone"),
@@ -13,7 +14,7 @@ NAMES = {
     "report": ("Excerpt", "render"),
     "report.charts": ("require_matplotlib",),
     "report.excerpts": ("take_excerpt",),
-    "scoring": ("Score", "held_out_losses"),
+    "scoring": ("Score", "held_out_losses", "score_documents"),
     "tasks": ("refuse_without_harness",),
     "tasks.harness": ("Task", "TaskRun", "read_tasks", "run_task"),
     "tasks.model": ("HarnessModel",),

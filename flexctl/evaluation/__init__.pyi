@@ -3,6 +3,8 @@
 from flexctl.evaluation.baselines import Baselines as Baselines
 from flexctl.evaluation.baselines import Ingredients as Ingredients
 from flexctl.evaluation.baselines import find_ingredients as find_ingredients
+from flexctl.evaluation.bootstrap import Resampled as Resampled
+from flexctl.evaluation.bootstrap import resample as resample
 from flexctl.evaluation.domains import Content as Content
 from flexctl.evaluation.domains import Domain as Domain
 from flexctl.evaluation.domains import parse_domains as parse_domains
@@ -24,6 +26,7 @@ from flexctl.evaluation.report.charts import require_matplotlib as require_matpl
 from flexctl.evaluation.report.excerpts import take_excerpt as take_excerpt
 from flexctl.evaluation.scoring import Score as Score
 from flexctl.evaluation.scoring import held_out_losses as held_out_losses
+from flexctl.evaluation.scoring import score_documents as score_documents
 from flexctl.evaluation.tasks import refuse_without_harness as refuse_without_harness
 from flexctl.evaluation.tasks.harness import Task as Task
 from flexctl.evaluation.tasks.harness import TaskRun as TaskRun

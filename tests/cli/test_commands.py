@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 from conftest import Texts
+from signers import cheap_keys, make_trust
 
 from flexctl.cli.app import main
 from flexctl.engine.evaluate import EvaluateResult
@@ -268,3 +270,32 @@ def test_demo_refuses_a_directory_that_is_not_its_own(terminal: Terminal) -> Non
     Path("demo").mkdir()
     assert "demo exists" in terminal.error("demo", code=2)
     assert "no earlier demo" in terminal.error("demo", "--overwrite", code=2)
+
+
+def test_keygen_sign_and_trust(space: Terminal, experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_keys(monkeypatch)
+    made = space.json("keygen", "-o", "acme.key")
+    assert Path(made["path"]).is_file()
+    assert "exists already" in space.error("keygen", "-o", "acme.key", code=2)
+    make_trust(f'[[owners]]\nname = "Acme"\nkey = "{made["public_key"]}"\n')
+    expert = Path(shutil.copy(experts["code"], "code.st"))
+    signed = space.json("sign", expert, "--key", "acme.key")
+    assert (signed["key_id"], signed["signatures"]) == (made["key_id"], 1)
+    assert space.text("sign", "merged", "--key", "acme.key").startswith("Signed merged in merged/flexctl.sig: key ")
+    assert "no such file" in space.error("sign", expert, "--key", "none.key", code=2)
+    assert re.search(
+        r"^ok +signed +by Acme \(trusted without end\)$", space.text("verify", "merged", "--trust", "trust.toml"), re.M
+    )
+    assert "FAILED  signed" in space.text("verify", experts["sums"], "--trust", "trust.toml", code=3)
+    gone = space.json("remove", "code", "--tombstone", "--reason", "asked for", "--key", "acme.key")
+    assert [Path(path).name for path in gone["records"]] == ["code.removed.json"]
+    record = ("--record", "code.removed.json", "--trust", "trust.toml")
+    assert space.json("verify", "merged", "--absent", "code", *record)["ok"]
+    assert "say whose keys count" in space.error("verify", "merged", "--record", "code.removed.json", code=2)
+
+
+def test_check_rights(space: Terminal) -> None:
+    found = space.json("check-rights", "--purpose", "anything")
+    assert (found["allowed"], found["ruled_out"], found["remedy"]) == (["code", "sums"], [], None)
+    assert space.text("check-rights", "merged") == "may be used: code, sums\n"
+    assert "no such file" in space.error("check-rights", "nowhere", code=2)
