@@ -28,6 +28,7 @@ __all__ = [
     "HUB",
     "MODEL",
     "OUTPUT",
+    "PRIVACY",
     "RIGHTS",
     "ROUTER",
     "SECTIONS",
@@ -45,6 +46,7 @@ __all__ = [
 
 DATA = "Data"
 TRAINING = "Training"
+PRIVACY = "Privacy"
 ROUTER = "Router"
 MODEL = "Model"
 RIGHTS = "Rights"
@@ -53,7 +55,7 @@ HUB = "Hub"
 HARDWARE = "Hardware"
 SERVER = "Server"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, TRUST, HUB, SERVER, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, PRIVACY, ROUTER, MODEL, RIGHTS, TRUST, HUB, SERVER, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

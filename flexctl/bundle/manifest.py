@@ -130,7 +130,21 @@ class RouterInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyInfo:
-    """The differential-privacy guarantee that an owner claims; ``unit`` is whom it protects ("document")."""
+    """The differential-privacy guarantee that an owner claims, and all that epsilon is a function of.
+
+    Attributes:
+        mechanism: ``dp-sgd``.
+        epsilon: At most this, with probability of all but ``delta``.
+        delta: Below one over the number of documents.
+        unit: Whom it protects: a ``document``.
+        accountant: What counted.
+        noise_multiplier: Standard deviation of a step's noise, in ``max_grad_norm``.
+        sampling_rate: Probability that a document takes part in a step, by Poisson sampling.
+        steps: Of them.
+        max_grad_norm: Clip of a document's gradient.
+        adjacency: Which corpora are neighbours: ``add or remove one``. None, and not written, in early versions.
+        row_noise_multiplier: Standard deviation of the noise on router rows, in their own clip. Likewise.
+    """
 
     mechanism: str
     epsilon: float
@@ -141,6 +155,8 @@ class PrivacyInfo:
     sampling_rate: float
     steps: int
     max_grad_norm: float
+    adjacency: str | None = field(default=None, metadata=OPTIONAL)
+    row_noise_multiplier: float | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

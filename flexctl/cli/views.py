@@ -120,12 +120,15 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
     speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
-    amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
+    trained = f"{number(result.tokens)} tokens in " if result.tokens is not None else ""
+    amounts = f"{trained}{number(result.steps)} steps" if result.steps else None
     rank = f"rank {result.rank}" if result.rank is not None else None
     size = amount(result.bytes_written, "bytes") if rank and result.bytes_written else None
     lines = [_sentence(result, f"Trained expert {result.name}: {cell(result.path)}", rank, size, amounts, speed)]
     if result.held_out:
         lines += ["", *_matrix(result.held_out, "held-out loss")]
+    if result.privacy is not None:
+        lines += ["", f"Private to epsilon {result.privacy.epsilon:g}, delta {result.privacy.delta:g} a document."]
     if result.frozen_verified:
         lines += ["", "Everything but the expert is the anchor's, bit for bit."]
     return lines
