@@ -174,6 +174,7 @@ _INSTEAD = {
     "timeout_s": None,
     "ui": None,
     "explain": None,
+    "ui": None,
     "top_k": "--hf-overrides",
     "threads": None,
     "device": None,
