@@ -174,7 +174,6 @@ _INSTEAD = {
     "timeout_s": None,
     "ui": None,
     "explain": None,
-    "ui": None,
     "top_k": "--hf-overrides",
     "threads": None,
     "device": None,
