@@ -126,23 +126,34 @@ class RoutedFeedForward(nn.Module):
         return outputs.reshape(hidden_states.shape)
 
     def _mix(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
-        outputs = torch.zeros_like(inputs)
+        if self.is_cut:
+            return self._mix_cut(inputs, probabilities)
+        outputs: Tensor | None = None
         for index, expert in enumerate(self.experts):
             if index in self.excluded:
                 continue
             weight = probabilities[:, index : index + 1].to(inputs.dtype)
-            tokens = self._tokens_of(index, probabilities)
+            tokens = None if self.mask is None else self.mask.tokens[index]
             if tokens is None:
-                outputs = outputs + weight * expert(inputs)
+                part = weight * expert(inputs)
+                outputs = part if outputs is None else outputs + part
             elif len(tokens):
+                outputs = torch.zeros_like(inputs) if outputs is None else outputs
                 outputs = outputs.index_add(0, tokens, weight[tokens] * expert(inputs[tokens]))
+        assert outputs is not None, "the public expert runs on every token"
         return outputs
 
-    def _tokens_of(self, index: int, probabilities: Tensor) -> Tensor | None:
-        """Return the tokens that an expert runs on, (t,), int64; None is all."""
-        if self.is_cut:
-            return probabilities[:, index].nonzero().squeeze(-1)
-        return None if self.mask is None else self.mask.tokens[index]
+    def _mix_cut(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
+        """Return the sum where experts run on some tokens each; they are sorted by expert once, which is one wait."""
+        experts, tokens = (probabilities.T > 0).nonzero(as_tuple=True)
+        counts = torch.bincount(experts, minlength=len(self.experts)).tolist()
+        weights = probabilities[tokens, experts, None].to(inputs.dtype)
+        parts = zip(self.experts, *(each.split(counts) for each in (tokens, inputs[tokens], weights)), strict=True)
+        outputs = torch.zeros_like(inputs)
+        for expert, places, chosen, weight in parts:
+            if len(places):
+                outputs.index_add_(0, places, weight * expert(chosen))
+        return outputs
 
 
 def same_in_bfloat16(block: RoutedFeedForward, inputs: Tensor, kept: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.building import route
+from flexctl.model.norms import fuse_norms
 from flexctl.runtime import SILENT, peak_rss_bytes
 from flexctl.training.loop import LoopSettings, ParameterGroup, train
 from flexctl.training.pair import Pair
@@ -55,7 +56,7 @@ class RandomBatches:
 
 def pair(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int | None = None) -> Trained:
     """flexctl's own: frozen weights in ``dtype``, trained ones in float32."""
-    model = route(dense_model(shape, device, dtype)).to(device)
+    model = fuse_norms(route(dense_model(shape, device, dtype)).to(device))
     rows = 0.02 * torch.randn(shape.layers, shape.hidden, generator=torch.Generator().manual_seed(0))
     made = Pair(model, rows, public_match=1.0, rank=rank)
     return Trained(model, made.groups(), made.match, None if dtype == torch.float32 else dtype)
@@ -103,10 +104,10 @@ def lora(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int = RAN
 
 
 def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
-    """The pair with every feed-forward network and norm compiled: what torch.compile would bring."""
+    """The pair with every feed-forward network and norm compiled: what torch.compile would bring on top."""
     made = pair(shape, device, dtype)
     for module in made.model.modules():
-        if type(module).__name__ in ("Olmo2MLP", "Olmo2RMSNorm"):
+        if type(module).__name__ in ("Olmo2MLP", "Olmo2RMSNorm", "FusedNorm"):
             module.forward = torch.compile(module.forward, dynamic=False)
     return made
 
