@@ -16,7 +16,7 @@ from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import check_expert_name
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
-from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag
+from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.machine import machine_of
@@ -73,6 +73,10 @@ class TrainExpertConfig(Config):
         int | None,
         flag("N", "Sequences in memory at once (default: what fills about 8192 tokens).", HARDWARE, above=0),
     ] = None
+    recompute: Annotated[
+        bool,
+        switch("Compute layers' inner values again on the way back: less memory, more time, the same file.", HARDWARE),
+    ] = False
     public_match: Annotated[
         float,
         flag("X", "How strongly the expert is held to the public one on public text.", TRAINING, at_least=0),
@@ -368,14 +372,17 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[
         resume=config.resume,
         reporter=reporter,
     )
-    pair = training.Pair(setup.reader, setup.rows, public_match=config.public_match, rank=config.rank, seed=config.seed)
+    match = config.public_match if config.public_mix else 0.0
+    pair = training.Pair(setup.reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed)
+    if config.recompute:
+        model.recompute_layers(setup.reader)
     outcome = training.train(
         setup.reader,
         pair.groups(),
         setup.data,
         setup.loop,
         reporter=reporter,
-        match=pair.match if config.public_match and config.public_mix else None,
+        match=pair.match if match else None,
         checkpoints=checkpoints,
     )
     pair.close()

@@ -24,6 +24,7 @@ NAMES = {
     "configs": ("refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
     "lowrank": ("decompose", "expand"),
     "presets": ("PRESETS", "new_model"),
+    "recompute": ("recompute_layers",),
     "routed": ("exclude", "masking", "observing", "routed_layers", "set_top_k", "token_mask"),
     "slots": ("SlotCache", "Span", "forward"),
     "tensors": ("DTYPES", "to_bytes", "to_torch"),
