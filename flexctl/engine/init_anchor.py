@@ -397,7 +397,7 @@ def _calibrate(config: InitAnchorConfig, checkpoint: Path, reporter: Reporter) -
     sample = text.draw_sample(documents, config.sample_tokens, config.seed)
     dense = model.load_dense(checkpoint)
     num_parameters = dense.num_parameters()
-    machine = machine_of(config)
+    machine = machine_of(config, read_checkpoint(checkpoint))
     routed = model.route(dense.to(machine.dtype)).to(machine.device)
     statistics = _measure(routed, sample, reporter)
     space = routing.fit_space(statistics, _measure_kinds(config, routed, tokenizer, reporter))

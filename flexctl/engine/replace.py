@@ -164,7 +164,7 @@ def _score(
         return {}
 
     weights, tokenizer = open_merged(path).weights(), model.load_tokenizer(path)
-    merged = machine_of(config).build(weights)
+    merged = machine_of(config, weights.shared).build(weights)
     sizes = {
         "seq_len": evaluation.window_length(weights.dense_config, config.seq_len),
         "batch_tokens": config.forward_tokens,

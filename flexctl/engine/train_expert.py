@@ -282,7 +282,7 @@ def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
 
 def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
     config, base = task.config, task.base
-    machine = machine_of(config)
+    machine = machine_of(config, base.anchor.weights().shared)
     note_busy_cores(config.threads, reporter)
     corpus = text.prepare_corpus(
         config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
@@ -402,7 +402,7 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
         "public_mix": config.public_mix,
         "public_match": config.public_match,
         "seed": config.seed,
-        "dtype": config.dtype,
+        "dtype": setup.loop.dtype,
     }
 
 

@@ -70,7 +70,7 @@ class Answerer:
         self.runnable = sources.runnable(settings.bundle or place.merged, settings.anchor or place.anchor, reporter)
         # Names and devices that are not there are refused before weights are read.
         self.selection = self.runnable.select(settings.without)
-        machine = machine_of(settings)
+        machine = machine_of(settings, self.runnable.weights.shared)
         self._model: Any = machine.build(self.runnable.weights)
         self._tokenizer = model.load_tokenizer(self.runnable.tokenizer)
         self.select(settings.without)
