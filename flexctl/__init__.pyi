@@ -63,6 +63,9 @@ from flexctl.engine.replace import replace as replace
 from flexctl.engine.select_proxy import SelectProxyConfig as SelectProxyConfig
 from flexctl.engine.select_proxy import SelectProxyResult as SelectProxyResult
 from flexctl.engine.select_proxy import select_proxy as select_proxy
+from flexctl.engine.serve import ServeConfig as ServeConfig
+from flexctl.engine.serve import ServeResult as ServeResult
+from flexctl.engine.serve import serve as serve
 from flexctl.engine.train_expert import TrainExpertConfig as TrainExpertConfig
 from flexctl.engine.train_expert import TrainExpertResult as TrainExpertResult
 from flexctl.engine.train_expert import train_expert as train_expert

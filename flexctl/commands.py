@@ -55,6 +55,7 @@ COMMANDS = (
     Command("evaluate", "Score a bundle on held-out text and on tasks."),
     Command("generate", "Continue a text, and show on request which expert answered."),
     Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
+    Command("serve", "Serve a bundle; each request says who may answer."),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
     Command(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flexctl.bundle.anchor import Anchor, open_anchor, write_anchor
-from flexctl.bundle.dense import compare_dense, open_dense
 from flexctl.bundle.expert import Expert, open_expert, pair_weights, reroute_expert, weights_beside, write_expert
+from flexctl.bundle.fine_tuned import compare_dense, open_dense
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug

@@ -18,10 +18,10 @@ from flexctl.evaluation.passes import public_alone as public_alone
 from flexctl.evaluation.records import read_results as read_results
 from flexctl.evaluation.records import write_results as write_results
 from flexctl.evaluation.records import write_samples as write_samples
-from flexctl.evaluation.report import Passage as Passage
+from flexctl.evaluation.report import Excerpt as Excerpt
 from flexctl.evaluation.report import render as render
 from flexctl.evaluation.report.charts import require_matplotlib as require_matplotlib
-from flexctl.evaluation.report.passages import take_passage as take_passage
+from flexctl.evaluation.report.excerpts import take_excerpt as take_excerpt
 from flexctl.evaluation.scoring import Score as Score
 from flexctl.evaluation.scoring import held_out_losses as held_out_losses
 from flexctl.evaluation.tasks import refuse_without_harness as refuse_without_harness

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.serving import bench_serving
+from tests.benchmarks.showing import show
 from tests.builders import make_anchor, make_expert
 
 REPEATS = 5
@@ -33,11 +35,6 @@ def seconds(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def show(name: str, value: str, against: str) -> None:
-    """Print one row."""
-    print(f"{name:<44} {value:>12}   {against}", flush=True)
 
 
 def copy_and_hash(sources: list[Path], target: Path) -> None:
@@ -170,6 +167,7 @@ SECTIONS = {
     "steps": lambda _root: bench_steps(),
     "scoring": bench_scoring,
     "text": bench_text,
+    "serving": bench_serving,
 }
 
 
