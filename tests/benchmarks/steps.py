@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flexctl.model.building import route
 from flexctl.model.norms import fuse_norms
+from flexctl.model.recompute import recompute_layers
 from flexctl.runtime import SILENT, peak_rss_bytes
 from flexctl.training.loop import LoopSettings, ParameterGroup, train
 from flexctl.training.pair import Pair
@@ -103,6 +104,13 @@ def lora(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int = RAN
     return Trained(model, [ParameterGroup(parameters=weights)], None, autocast)
 
 
+def recomputed(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
+    """The pair with --recompute."""
+    made = pair(shape, device, dtype)
+    recompute_layers(made.model)
+    return made
+
+
 def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
     """The pair with every feed-forward network and norm compiled: what torch.compile would bring on top."""
     made = pair(shape, device, dtype)
@@ -119,6 +127,7 @@ KINDS: dict[str, tuple[str, int | None, Callable[..., Trained]]] = {
     "masked 2 experts, grouped": (MASKED, None, lambda *where: masked(*where, how="grouped_mm")),
     "masked 2 experts, eager": (MASKED, None, lambda *where: masked(*where, how="eager")),
     f"LoRA of peft, rank {RANK}": (LORA, RANK, lora),
+    "pair, recomputed": (PAIR, None, recomputed),
     "pair, compiled": (PAIR, None, compiled),
 }
 """Name -> kind, rank, maker."""
