@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 
-_CALIBRATION_TOKENS = 262_144
+_CALIBRATION_TOKENS_A_DIMENSION, _FEWEST_CALIBRATION_TOKENS, _MOST_CALIBRATION_TOKENS = 256, 32_768, 262_144
+"""Half of them are enough for rows, at a width where that was measured: docs/results.md, section 10."""
+
 _CALIBRATION_BATCH = 8
 _CALIBRATION_SEQ_LEN = 256
 _KIND_PASSAGES = 128
@@ -459,7 +461,7 @@ def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> rout
 
         stream = sample.stream()
         seq_len = min(_CALIBRATION_SEQ_LEN, len(stream) - 1)
-        count = min(stream.num_sequences(seq_len), _CALIBRATION_TOKENS // seq_len)
+        count = min(stream.num_sequences(seq_len), _calibration_tokens(routed.config.hidden_size) // seq_len)
         with reporter.progress("measuring router inputs", count * seq_len, "tokens") as bar:
             for start in range(0, count, _CALIBRATION_BATCH):
                 rows = [stream.sequence(i, seq_len)[:-1] for i in range(start, min(count, start + _CALIBRATION_BATCH))]
@@ -467,6 +469,12 @@ def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> rout
                 bar.advance(len(rows) * seq_len)
 
     return routing.measure_inputs(routed, batches())
+
+
+def _calibration_tokens(hidden_size: int) -> int:
+    """Return how many public tokens router inputs are measured on: a covariance of wider ones needs more."""
+    wanted = _CALIBRATION_TOKENS_A_DIMENSION * hidden_size
+    return min(max(wanted, _FEWEST_CALIBRATION_TOKENS), _MOST_CALIBRATION_TOKENS)
 
 
 def _measure_kinds(config: InitAnchorConfig, routed: Any, tokenizer: Any, reporter: Reporter) -> list[Tensor]:
