@@ -355,7 +355,7 @@ def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, rep
         work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     )
     return training.train_whole(
-        dense.to(machine.device),
+        model.fuse_norms(dense.to(machine.device)),
         stream,
         _training_settings(config),
         work=work,

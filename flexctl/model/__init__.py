@@ -23,6 +23,7 @@ NAMES = {
     ),
     "configs": ("refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
     "lowrank": ("decompose", "expand"),
+    "norms": ("fuse_norms",),
     "presets": ("PRESETS", "new_model"),
     "recompute": ("recompute_layers",),
     "routed": ("exclude", "masking", "observing", "routed_layers", "set_top_k", "token_mask"),

@@ -144,15 +144,18 @@ class RoutedFeedForward(nn.Module):
         return outputs
 
     def _mix_cut(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
-        """Return the sum where experts run on some tokens each; they are sorted by expert once, which is one wait."""
-        experts, tokens = (probabilities.T > 0).nonzero(as_tuple=True)
-        counts = torch.bincount(experts, minlength=len(self.experts)).tolist()
-        weights = probabilities[tokens, experts, None].to(inputs.dtype)
-        parts = zip(self.experts, *(each.split(counts) for each in (tokens, inputs[tokens], weights)), strict=True)
+        """Return the sum where experts run on some tokens each: sorted by expert at once, so a device waits once."""
+        nobody = len(self.experts)
+        kept = probabilities.topk(self.top_k, dim=-1)
+        chosen = kept.indices.masked_fill(kept.values <= 0, nobody).flatten()
+        order = chosen.argsort(stable=True)
+        counts = (chosen[:, None] == torch.arange(nobody + 1, device=inputs.device)).sum(dim=0).tolist()
+        tokens, weights = order // self.top_k, kept.values.flatten()[order, None].to(inputs.dtype)
         outputs = torch.zeros_like(inputs)
-        for expert, places, chosen, weight in parts:
+        parts = zip(self.experts, tokens.split(counts), weights.split(counts), strict=False)
+        for expert, places, weight in parts:
             if len(places):
-                outputs.index_add_(0, places, weight * expert(chosen))
+                outputs.index_add_(0, places, weight * expert(inputs[places]))
         return outputs
 
 
