@@ -42,12 +42,16 @@ def fuse_norms(model: Model) -> Model:
 
     Names of tensors stay as they are. On a CPU there is no such kernel, so nothing changes.
     """
-    if next(model.parameters()).is_cuda:
+    if _has_kernel(model):
         for parent in list(model.modules()):
             norms: list[tuple[str, Any]] = [each for each in parent.named_children() if _is_norm(each[1])]
             for name, norm in norms:
                 setattr(parent, name, FusedNorm(norm.weight, norm.variance_epsilon))
     return model
+
+
+def _has_kernel(model: nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 def _is_norm(module: nn.Module) -> bool:
