@@ -495,6 +495,7 @@ def _doctor(result: DoctorResult) -> list[str]:
         "torch's threads": result.threads,
         "load": result.load,
         "matrix products": _speeds(result.matmul_gflops_per_s) or None,
+        "models stored in bfloat16": result.auto_dtype and f"run in {result.auto_dtype}",
         "memory": f"{_room(result.memory_bytes)}, {_room(result.memory_available_bytes)} available",
         f"disk at {cell(result.path)}": f"{_room(result.disk_free_bytes)} free",
         f"the Hub, {result.hub}": result.hub_state,

@@ -12,6 +12,7 @@ from flexctl.bundle import (
     Anchor,
     DataInfo,
     RouterInfo,
+    read_checkpoint,
     read_dense_config,
     write_anchor,
     write_expert,
@@ -284,7 +285,7 @@ def _write_anchor(
             sample_tokens=_SAMPLE_TOKENS,
             special_as_text=config.special_as_text,
             seed=config.seed,
-            machine=machine_of(config),
+            machine=machine_of(config, read_checkpoint(checkpoint)),
             reporter=reporter,
         )
     anchor = write_anchor(

@@ -239,7 +239,7 @@ def _set_up(config: CompressConfig, base: Anchored, weights: Weights) -> _Setup:
         raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
     apart = config.rank == "auto" and len(own) > 1
     return _Setup(
-        model=machine_of(config).build(weights),
+        model=machine_of(config, weights.shared).build(weights),
         weights=weights,
         choosing=own[::2] if apart else own,
         parts={

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -16,11 +15,9 @@ from flexctl import flags, model, workspace
 from flexctl.errors import FlexctlError
 from flexctl.options import Config
 from flexctl.runtime import SILENT, Reporter, busy_cores, cache_folder
+from flexctl.steps.speed import bfloat16_pays, matmul_gflops_per_s
 
 __all__ = ["CacheFolder", "DoctorConfig", "DoctorResult", "doctor"]
-
-_SIZE, _REPEATS = 512, 3
-"""Rows of the square matrices that are multiplied, and how often; the fastest counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +53,9 @@ class DoctorResult:
         missing: Required packages that are missing.
         extras: Optional extra -> its packages that are missing; none where it is installed.
         devices: What torch can run on.
-        matmul_gflops_per_s: dtype -> billions of operations a second in matrix products on the CPU.
+        matmul_gflops_per_s: dtype -> billions of operations a second in matrix products on the CPU. They decide whether
+            models that are stored in bfloat16 run in it here.
+        auto_dtype: What ``dtype`` auto is here for such a model, as measured the first time that it was asked for.
         cpus: Processors.
         threads: CPU threads that torch uses.
         load: Processes that ran or waited to run, mean over the last minute; None where nobody counts them.
@@ -79,6 +78,7 @@ class DoctorResult:
     disk_free_bytes: int
     devices: list[str] = field(default_factory=list)
     matmul_gflops_per_s: dict[str, float] = field(default_factory=dict)
+    auto_dtype: str | None = None
     threads: int | None = None
     hub: str | None = None
     hub_state: str | None = None
@@ -131,7 +131,8 @@ def _with_libraries(found: DoctorResult, config: DoctorConfig) -> DoctorResult:
     return replace(
         found,
         devices=_devices(),
-        matmul_gflops_per_s=_matmul_gflops_per_s(),
+        matmul_gflops_per_s=matmul_gflops_per_s(),
+        auto_dtype="bfloat16" if torch.cuda.is_available() or bfloat16_pays() else "float32",
         threads=torch.get_num_threads(),
         hub=endpoint(),
         hub_state=reach(),
@@ -171,22 +172,6 @@ def _devices() -> list[str]:
 
     cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return ["cpu", *(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in cards)]
-
-
-def _matmul_gflops_per_s() -> dict[str, float]:
-    """Return dtype -> billions of operations a second of products of square matrices on the CPU."""
-    import torch
-
-    speeds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(_SIZE, _SIZE, dtype=dtype)
-        times_s = []
-        for _ in range(1 + _REPEATS):  # the first one also sets up what the others use
-            start_s = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times_s.append(time.perf_counter() - start_s)
-        speeds[str(dtype).removeprefix("torch.")] = 2 * _SIZE**3 / min(times_s[1:]) / 1e9
-    return speeds
 
 
 def _caches() -> list[CacheFolder]:

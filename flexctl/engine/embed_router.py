@@ -222,7 +222,8 @@ def _measure(
     config: EmbedRouterConfig, base: Anchored, rivals: Mapping[str, Expert], reporter: Reporter
 ) -> tuple[routing.Rows, RouterInfo, list[LayerReport]]:
     recipe_of(config)
-    reader = machine_of(config).build(base.anchor.weights())
+    weights = base.anchor.weights()
+    reader = machine_of(config, weights.shared).build(weights)
     reporter.note(f"measuring router inputs for {config.router} rows")
     own, own_unseen = text.sample_halves(
         text.read_documents(config.data, config.text_field), routing.PASSAGES, config.seed

@@ -18,7 +18,7 @@ from flexctl.evaluation.lineage import lineage
 from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
 from flexctl.runtime import SILENT, Parts, Reporter, peak_rss_bytes, software_versions
 from flexctl.steps import sources
-from flexctl.steps.machine import Machine, machine_of
+from flexctl.steps.machine import machine_of
 
 __all__ = ["EvaluateConfig", "EvaluateResult", "evaluate"]
 
@@ -232,7 +232,7 @@ def _shown_again(config: EvaluateConfig, path: Path) -> EvaluateResult:
 def _set_up(config: EvaluateConfig, reporter: Reporter) -> _Run:
     """Read and refuse everything that can be before a model is built, and say which passes are to come."""
     domains = evaluation.parse_domains(config.data, config.text_field) if config.data or not config.tasks else []
-    machine = machine_of(config)
+    machine_of(config)
     tasks = _read_tasks(config)
     anchor = config.anchor or workspace.find().anchor
     runnable = sources.runnable(config.bundle or workspace.find().merged, anchor, reporter)
@@ -242,7 +242,7 @@ def _set_up(config: EvaluateConfig, reporter: Reporter) -> _Run:
     top_k = runnable.active(config.top_k, selection, reporter)
     whole = evaluation.Variant(without=selection.without, top_k=top_k)
     ingredients = _ingredients(config, runnable)
-    passes, *others = _prepare(config, machine, [runnable, other] if other else [runnable], reporter)
+    passes, *others = _prepare(config, [runnable, other] if other else [runnable], reporter)
     contents = [evaluation.read_domain(domain, reporter) for domain in domains]
     alone = evaluation.public_alone(passes)
     run = _Run(
@@ -276,15 +276,14 @@ def _read_tasks(config: EvaluateConfig) -> list[evaluation.Task]:
     return evaluation.read_tasks(config.tasks, config.shots)
 
 
-def _prepare(
-    config: EvaluateConfig, machine: Machine, runnables: Sequence[Runnable], reporter: Reporter
-) -> list[evaluation.Passes]:
+def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Reporter) -> list[evaluation.Passes]:
     """Return the models' passes, with windows that all of them can hold, once their bytes are proven."""
     for runnable in runnables:
         model.warn_of_length(config.seq_len, runnable.weights.dense_config, reporter)
     for bundle in [bundle for runnable in runnables for bundle in runnable.bundles]:
         prove(bundle, reporter)
     seq_len = min(evaluation.window_length(runnable.weights.dense_config, config.seq_len) for runnable in runnables)
+    machine = machine_of(config, runnables[0].weights.shared)
     parts = Parts(reporter)
     return [
         evaluation.Passes(

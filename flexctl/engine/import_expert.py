@@ -268,7 +268,8 @@ def _rows(
     own, unseen = text.sample_halves(text.read_documents(config.data, config.text_field), routing.PASSAGES, config.seed)
     public, _ = text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)
     reporter.note(f"measuring router inputs for {config.router} rows")
-    reader = machine_of(config).build(base.anchor.weights())
+    weights = base.anchor.weights()
+    reader = machine_of(config, weights.shared).build(weights)
     found, info = measured_rows(config, base, reader, own, public, reporter)
     del reader
     rows = RawTensor(*model.to_bytes(found.rows))
@@ -284,7 +285,8 @@ def _losses(
     reporter: Reporter,
 ) -> dict[str, float]:
     """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
-    machine, anchor = machine_of(config), base.anchor
+    anchor = base.anchor
+    machine = machine_of(config, anchor.weights().shared)
     tensors = {name: span.read() for name, span in checkpoint.feed_forward(anchor).items()}
     models = {
         "anchor": anchor.weights(),

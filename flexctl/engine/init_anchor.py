@@ -337,7 +337,7 @@ def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, rep
         work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     )
     return training.train_whole(
-        dense.to(machine.device),
+        model.fuse_norms(dense.to(machine.device)),
         stream,
         _training_settings(config),
         work=work,
@@ -376,7 +376,7 @@ def _calibrate_and_write(
         sample_tokens=config.sample_tokens,
         special_as_text=config.special_as_text,
         seed=config.seed,
-        machine=machine_of(config),
+        machine=machine_of(config, read_checkpoint(checkpoint)),
         reporter=reporter,
     )
     dense = read_dense_config(checkpoint)

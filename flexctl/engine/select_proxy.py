@@ -162,6 +162,7 @@ def _features(config: SelectProxyConfig, base: Anchored) -> Callable[[Sequence[T
         return lambda windows: encoder.embed(
             [base.tokenizer.decode(window[1:], skip_special_tokens=True) for window in windows]
         )
-    reader = machine_of(config).build(base.anchor.weights())
+    weights = base.anchor.weights()
+    reader = machine_of(config, weights.shared).build(weights)
     # One document alone is refused there, as rows need more.
     return lambda windows: routing.measure_documents(reader, [windows[0], *windows])[1:].flatten(1)

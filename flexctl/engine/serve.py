@@ -128,7 +128,7 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
     keys = serving.read_keys(config.api_keys, everybody.experts) if config.api_keys else ()
     permits = serving.Permits(name, everybody.experts, runnable.rights, keys)
     context = _context(config, runnable.weights.dense_config)
-    machine = machine_of(config)
+    machine = machine_of(config, runnable.weights.shared)
     merged = merged_of(runnable.bundles[0], runnable.path) if config.engine == "vllm" else None
     runnable.warn_of_expired(everybody, reporter)
     with serving.bind(config.host, config.port) as found:

@@ -16,7 +16,7 @@ from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
-from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag
+from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.guarantee import Plan, planned
@@ -78,6 +78,10 @@ class TrainExpertConfig(Config):
         int | None,
         flag("N", "Sequences in memory at once (default: what fills about 8192 tokens).", HARDWARE, above=0),
     ] = None
+    recompute: Annotated[
+        bool,
+        switch("Compute layers' inner values again on the way back: less memory, more time, the same file.", HARDWARE),
+    ] = False
     public_match: Annotated[
         float,
         flag("X", "How strongly the expert is held to the public one on public text.", TRAINING, at_least=0),
@@ -329,7 +333,8 @@ def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> T
     config, base = task.config, task.base
     note_busy_cores(config.threads, reporter)
     public = _public_sample(config, base)
-    run = PrivateRun(config, plan, base, public, machine_of(config), work, reporter)
+    machine = machine_of(config, base.anchor.weights().shared)
+    run = PrivateRun(config, plan, base, public, machine, work, reporter)
     released = run.train()
     _refuse_moved(run.reader, base.anchor)
     result = task.result(
@@ -359,7 +364,7 @@ def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> T
 
 def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
     config, base = task.config, task.base
-    machine = machine_of(config)
+    machine = machine_of(config, base.anchor.weights().shared)
     note_busy_cores(config.threads, reporter)
     corpus = text.prepare_corpus(
         config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
@@ -450,14 +455,17 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[
         resume=config.resume,
         reporter=reporter,
     )
-    pair = training.Pair(setup.reader, setup.rows, public_match=config.public_match, rank=config.rank, seed=config.seed)
+    match = config.public_match if config.public_mix else 0.0
+    pair = training.Pair(setup.reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed)
+    if config.recompute:
+        model.recompute_layers(setup.reader)
     outcome = training.train(
         setup.reader,
         pair.groups(),
         setup.data,
         setup.loop,
         reporter=reporter,
-        match=pair.match if config.public_match and config.public_mix else None,
+        match=pair.match if match else None,
         checkpoints=checkpoints,
     )
     pair.close()
@@ -477,7 +485,7 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
         "public_mix": config.public_mix,
         "public_match": config.public_match,
         "seed": config.seed,
-        "dtype": config.dtype,
+        "dtype": setup.loop.dtype,
     }
 
 

@@ -319,7 +319,7 @@ def _run(task: _Task, texts: _Texts, work: Path, reporter: Reporter) -> TuneRout
 
 def _set_up(task: _Task, texts: _Texts) -> _Setup:
     config, merged = task.config, task.merged
-    machine = machine_of(config)
+    machine = machine_of(config, merged.weights().shared)
     streams = {
         name: text.PublicSample(documents).stream() if documents else text.TokenStream.empty()
         for name, documents in texts.training.items()
@@ -374,7 +374,7 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> traini
         "batch_size": setup.data.batch_size,
         "tether": config.tether,
         "seed": config.seed,
-        "dtype": config.dtype,
+        "dtype": setup.loop.dtype,
     }
     checkpoints = training.Checkpoints(
         work / "checkpoints",

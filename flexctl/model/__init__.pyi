@@ -21,8 +21,10 @@ from flexctl.model.configs import resolve_moe_config as resolve_moe_config
 from flexctl.model.configs import warn_of_length as warn_of_length
 from flexctl.model.lowrank import decompose as decompose
 from flexctl.model.lowrank import expand as expand
+from flexctl.model.norms import fuse_norms as fuse_norms
 from flexctl.model.presets import PRESETS as PRESETS
 from flexctl.model.presets import new_model as new_model
+from flexctl.model.recompute import recompute_layers as recompute_layers
 from flexctl.model.routed import exclude as exclude
 from flexctl.model.routed import masking as masking
 from flexctl.model.routed import observing as observing

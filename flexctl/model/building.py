@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import PROJECTIONS, family_of
 from flexctl.model.lowrank import low_rank_copy
+from flexctl.model.norms import fuse_norms
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.pointers import refuse_pointer
@@ -152,7 +153,7 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
         block.experts.extend(_dense_block(public, tensors, index, dtype) for tensors in experts[1:])
         block.router = Router(to_torch(weights.router[index]))
         block.top_k = weights.num_experts_per_tok
-    return model.requires_grad_(False).eval().to(device)
+    return fuse_norms(model.requires_grad_(False).eval().to(device))
 
 
 def route(model: Any) -> nn.Module:

@@ -89,14 +89,15 @@ class _HeadLoss(torch.autograd.Function):
                 total += losses.sum() if weight is None else (weight * losses).sum()
                 if at_states is None and at_head is None:
                     continue
-                # d loss / d logits = weight (p (1 + 2 z log Z) - [target]), rounded once.
+                # d loss / d logits = s (p - [target] / (1 + 2 z log Z)), where s = weight (1 + 2 z log Z) a token
+                # is taken out of the products: they are of V numbers a token, and what goes in or comes out of H.
                 slope = 1 + 2 * z_loss * partition
-                gradient = logs.exp_().scatter_add_(1, ids, -1 / slope)
-                torch.mul(gradient, slope if weight is None else slope * weight, out=logits)
+                logits.copy_(logs.exp_().scatter_add_(1, ids, -1 / slope))
+                slope = slope if weight is None else slope * weight
                 if at_states is not None:
-                    at_states[part] = logits @ rows
+                    at_states[part] = (logits @ rows) * slope
                 if at_head is not None:
-                    at_head += logits.T @ chunk
+                    at_head += logits.T @ (chunk * slope).to(dtype)
         ctx.gradients = (at_states, None if at_head is None else at_head.to(head.dtype))
         return total
 

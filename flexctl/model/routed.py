@@ -126,23 +126,37 @@ class RoutedFeedForward(nn.Module):
         return outputs.reshape(hidden_states.shape)
 
     def _mix(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
-        outputs = torch.zeros_like(inputs)
+        if self.is_cut:
+            return self._mix_cut(inputs, probabilities)
+        outputs: Tensor | None = None
         for index, expert in enumerate(self.experts):
             if index in self.excluded:
                 continue
             weight = probabilities[:, index : index + 1].to(inputs.dtype)
-            tokens = self._tokens_of(index, probabilities)
+            tokens = None if self.mask is None else self.mask.tokens[index]
             if tokens is None:
-                outputs = outputs + weight * expert(inputs)
+                part = weight * expert(inputs)
+                outputs = part if outputs is None else outputs + part
             elif len(tokens):
+                outputs = torch.zeros_like(inputs) if outputs is None else outputs
                 outputs = outputs.index_add(0, tokens, weight[tokens] * expert(inputs[tokens]))
+        assert outputs is not None, "the public expert runs on every token"
         return outputs
 
-    def _tokens_of(self, index: int, probabilities: Tensor) -> Tensor | None:
-        """Return the tokens that an expert runs on, (t,), int64; None is all."""
-        if self.is_cut:
-            return probabilities[:, index].nonzero().squeeze(-1)
-        return None if self.mask is None else self.mask.tokens[index]
+    def _mix_cut(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
+        """Return the sum where experts run on some tokens each: sorted by expert at once, so a device waits once."""
+        nobody = len(self.experts)
+        kept = probabilities.topk(self.top_k, dim=-1)
+        chosen = kept.indices.masked_fill(kept.values <= 0, nobody).flatten()
+        order = chosen.argsort(stable=True)
+        counts = (chosen[:, None] == torch.arange(nobody + 1, device=inputs.device)).sum(dim=0).tolist()
+        tokens, weights = order // self.top_k, kept.values.flatten()[order, None].to(inputs.dtype)
+        outputs = torch.zeros_like(inputs)
+        parts = zip(self.experts, tokens.split(counts), weights.split(counts), strict=False)
+        for expert, places, weight in parts:
+            if len(places):
+                outputs.index_add_(0, places, weight * expert(inputs[places]))
+        return outputs
 
 
 def same_in_bfloat16(block: RoutedFeedForward, inputs: Tensor, kept: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ VARIETY = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputStatistics:
-    """Sums over router inputs.
+    """Sums over router inputs, where the model ran.
 
     Attributes:
         count: Tokens seen.
@@ -169,7 +169,7 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatisti
             count += shape[0] * (shape[1] - 1)
     if count == 0:
         raise BundleError("there is no public text to measure router inputs on", hint="give more text")
-    return InputStatistics(count=count, mean=mean.cpu() / count, second=second.cpu() / count)
+    return InputStatistics(count=count, mean=mean / count, second=second / count)
 
 
 def fit_space(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> RouterSpace:
@@ -188,13 +188,13 @@ def fit_space(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> Rout
     factor, diagonal = _fit(covariances)
     varied = None
     if kinds:
-        mean_kind = torch.stack(list(kinds)).double().mean(dim=0)
+        mean_kind = torch.stack(list(kinds)).double().mean(dim=0).to(statistics.second.device)
         varied = _fit([public + VARIETY * other for public, other in zip(covariances, mean_kind, strict=True)])
-    return RouterSpace(mean=statistics.mean.float(), factor=factor, diagonal=diagonal, variety=varied)
+    return RouterSpace(mean=statistics.mean.float().cpu(), factor=factor, diagonal=diagonal, variety=varied)
 
 
 def _fit(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return F, (L, R, H), and D, (L, H), float32, of covariances (H, H), float64, a layer each."""
+    """Return F, (L, R, H), and D, (L, H), float32, on the CPU, of covariances (H, H), float64, a layer each."""
     factors, diagonals = [], []
     for covariance in covariances:
         values, vectors = torch.linalg.eigh(covariance)
@@ -203,7 +203,7 @@ def _fit(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         left = (covariance.diagonal() - factor.square().sum(dim=0)).clamp(min=0)
         factors.append(factor)
         diagonals.append(left + SHRINKAGE * covariance.diagonal().mean() + 1e-12)
-    return torch.stack(factors).float(), torch.stack(diagonals).float()
+    return torch.stack(factors).float().cpu(), torch.stack(diagonals).float().cpu()
 
 
 def _dense(factor: Tensor, diagonal: Tensor) -> Tensor:
@@ -213,8 +213,8 @@ def _dense(factor: Tensor, diagonal: Tensor) -> Tensor:
 def constant_spread(space: RouterSpace, statistics: InputStatistics) -> Tensor:
     """Return the standard deviation of u . x on public text, (L,), float64; its mean is 1."""
     constant = space.constant()
-    second = torch.einsum("lh,lhk,lk->l", constant, statistics.second, constant)
-    first = (constant * statistics.mean).sum(dim=1)
+    second = torch.einsum("lh,lhk,lk->l", constant, statistics.second.cpu(), constant)
+    first = (constant * statistics.mean.cpu()).sum(dim=1)
     return (second - first.square()).clamp(min=0).sqrt()
 
 

@@ -141,7 +141,7 @@ class Answerer(Speaker):
         runnable = opened(settings, reporter)
         # Names and devices that are not there are refused before weights are read.
         self.selection = runnable.select(settings.without)
-        super().__init__(runnable, machine_of(settings))
+        super().__init__(runnable, machine_of(settings, runnable.weights.shared))
         self.select(settings.without)
 
     def select(self, without: Sequence[str]) -> None:

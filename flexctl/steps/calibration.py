@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "calibrate"]
 
-_TOKENS = 262_144
+_TOKENS_A_DIMENSION, _FEWEST_TOKENS, _MOST_TOKENS = 256, 32_768, 262_144
+"""Half of them are enough for rows, at a width where that was measured: docs/results.md, section 10."""
+
 _BATCH = 8
 _SEQ_LEN = 256
 _KIND_PASSAGES = 128
@@ -93,7 +95,7 @@ def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> rout
 
         stream = sample.stream()
         seq_len = min(_SEQ_LEN, len(stream) - 1)
-        count = min(stream.num_sequences(seq_len), _TOKENS // seq_len)
+        count = min(stream.num_sequences(seq_len), _tokens(routed.config.hidden_size) // seq_len)
         with reporter.progress("measuring router inputs", count * seq_len, "tokens") as bar:
             for start in range(0, count, _BATCH):
                 rows = [stream.sequence(i, seq_len)[:-1] for i in range(start, min(count, start + _BATCH))]
@@ -101,6 +103,11 @@ def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> rout
                 bar.advance(len(rows) * seq_len)
 
     return routing.measure_inputs(routed, batches())
+
+
+def _tokens(hidden_size: int) -> int:
+    """Return how many public tokens router inputs are measured on: a covariance of wider ones needs more."""
+    return min(max(_TOKENS_A_DIMENSION * hidden_size, _FEWEST_TOKENS), _MOST_TOKENS)
 
 
 def _within(path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any, reporter: Reporter) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from flexctl import model
+from flexctl.steps.speed import bfloat16_pays
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,14 @@ class MachineConfig(Protocol):
         """auto, float32 or bfloat16."""
 
 
+class Stored(Protocol):
+    """A tensor on disk."""
+
+    @property
+    def dtype(self) -> str:
+        """Name in safetensors."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
     """A device, and how numbers are kept on it.
@@ -49,13 +59,27 @@ class Machine:
         return model.build_model(weights, device=self.device, dtype=self.dtype)
 
 
-def machine_of(config: MachineConfig) -> Machine:
+def machine_of(config: MachineConfig, tensors: Mapping[str, Stored] | None = None) -> Machine:
     """Return what a command is to run on; from here on torch uses as many threads as it asks for.
+
+    On a CPU, ``dtype`` auto is bfloat16 where the weights are stored in it, so that none is rounded, and the processor
+    multiplies it faster, which is measured once; else float32.
+
+    Args:
+        config: Asks for it.
+        tensors: Weights that are to run, by name; None where it only matters that the machine is there.
 
     Raises:
         UsageError: There is no such device here, or no such dtype.
     """
     device = model.pick_device(config.device)
-    dtype, autocast = model.pick_dtype(config.dtype, device), model.autocast_dtype(config.dtype, device)
+    dtype = model.pick_dtype(config.dtype, device)
     model.set_threads(config.threads)
+    if config.dtype == "auto" and device.type == "cpu" and _are_bfloat16(tensors) and bfloat16_pays():
+        dtype = model.pick_dtype("bfloat16", device)
+    autocast = None if str(dtype) == "torch.float32" else dtype
     return Machine(device=device, dtype=dtype, autocast=autocast)
+
+
+def _are_bfloat16(tensors: Mapping[str, Stored] | None) -> bool:
+    return bool(tensors) and all(tensor.dtype == "BF16" for tensor in (tensors or {}).values())

@@ -241,7 +241,7 @@ def admit(
 def _trial(composition: Composition, config: ScreenConfig) -> _Trial:
     weights = composed_weights(composition)
     return _Trial(
-        model=machine_of(config).build(weights),
+        model=machine_of(config, weights.shared).build(weights),
         names=list(weights.experts),
         top_k=weights.num_experts_per_tok,
         seq_len=evaluation.window_length(weights.dense_config, config.seq_len),

@@ -60,6 +60,11 @@ class LoopSettings:
     z_loss: float = 1e-5
     autocast: torch.dtype | None = None
 
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that matrix products are in."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterGroup:

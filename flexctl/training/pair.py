@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,14 +57,21 @@ class Pair:
         self._runs_in = next(blocks[0].experts[0].parameters()).dtype
         self._device = blocks[0].router.public.device
         self._outputs: list[dict[str, Tensor]] = [{} for _ in blocks]
-        self._watching = [
+        self._is_matched = False
+        base: Any = model.base_model
+        self._watching = [base.register_forward_pre_hook(self._begin)]
+        self._watching += [
             block.experts[index].register_forward_hook(partial(self._keep, layer, name))
             for layer, block in enumerate(blocks)
             for index, name in enumerate(("public", "own"))
         ]
 
+    def _begin(self, _module: nn.Module, _inputs: object) -> None:
+        self._is_matched = self._match == 0
+
     def _keep(self, layer: int, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-        if torch.is_grad_enabled():
+        # Layers that are computed again on the way back come here once more, after the match.
+        if torch.is_grad_enabled() and not self._is_matched:
             self._outputs[layer][name] = output
 
     def close(self) -> None:
@@ -91,6 +99,7 @@ class Pair:
             public: Which sequences of the forward pass just made are public, (B,), bool, on the CPU, so that nothing
                 waits for the device.
         """
+        self._is_matched = True
         if self._match == 0 or not bool(public.any()):
             return torch.zeros((), device=self._device)
         chosen = to_device(public.nonzero().squeeze(-1), self._device)

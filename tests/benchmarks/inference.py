@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexctl.model.building import route
+from flexctl.model.norms import fuse_norms
 from flexctl.model.routed import Router, routed_layers
 from tests.benchmarks.shapes import Shape, dense_model, mixture_model
 from tests.benchmarks.steps import free, peak_bytes, reset_peak
@@ -29,7 +30,7 @@ def ours(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         block.experts.extend(copy.deepcopy(block.experts[0]) for _ in range(EXPERTS - 1))
         block.router = Router(torch.randn(EXPERTS, shape.hidden, generator=generator))
         block.top_k = TOP_K
-    return model.requires_grad_(False).to(device)
+    return fuse_norms(model.requires_grad_(False).to(device))
 
 
 def stock(how: str) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.building import route
+from flexctl.model.norms import fuse_norms
+from flexctl.model.recompute import recompute_layers
 from flexctl.runtime import SILENT, peak_rss_bytes
 from flexctl.training.loop import LoopSettings, ParameterGroup, train
 from flexctl.training.pair import Pair
@@ -55,7 +57,7 @@ class RandomBatches:
 
 def pair(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int | None = None) -> Trained:
     """flexctl's own: frozen weights in ``dtype``, trained ones in float32."""
-    model = route(dense_model(shape, device, dtype)).to(device)
+    model = fuse_norms(route(dense_model(shape, device, dtype)).to(device))
     rows = 0.02 * torch.randn(shape.layers, shape.hidden, generator=torch.Generator().manual_seed(0))
     made = Pair(model, rows, public_match=1.0, rank=rank)
     return Trained(model, made.groups(), made.match, None if dtype == torch.float32 else dtype)
@@ -102,11 +104,18 @@ def lora(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int = RAN
     return Trained(model, [ParameterGroup(parameters=weights)], None, autocast)
 
 
+def recomputed(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
+    """The pair with --recompute."""
+    made = pair(shape, device, dtype)
+    recompute_layers(made.model)
+    return made
+
+
 def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
-    """The pair with every feed-forward network and norm compiled: what torch.compile would bring."""
+    """The pair with every feed-forward network and norm compiled: what torch.compile would bring on top."""
     made = pair(shape, device, dtype)
     for module in made.model.modules():
-        if type(module).__name__ in ("Olmo2MLP", "Olmo2RMSNorm"):
+        if type(module).__name__ in ("Olmo2MLP", "Olmo2RMSNorm", "FusedNorm"):
             module.forward = torch.compile(module.forward, dynamic=False)
     return made
 
@@ -118,6 +127,7 @@ KINDS: dict[str, tuple[str, int | None, Callable[..., Trained]]] = {
     "masked 2 experts, grouped": (MASKED, None, lambda *where: masked(*where, how="grouped_mm")),
     "masked 2 experts, eager": (MASKED, None, lambda *where: masked(*where, how="eager")),
     f"LoRA of peft, rank {RANK}": (LORA, RANK, lora),
+    "pair, recomputed": (PAIR, None, recomputed),
     "pair, compiled": (PAIR, None, compiled),
 }
 """Name -> kind, rank, maker."""

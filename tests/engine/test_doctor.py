@@ -69,7 +69,8 @@ def test_a_machine_that_has_all(in_empty_folder: Path, monkeypatch: pytest.Monke
     sizes = {each.name: (each.path, each.size_bytes) for each in found.caches}
     assert sizes["hub"][0] == caches / "hub"
     assert sizes["hub"][1] == 700 + len(str(caches / "nowhere"))
-    assert sizes["flexctl"][1] == 0
+    assert found.auto_dtype in ("float32", "bfloat16")
+    assert sizes["flexctl"][1] > 0  # which of them, measured once
 
 
 def test_what_is_missing_is_said_with_exit_code_1(
@@ -109,7 +110,7 @@ def test_people_read_which_precision_is_faster(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speeds = {"float32": 10.0, "bfloat16": 35.0}
-    monkeypatch.setattr(module, "_matmul_gflops_per_s", lambda: speeds)
+    monkeypatch.setattr(module, "matmul_gflops_per_s", lambda: speeds)
     load(monkeypatch, 3.5, 2)
     assert main(["doctor"]) == 0
     out, err = capsys.readouterr()

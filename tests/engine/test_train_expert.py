@@ -25,6 +25,7 @@ from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, tr
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.evaluation.scoring import score_documents
 from flexctl.families import feed_forward_names
+from flexctl.model import recompute
 from flexctl.model.building import build_model, load_tokenizer, stock_problems
 from flexctl.model.tensors import to_torch
 from flexctl.routing.rows import bias_of
@@ -575,3 +576,21 @@ def test_training_in_bfloat16_writes_the_anchor_s_dtype(tmp_path: Path, anchor: 
     expert = open_expert(result.path)
     assert {info.dtype for info in expert.manifest.tensors.values()} == {"F32"}
     assert result.held_out["own"]["after"] < result.held_out["own"]["before"]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_recomputing_layers_keeps_less_and_changes_nothing(
+    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch, rank: int | None
+) -> None:
+    expected = train(anchor, texts.code, tmp_path / "kept.st", name="x", rank=rank)
+    forwards: list[bool] = []
+    run = recompute._run
+
+    def watching(*given: Any, **named: Any) -> Any:
+        forwards.append(torch.is_grad_enabled())
+        return run(*given, **named)
+
+    monkeypatch.setattr(recompute, "_run", watching)
+    found = train(anchor, texts.code, tmp_path / "recomputed.st", name="x", rank=rank, recompute=True)
+    assert found.digest == expected.digest
+    assert forwards.count(True) == 2 * 6

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexctl.cli.app import main as flexctl
+from flexctl.cli import app
+from flexctl.cli.output import Output
 from flexctl.runtime import peak_rss_bytes
 from tests.benchmarks.shapes import ONE_B, SMALL, Shape, dense_model
+from tests.benchmarks.timeline import Timeline
 from tests.gpu.section import Section
 
 _KEPT = ("tokens_per_s", "final_loss", "held_out", "steps", "bytes_written", "perplexity", "text", "num_experts")
@@ -69,15 +71,22 @@ def _live(section: Section, shape: Shape, root: Path) -> None:
 
 
 def _run(arguments: list[str]) -> dict[str, Any]:
-    """Run a command in this process and return the figures of its result."""
-    said = io.StringIO()
+    """Run a command in this process and return the figures of its result, and where its time went."""
+    said, timeline = io.StringIO(), Timeline()
+
+    class Timed(Output):
+        reporter = timeline
+
+    app.Output = Timed  # type: ignore[misc]
     with contextlib.redirect_stdout(said):
-        code = flexctl(arguments)
+        code = app.main(arguments)
     if code:
         raise RuntimeError(f"{arguments[0]}: exit code {code}")
+    timeline.mark("the rest")
     result = json.loads(said.getvalue())
     print(json.dumps(result)[:4000])
-    return {key: result[key] for key in _KEPT if result.get(key) is not None}
+    figures = {key: result[key] for key in _KEPT if result.get(key) is not None}
+    return figures | {"timeline": {name: round(seconds, 2) for name, seconds in timeline.seconds.items()}}
 
 
 def make_checkpoint(path: Path, shape: Shape, device: torch.device) -> None:
