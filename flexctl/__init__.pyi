@@ -63,6 +63,12 @@ from flexctl.engine.replace import replace as replace
 from flexctl.engine.select_proxy import SelectProxyConfig as SelectProxyConfig
 from flexctl.engine.select_proxy import SelectProxyResult as SelectProxyResult
 from flexctl.engine.select_proxy import select_proxy as select_proxy
+from flexctl.engine.trace_find import TraceFindConfig as TraceFindConfig
+from flexctl.engine.trace_find import TraceFindResult as TraceFindResult
+from flexctl.engine.trace_find import trace_find as trace_find
+from flexctl.engine.trace_index import TraceIndexConfig as TraceIndexConfig
+from flexctl.engine.trace_index import TraceIndexResult as TraceIndexResult
+from flexctl.engine.trace_index import trace_index as trace_index
 from flexctl.engine.train_expert import TrainExpertConfig as TrainExpertConfig
 from flexctl.engine.train_expert import TrainExpertResult as TrainExpertResult
 from flexctl.engine.train_expert import train_expert as train_expert
@@ -91,6 +97,9 @@ from flexctl.hub.remote import BundleFile as BundleFile
 from flexctl.runtime import SILENT as SILENT
 from flexctl.runtime import Progress as Progress
 from flexctl.runtime import Reporter as Reporter
+from flexctl.tracing.spans import Place as Place
+from flexctl.tracing.spans import Span as Span
+from flexctl.tracing.spans import Traced as Traced
 from flexctl.workspace import Workspace as Workspace
 
 __version__: str

@@ -55,6 +55,8 @@ COMMANDS = (
     Command("evaluate", "Score a bundle on held-out text and on tasks."),
     Command("generate", "Continue a text, and show on request which expert answered."),
     Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
+    Command("trace_index", "Index your text, at home, so that spans of it can be found."),
+    Command("trace_find", "Show what of a text or an answer stands in indexes."),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
     Command(
@@ -89,6 +91,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
         "TaskScore",
     ),
     "hub.remote": ("BundleFile",),
+    "tracing.spans": ("Place", "Span", "Traced"),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
 }
 """Module of the package -> the names that it gives to ``flexctl`` itself, imported on first use."""

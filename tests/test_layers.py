@@ -21,7 +21,7 @@ LAYERS = (
     {"engine"},
     {"steps"},
     {"evaluation", "training"},
-    {"routing"},
+    {"routing", "tracing"},
     {"text"},
     {"hub", "cache"},
     {"model", "bundle"},
@@ -54,7 +54,8 @@ ONLY_IMPORTER = {
     "torch": ("model/", "text/", "routing/", "training/", "evaluation/", "steps/", "engine/"),
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
-    "jinja2": ("evaluation/report/page.py", "evaluation/tasks/", "steps/answering.py"),
+    "jinja2": ("evaluation/report/template.py", "evaluation/tasks/", "steps/answering.py"),
+    "pydivsufsort": ("tracing/building.py",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

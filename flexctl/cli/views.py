@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from flexctl import tracing
 from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
         RemoveResult,
         ReplaceResult,
         SelectProxyResult,
+        Span,
         TaskScore,
+        TraceFindResult,
+        TraceIndexResult,
         TrainExpertResult,
         TuneRouterResult,
         VerifyResult,
@@ -51,8 +55,8 @@ def render(command: str, result: Any, *, verbose: bool, colour: bool) -> str:
         verbose: Show every field, digests in full.
         colour: The reader is a terminal that shows colours.
     """
-    if command == "generate":
-        return "\n".join(_generate(result, colour=colour))
+    if command in _COLOURED and (command == "generate" or not verbose):
+        return "\n".join(_COLOURED[command](result, colour))
     if verbose or command not in _VIEWS:
         return "\n".join(_everything(dataclasses.asdict(result)))
     return "\n".join(_VIEWS[command](result))
@@ -382,7 +386,7 @@ def _bundle_line(root: Path, kind: str, bundle: ListedAnchor | ListedMerged, abo
     return f"{kind}  {'' if path == kind else f'{path}: '}{', '.join(map(cell, facts))}"
 
 
-def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
+def _generate(result: GenerateResult, colour: bool) -> list[str]:
     """Return who answered, where that was asked for: a legend to the text's colours, or a table of its pieces.
 
     The text itself was written as it came.
@@ -396,6 +400,48 @@ def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
         return ["", *shares[:2], *closed]
     rows = [[repr(piece.text), names[piece.leader], *map(piece.shares.get, names)] for piece in result.pieces]
     return ["", *table(["piece", "leading", *names], rows), "", *shares]
+
+
+def _trace_index(result: TraceIndexResult) -> list[str]:
+    text = f"{number(result.documents)} documents, {amount(result.text_bytes, 'bytes')} of text"
+    shards = f"{number(result.shards)} shard{'s' if result.shards != 1 else ''}" + (f", {result.kept_shards} kept" if result.kept_shards else "")
+    facts = (text, shards, amount(result.bytes_written, "bytes")) if result.documents else ()
+    return [_sentence(result, f"Indexed {result.name} in {cell(result.path)}", *facts)]
+
+
+_SPANS_SHOWN, _SPAN_WIDTH = 20, 60
+
+
+def _trace_find(result: TraceFindResult, colour: bool) -> list[str]:
+    """Return the text with each index's spans painted, and a table of them."""
+    lines: list[str] = []
+    for traced in result.indexes:
+        spans = traced.all
+        covered = f"{traced.covered:.0%} of the text" if spans else "nothing of the text"
+        found = f"{cell(traced.path)}, {number(traced.documents)} documents"
+        lines += [*([""] if lines else []), f"{traced.name}: {covered} ({found})"]
+        if spans and colour:
+            lines += ["", *_painted(result.text, spans).split("\n")]
+        if spans:
+            rows = [_span_row(number, span) for number, span in enumerate(spans[:_SPANS_SHOWN], start=1)]
+            lines += ["", *table(("", "span", "match", "times", "document", "from", "to"), rows)]
+        if len(spans) > _SPANS_SHOWN:
+            lines.append(f"and {len(spans) - _SPANS_SHOWN} more: --json, --report")
+    return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _painted(text: str, spans: Sequence[Span]) -> str:
+    pieces = tracing.segments(text, spans)
+    return "".join(
+        printable(piece) if at is None else paint(printable(piece), expert_colour(at + 1)) for piece, at in pieces
+    )
+
+
+def _span_row(at: int, span: Span) -> list[Any]:
+    words = " ".join(span.text.split())
+    shown = words if len(words) <= _SPAN_WIDTH else f"{words[: _SPAN_WIDTH // 2]} ... {words[-_SPAN_WIDTH // 2 + 5 :]}"
+    match, first = "verbatim" if span.similarity == 1 else f"near {span.similarity:.2f}", span.places[0]
+    return [at, shown, match, span.count, f"{first.file}, {first.record}", first.start, first.stop]
 
 
 def _chat(_result: ChatResult) -> list[str]:
@@ -469,6 +515,7 @@ def _demo(result: DemoResult) -> list[str]:
     return [*_matrix(result.bits_per_byte, "bits per byte"), "", *pairs(checks)]
 
 
+_COLOURED: Mapping[str, Callable[[Any, bool], list[str]]] = {"generate": _generate, "trace_find": _trace_find}
 _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "init_anchor": _init_anchor,
     "train_expert": _train_expert,
@@ -482,6 +529,7 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "tune_router": _tune_router,
     "evaluate": _evaluate,
     "chat": _chat,
+    "trace_index": _trace_index,
     "inspect": _inspect,
     "verify": _verify,
     "list": _list,

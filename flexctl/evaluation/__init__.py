@@ -13,6 +13,8 @@ NAMES = {
     "report": ("Passage", "render"),
     "report.charts": ("require_matplotlib",),
     "report.passages": ("take_passage",),
+    "report.template": ("require_jinja",),
+    "report.trace": ("render_trace",),
     "scoring": ("Score", "held_out_losses"),
     "tasks": ("refuse_without_harness",),
     "tasks.harness": ("Task", "TaskRun", "read_tasks", "run_task"),

@@ -22,6 +22,8 @@ from flexctl.evaluation.report import Passage as Passage
 from flexctl.evaluation.report import render as render
 from flexctl.evaluation.report.charts import require_matplotlib as require_matplotlib
 from flexctl.evaluation.report.passages import take_passage as take_passage
+from flexctl.evaluation.report.template import require_jinja as require_jinja
+from flexctl.evaluation.report.trace import render_trace as render_trace
 from flexctl.evaluation.scoring import Score as Score
 from flexctl.evaluation.scoring import held_out_losses as held_out_losses
 from flexctl.evaluation.tasks import refuse_without_harness as refuse_without_harness

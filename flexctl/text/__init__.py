@@ -7,8 +7,10 @@ from flexctl.faces import face
 NAMES = {
     "corpus": ("Corpus", "prepare_corpus", "text_digest"),
     "documents": (
+        "Record",
         "pinned",
         "read_documents",
+        "read_records",
         "sample_halves",
         "sample_passages",
         "size_bytes",

@@ -11,7 +11,7 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -22,7 +22,17 @@ from flexctl import hub
 from flexctl.errors import UsageError
 from flexctl.text.tables import missing_field, read_csv, read_parquet
 
-__all__ = ["pinned", "read_documents", "sample_halves", "sample_passages", "size_bytes", "source_name", "text_files"]
+__all__ = [
+    "Record",
+    "pinned",
+    "read_documents",
+    "read_records",
+    "sample_halves",
+    "sample_passages",
+    "size_bytes",
+    "source_name",
+    "text_files",
+]
 
 PASSAGE_CHARACTERS = 1000
 
@@ -36,6 +46,15 @@ _BINARY = frozenset(
     .npz .o .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl
     .woff .woff2 .xz .zip""".split()  # noqa: SIM905
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document and where it stands: the file, here or on the Hub, and its number in it, from 1."""
+
+    file: str
+    number: int
+    text: str
 
 
 def text_files(paths: Iterable[Path], field: str = "data") -> list[Path | hub.DataFile]:
@@ -118,11 +137,16 @@ def _is_text_name(relative: PurePath) -> bool:
 
 
 def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[str]:
-    """Yield each document's text: a row of a table, a record of a .jsonl or .json file, or a whole file otherwise.
+    """Yield each document's text, as ``read_records`` does."""
+    return (record.text for record in read_records(paths, text_field))
+
+
+def read_records(paths: Sequence[Path], text_field: str = "text") -> Iterator[Record]:
+    """Yield each document: a row of a table, a record of a .jsonl or .json file, or a whole file otherwise.
 
     A .json file that was found in a folder and has no such field, as a package.json, is a whole file too. Empty
-    documents are left out. Memory holds one document, or a few rows, at a time; of a .json file that is one list,
-    all of it.
+    documents are left out, and counted. Memory holds one document, or a few rows, at a time; of a .json file that is
+    one list, all of it.
 
     Args:
         paths: Folders, files, and ``hf://datasets/...``, which is fetched while it is read.
@@ -136,9 +160,9 @@ def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[
     for file in text_files(paths):
         must_be_records = isinstance(file, hub.DataFile) or file in named
         try:
-            for text in _read_file(file, text_field, must_be_records=must_be_records):
+            for number, text in enumerate(_read_file(file, text_field, must_be_records=must_be_records), start=1):
                 if text and not text.isspace():
-                    yield text
+                    yield Record(str(file), number, text)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(f"{file}: cannot be read: {error}") from error
 
