@@ -404,7 +404,9 @@ def _generate(result: GenerateResult, colour: bool) -> list[str]:
 
 def _trace_index(result: TraceIndexResult) -> list[str]:
     text = f"{number(result.documents)} documents, {amount(result.text_bytes, 'bytes')} of text"
-    shards = f"{number(result.shards)} shard{'s' if result.shards != 1 else ''}" + (f", {result.kept_shards} kept" if result.kept_shards else "")
+    shards = f"{number(result.shards)} shard{'s' if result.shards != 1 else ''}" + (
+        f", {result.kept_shards} kept" if result.kept_shards else ""
+    )
     facts = (text, shards, amount(result.bytes_written, "bytes")) if result.documents else ()
     return [_sentence(result, f"Indexed {result.name} in {cell(result.path)}", *facts)]
 

@@ -35,7 +35,7 @@ class TraceIndexConfig(Config):
 
     Examples:
         flexctl trace-index --data corpus/law -o law.index
-        flexctl trace-find --index law.index --text "The court held that"
+        flexctl trace-index --data hf://datasets/acme/law --name law
     """
 
     data: flags.Data
