@@ -3,6 +3,9 @@
 from flexctl.bundle.checks import Check as Check
 from flexctl.bundle.manifest import PrivacyInfo as PrivacyInfo
 from flexctl.bundle.manifest import Tombstone as Tombstone
+from flexctl.engine.audit import AuditConfig as AuditConfig
+from flexctl.engine.audit import AuditResult as AuditResult
+from flexctl.engine.audit import audit as audit
 from flexctl.engine.chat import ChatConfig as ChatConfig
 from flexctl.engine.chat import ChatResult as ChatResult
 from flexctl.engine.chat import ChatSession as ChatSession
@@ -82,6 +85,11 @@ from flexctl.errors import BundleError as BundleError
 from flexctl.errors import FlexctlError as FlexctlError
 from flexctl.errors import Interrupted as Interrupted
 from flexctl.errors import UsageError as UsageError
+from flexctl.evaluation.attacks.findings import Audited as Audited
+from flexctl.evaluation.attacks.findings import CanaryBound as CanaryBound
+from flexctl.evaluation.attacks.findings import Extraction as Extraction
+from flexctl.evaluation.attacks.findings import Membership as Membership
+from flexctl.evaluation.attacks.findings import Recovery as Recovery
 from flexctl.evaluation.explaining import Piece as Piece
 from flexctl.evaluation.figures import Comparison as Comparison
 from flexctl.evaluation.figures import DomainComparison as DomainComparison

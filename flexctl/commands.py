@@ -57,6 +57,7 @@ COMMANDS = (
     Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
     Command("trace_index", "Index your text, at home, so that spans of it can be found."),
     Command("trace_find", "Show what of a text or an answer stands in indexes."),
+    Command("audit", "Attack a model with your text: what does it give away?"),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
     Command(
@@ -77,6 +78,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "workspace": ("Workspace",),
     "bundle.checks": ("Check",),
     "bundle.manifest": ("PrivacyInfo", "Tombstone"),
+    "evaluation.attacks.findings": ("Audited", "CanaryBound", "Extraction", "Membership", "Recovery"),
     "evaluation.explaining": ("Piece",),
     "evaluation.figures": (
         "Comparison",

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,6 @@ __all__ = [
     "index_manifest",
     "is_index",
     "open_index",
-    "own_file",
     "shard_files",
 ]
 
@@ -85,11 +83,6 @@ def index_manifest(
     """Return the manifest of an index, with its digest."""
     manifest = IndexManifest(name=name, digest="", documents=documents, bytes=num_bytes, shards=shards, files=files)
     return replace(manifest, digest=_digest(manifest))
-
-
-def own_file(path: Path) -> BinaryIO:
-    """Return a new file to write that nobody but its owner may read."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def is_index(path: Path) -> bool:

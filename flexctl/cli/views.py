@@ -13,6 +13,7 @@ from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, 
 
 if TYPE_CHECKING:
     from flexctl import (
+        AuditResult,
         ChatResult,
         CompressResult,
         DemoResult,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         MergeResult,
         PullResult,
         PushResult,
+        Recovery,
         RemoveResult,
         ReplaceResult,
         SelectProxyResult,
@@ -402,6 +404,51 @@ def _generate(result: GenerateResult, colour: bool) -> list[str]:
     return ["", *table(["piece", "leading", *names], rows), "", *shares]
 
 
+def _audit(result: AuditResult) -> list[str]:
+    tried = f"{number(result.members)} documents of {result.name} and {number(result.others)} like them"
+    if result.dry_run:
+        return [f"Dry run, nothing tried. {cell(result.path)}: {tried}"]
+    near, exact = "nearly as the document", "letter by letter"
+    rows = [
+        [model, _with_span(found.extraction.near), _with_span(found.extraction.exact), "yes" if found.found else "no"]
+        for model, found in result.models.items()
+    ]
+    lines = [f"{cell(result.path)}: {tried}", "", *table(["goes on", near, exact, "anything found"], rows)]
+    told = {
+        model: {score: _with_span(each.auc) for score, each in found.membership.items()}
+        for model, found in result.models.items()
+    }
+    rates = {
+        model: {score: _with_span(each.tpr) for score, each in found.membership.items()}
+        for model, found in result.models.items()
+    }
+    lines += ["", *_matrix(told, "tells members, AUC"), "", *_matrix(rates, "members found, 1 % FPR")]
+    headers = ("canaries", "guesses", "right", "epsilon")
+    bounds = [[m, *(getattr(f.canaries, h) for h in headers)] for m, f in result.models.items() if f.canaries]
+    claimed = f"claimed: epsilon {result.claimed.epsilon:g}" if result.claimed else "no guarantee is claimed"
+    lines += ["", *table(["by canaries", *headers[:3], "epsilon at least"], bounds), claimed] if bounds else []
+    lines += ["", *_recovery(result.recovery)] if result.recovery else []
+    return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _recovery(found: Recovery) -> list[str]:
+    models = list(found.bits_per_byte)
+    rows = [
+        [
+            step,
+            *(found.bits_per_byte[model][at].value for model in models),
+            *(_with_span(difference[at], _signed) for difference in (found.ahead, found.faster)),
+        ]
+        for at, step in enumerate(found.steps)
+    ]
+    return table(["trained on it again, steps", *models, "ahead by", "faster by"], rows)
+
+
+def _with_span(found: Estimate, shown: Callable[[float], str] = number) -> str:
+    span = _span(found, shown)
+    return f"{shown(found.value)} ({span})" if span else shown(found.value)
+
+
 def _trace_index(result: TraceIndexResult) -> list[str]:
     text = f"{number(result.documents)} documents, {amount(result.text_bytes, 'bytes')} of text"
     shards = f"{number(result.shards)} shard{'s' if result.shards != 1 else ''}" + (
@@ -532,6 +579,7 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "evaluate": _evaluate,
     "chat": _chat,
     "trace_index": _trace_index,
+    "audit": _audit,
     "inspect": _inspect,
     "verify": _verify,
     "list": _list,

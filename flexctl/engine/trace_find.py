@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from flexctl import evaluation, flags, tracing
-from flexctl.bundle.index import Index, open_index, own_file
-from flexctl.bundle.store import check_file_target, new_file
+from flexctl.bundle.index import Index, open_index
+from flexctl.bundle.store import check_file_target, new_file, own_file
 from flexctl.errors import UsageError
 from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter

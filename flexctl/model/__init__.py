@@ -22,6 +22,7 @@ NAMES = {
         "stock_problems",
     ),
     "configs": ("refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
+    "losses": ("training_loss",),
     "lowrank": ("decompose", "expand"),
     "presets": ("PRESETS", "new_model"),
     "routed": ("exclude", "observing", "routed_layers", "set_top_k"),

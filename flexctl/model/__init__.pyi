@@ -17,6 +17,7 @@ from flexctl.model.building import stock_problems as stock_problems
 from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
 from flexctl.model.configs import resolve_moe_config as resolve_moe_config
 from flexctl.model.configs import warn_of_length as warn_of_length
+from flexctl.model.losses import training_loss as training_loss
 from flexctl.model.lowrank import decompose as decompose
 from flexctl.model.lowrank import expand as expand
 from flexctl.model.presets import PRESETS as PRESETS

@@ -27,6 +27,7 @@ __all__ = [
     "pinned",
     "read_documents",
     "read_records",
+    "sample_documents",
     "sample_halves",
     "sample_passages",
     "size_bytes",
@@ -333,6 +334,16 @@ def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str
         for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS)
     )
     return heapq.nsmallest(count, (passage for passage in passages if passage.strip()), key=rank)
+
+
+def sample_documents(documents: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return at most ``count`` documents, each text once, chosen and ordered by a seeded hash of it."""
+    first: dict[bytes, str] = {}
+    for text in documents:
+        first[hashlib.sha256(f"{seed}\2{text}".encode()).digest()] = text
+        if len(first) > 2 * count:
+            first = dict(heapq.nsmallest(count, first.items()))
+    return [text for _, text in heapq.nsmallest(count, first.items())]
 
 
 def sample_halves(documents: Iterable[str], count: int, seed: int) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from flexctl.faces import face
 NAMES = {
     "building": ("SHARD_BYTES", "Built", "build_index", "require_divsufsort"),
     "near": ("near_spans", "require_rapidfuzz"),
-    "spans": ("Place", "Span", "Traced", "find_spans", "segments"),
+    "spans": ("Place", "Span", "Traced", "copied", "find_spans", "segments"),
 }
 """Module -> the names that the floors above use, imported on first use."""
 

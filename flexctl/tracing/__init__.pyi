@@ -9,5 +9,6 @@ from flexctl.tracing.near import require_rapidfuzz as require_rapidfuzz
 from flexctl.tracing.spans import Place as Place
 from flexctl.tracing.spans import Span as Span
 from flexctl.tracing.spans import Traced as Traced
+from flexctl.tracing.spans import copied as copied
 from flexctl.tracing.spans import find_spans as find_spans
 from flexctl.tracing.spans import segments as segments

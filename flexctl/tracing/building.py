@@ -26,11 +26,10 @@ from flexctl.bundle.index import (
     SOURCES_FILE,
     IndexManifest,
     index_manifest,
-    own_file,
     shard_files,
 )
 from flexctl.bundle.manifest import MANIFEST_FILE
-from flexctl.bundle.store import new_directory
+from flexctl.bundle.store import new_directory, own_file
 from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Progress
 from flexctl.text.documents import Record

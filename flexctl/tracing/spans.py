@@ -9,11 +9,26 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from flexctl.bundle.index import Index, Shard
 from flexctl.runtime import Progress
 
-__all__ = ["Place", "Span", "Traced", "find_spans", "log_probability", "longest_spans", "place_of", "segments"]
+__all__ = [
+    "Place",
+    "Span",
+    "Traced",
+    "copied",
+    "find_spans",
+    "log_probability",
+    "longest_spans",
+    "place_of",
+    "segments",
+]
+
+Flags = np.ndarray[Any, np.dtype[np.float64]]
 
 _REACH = 64
 """Bytes that are compared at first; more where all of them match."""
@@ -145,7 +160,18 @@ def find_spans(index: Index, text: str, *, least_bytes: int, most_places: int, p
     return sorted(found, key=lambda span: (span.log_probability, span.start))
 
 
-def longest_spans(index: Index, data: bytes, least_bytes: int, progress: Progress) -> Iterator[tuple[int, int]]:
+def copied(index: Index, texts: Sequence[Sequence[str]], least_bytes: int) -> Flags:
+    """Return for which groups of texts one has a verbatim span of ``least_bytes``, 1 or 0 each, (groups,)."""
+
+    def has_span(text: str) -> bool:
+        return any(longest_spans(index, text.encode(), least_bytes))
+
+    return np.array([float(any(map(has_span, group))) for group in texts])
+
+
+def longest_spans(
+    index: Index, data: bytes, least_bytes: int, progress: Progress | None = None
+) -> Iterator[tuple[int, int]]:
     """Yield first byte and end of each maximal span, in order; both are between characters.
 
     Args:
@@ -167,7 +193,7 @@ def longest_spans(index: Index, data: bytes, least_bytes: int, progress: Progres
         if stop > furthest and stop - start >= least_bytes:
             yield start, stop
         furthest = max(furthest, stop)
-        if character % _SAID_EVERY == 0 or character == len(begins):
+        if progress and (character % _SAID_EVERY == 0 or character == len(begins)):
             progress.advance(character % _SAID_EVERY or _SAID_EVERY)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Budget", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"]
+__all__ = ["Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"]
 
 _MAX_SEQ_LEN = 1024
 _MICRO_BATCH_TOKENS = 8192
@@ -75,7 +75,7 @@ def resolve_budget(
         seq_len=length,
         batch_size=max(1, tokens // length),
         micro_batch=micro_batch or max(1, _MICRO_BATCH_TOKENS // length),
-        lr=lr or _default_lr(hidden_size),
+        lr=lr or default_lr(hidden_size),
     )
 
 
@@ -100,7 +100,8 @@ def passages(own_tokens: int) -> int:
     return min(max(own_tokens // 256, 128), 512)
 
 
-def _default_lr(hidden_size: int) -> float:
+def default_lr(hidden_size: int) -> float:
+    """Return the peak learning rate for a model's width."""
     peak, width = _LR_AT_WIDTH
     return min(max(peak * (width / hidden_size) ** 2, _LEAST_LR), _MOST_LR)
 
