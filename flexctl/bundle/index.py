@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -254,10 +255,14 @@ def _digest(manifest: IndexManifest) -> str:
 
 
 def _size(path: Path) -> int:
+    """Return the size of a file that lies in the index itself: no link leads out of it."""
     try:
-        return path.stat().st_size
+        found = path.lstat()
     except OSError as error:
         raise BundleError(f"{path}: is missing") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{path}: is no regular file")
+    return found.st_size
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

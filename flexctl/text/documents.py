@@ -40,7 +40,9 @@ PASSAGE_CHARACTERS = 1000
 _JSONL = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PACKED = (".gz", ".zst")
-_READ_BYTES = 65_536
+_PACKED_BYTES = 512  # that unpack at once: zstandard makes up to 30,000 bytes of one
+_MOST_TIMES = 100
+_LEAST_UNPACKED = 1 << 26
 _FORMATS = "give a folder, a text file, .jsonl, .csv, .parquet or hf://datasets/OWNER/NAME"
 _BINARY = frozenset(
     """.7z .a .arrow .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy
@@ -110,7 +112,11 @@ def _pinned(path: Path) -> Path:
 
 def size_bytes(paths: Iterable[Path]) -> int:
     """Return the size of the files behind ``paths``, packed ones and tables as they are."""
-    return sum(file.stat().st_size if isinstance(file, Path) else file.size for file in text_files(paths))
+    return sum(map(_size, text_files(paths)))
+
+
+def _size(file: Path | hub.DataFile) -> int:
+    return file.stat().st_size if isinstance(file, Path) else file.size
 
 
 def source_name(path: Path) -> str:
@@ -249,10 +255,10 @@ def _opened(file: Path | hub.DataFile) -> Iterator[io.BufferedIOBase]:
     suffix = PurePath(file.name).suffix.lower()
     with file.open("rb") as packed:
         if suffix == ".gz":
-            with gzip.open(packed) as unpacked:
+            with gzip.open(packed) as inside, io.BufferedReader(_Bounded(inside, _size(file))) as unpacked:
                 yield _after_mark(unpacked)
         elif suffix == ".zst":
-            with io.BufferedReader(_Unzstd(packed)) as unpacked:
+            with io.BufferedReader(_Bounded(_Unzstd(packed), _size(file))) as unpacked:
                 yield _after_mark(unpacked)
         else:
             yield _after_mark(packed)
@@ -265,13 +271,32 @@ def _after_mark(stream: Any) -> Any:
     return stream
 
 
+class _Bounded(io.RawIOBase):
+    """Unpacked bytes, up to far more than any text packs to: a small file cannot fill the memory."""
+
+    def __init__(self, unpacked: Any, packed_bytes: int) -> None:
+        self._unpacked = unpacked
+        self._left = max(_LEAST_UNPACKED, _MOST_TIMES * packed_bytes)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._unpacked.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(f"it unpacks to more than {_MOST_TIMES} times its size, as no text does")
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class _Unzstd(io.RawIOBase):
     """A .zst file's unpacked bytes, frame after frame; the library takes a file that was cut short for a whole one."""
 
     def __init__(self, packed: io.BufferedIOBase) -> None:
         self._file = packed
         self._frame: Any = None
-        self._packed, self._unpacked = b"", b""
+        self._packed, self._unpacked = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -284,14 +309,14 @@ class _Unzstd(io.RawIOBase):
         return count
 
     def _unpack(self) -> bool:
-        packed = self._packed or self._file.read(_READ_BYTES)
+        packed = self._packed or self._file.read(_PACKED_BYTES)
         if not packed:
             if self._frame is not None:
                 raise EOFError("it ends inside a zstandard frame")
             return False
         if self._frame is None:
             self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._packed, self._unpacked = b"", self._frame.decompress(packed)
+        self._packed, self._unpacked = b"", memoryview(self._frame.decompress(packed))
         if self._frame.eof:
             self._packed, self._frame = self._frame.unused_data, None
         return True
