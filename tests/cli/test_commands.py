@@ -218,6 +218,20 @@ def test_trace(terminal: Terminal, texts: Texts) -> None:
     assert "stays with its owner" in terminal.error("push", "law.index", "acme/law", code=2)
 
 
+def test_audit(space: Terminal, texts: Texts) -> None:
+    asked = ("audit", "--data", texts.code, "--held-out", texts.code_test, "--threads", "1")
+    few = ("--documents", "6", "--samples", "1", "--prefix-tokens", "4", "--max-new-tokens", "8")
+    found = space.json(*asked, *few, "--name", "code")
+    assert list(found["models"]) == ["anchor", "merged", "without code"]
+    assert set(found["models"]["merged"]) == {"extraction", "membership", "canaries", "found"}
+    assert set(found["models"]["anchor"]["membership"]) == {"loss", "zlib", "min-k"}
+    text = space.text(*asked, *few, "--name", "code", "--report", "audit.html")
+    for corner in ("goes on", "tells members, AUC", "members found, 1 % FPR", "without code"):
+        assert re.search(rf"^{re.escape(corner)}", text, re.MULTILINE)
+    assert Path("audit.html").stat().st_mode & 0o777 == 0o600
+    assert space.error(*asked, code=2) == "--name: say which of code, sums"
+
+
 def test_inspect(space: Terminal, experts: dict[str, Path]) -> None:
     assert space.json("inspect", "merged")["kind"] == "merged"
     assert "frozen verified  yes" in space.text("inspect", experts["code"])

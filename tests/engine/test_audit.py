@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Case:
     merged: Path
     data: Path
     other: Path
+    asked: TrainExpertConfig
 
     @property
     def canaries(self) -> Path:
@@ -70,13 +72,13 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory, anchor: Path, experts: dict[str, Path]) -> Case:
     folder = tmp_path_factory.mktemp("audit")
-    found = Case(folder, folder / "law.st", folder / "merged", folder / "law.jsonl", folder / "other.jsonl")
-    write_jsonl(found.data, made_up(DOCUMENTS, seed=0))
-    write_jsonl(found.other, made_up(32, seed=1))
+    data, expert = folder / "law.jsonl", folder / "law.st"
+    write_jsonl(data, made_up(DOCUMENTS, seed=0))
+    write_jsonl(folder / "other.jsonl", made_up(32, seed=1))
     asked = TrainExpertConfig(
-        data=(found.data,),
+        data=(data,),
         anchor=anchor,
-        output=found.expert,
+        output=expert,
         name="law",
         canaries=CANARIES,
         epochs=100,
@@ -90,8 +92,8 @@ def case(tmp_path_factory: pytest.TempPathFactory, anchor: Path, experts: dict[s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canaries, "secrets", Dice())
         train_expert(asked)
-    merge(MergeConfig(experts=(found.expert, experts["code"]), anchor=anchor, output=found.merged))
-    return found
+    merge(MergeConfig(experts=(expert, experts["code"]), anchor=anchor, output=folder / "merged"))
+    return Case(folder, expert, folder / "merged", data, folder / "other.jsonl", asked)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,15 @@ def test_nothing_that_is_shared_says_that_there_are_canaries(case: Case) -> None
     assert b"canar" not in case.expert.read_bytes()
     assert "canar" not in json.dumps(open_expert(case.expert).manifest.training)
     assert not [item for item in case.merged.iterdir() if b"canar" in item.read_bytes()]
+
+
+def test_a_finished_run_knows_its_canaries(case: Case) -> None:
+    """--resume of it reads the same text again: data and what was planted."""
+    again = train_expert(dataclasses.replace(case.asked, resume=True))
+    assert again.digest == open_expert(case.expert).digest
+    other = dataclasses.replace(case.asked, output=case.folder / "never.st", dry_run=True)
+    assert train_expert(other).dry_run
+    assert not (case.folder / "never.canaries").exists()
 
 
 def test_the_expert_alone_and_what_training_held_out(case: Case, anchor: Path) -> None:
