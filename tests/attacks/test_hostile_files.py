@@ -162,6 +162,20 @@ HOSTILE = (
         "not valid TOML",
     ),
     Hostile(
+        "settings-long-number",
+        "has a number of 5,000 digits, which the TOML reader's own error does not cover",
+        lambda folder: workspace.find(written(folder, "flexctl.toml", b"a = " + b"9" * 5000).parent),
+        "not valid TOML",
+    ),
+    Hostile(
+        "settings-of-another-user",
+        "names the home of a user that there is not",
+        lambda folder: workspace.find(
+            written(folder, "flexctl.toml", b"[workspace]\nanchor = '~no such user/a'").parent
+        ),
+        "there is no such user",
+    ),
+    Hostile(
         "results-not-a-number",
         "puts NaN into a page's figures",
         lambda folder: read_results(written(folder, "r.json", b'{"digest": NaN}')),
