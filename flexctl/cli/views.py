@@ -462,8 +462,9 @@ _SPANS_SHOWN, _SPAN_WIDTH = 20, 60
 
 
 def _trace_find(result: TraceFindResult, colour: bool) -> list[str]:
-    """Return the text with each index's spans painted, and a table of them."""
-    lines: list[str] = []
+    """Return the text with each index's spans painted, and a table of them; an answer stands there in any case."""
+    answered = result.prompt is not None and not (colour and any(traced.all for traced in result.indexes))
+    lines = [printable(result.text)] if answered else []
     for traced in result.indexes:
         spans = traced.all
         covered = f"{traced.covered:.0%} of the text" if spans else "nothing of the text"

@@ -60,7 +60,7 @@ def recover(
                         reader.eval(), held_out, seq_len=seq_len, batch_tokens=batch_tokens
                     )
                     curves[name].append(evaluation.resample(score.per_document))
-                bar.advance(1)
+                bar.advance(min(step, 1))  # step 0 is before any training
     remaining, anchor = curves.values()
     return evaluation.Recovery(
         documents=len(train_on),

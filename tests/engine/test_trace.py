@@ -10,6 +10,8 @@ import pytest
 from conftest import write_jsonl
 
 from flexctl.bundle.index import open_index
+from flexctl.cli.text import expert_colour, paint, printable
+from flexctl.cli.views import render
 from flexctl.engine.trace_find import TraceFindConfig, TraceFindResult, trace_find
 from flexctl.engine.trace_index import TraceIndexConfig, TraceIndexResult, trace_index
 from flexctl.errors import BundleError, UsageError
@@ -74,6 +76,11 @@ def test_a_model_s_answer(indexes: tuple[Path, Path], merged: Path) -> None:
     assert again.text == answer.text
     assert again.indexes[0].spans[0].text == answer.text
     assert "def f(" not in again.text
+    assert render("trace_find", answer, verbose=False, colour=False).startswith(answer.text)
+    assert render("trace_find", answer, verbose=False, colour=True).startswith(answer.text)
+    painted = render("trace_find", again, verbose=False, colour=True)
+    assert painted.startswith("said: ")
+    assert paint(printable(again.text), expert_colour(1)) in painted
 
 
 def test_near_matches_on_request(indexes: tuple[Path, Path]) -> None:
