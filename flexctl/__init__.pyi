@@ -66,6 +66,9 @@ from flexctl.engine.replace import replace as replace
 from flexctl.engine.select_proxy import SelectProxyConfig as SelectProxyConfig
 from flexctl.engine.select_proxy import SelectProxyResult as SelectProxyResult
 from flexctl.engine.select_proxy import select_proxy as select_proxy
+from flexctl.engine.serve import ServeConfig as ServeConfig
+from flexctl.engine.serve import ServeResult as ServeResult
+from flexctl.engine.serve import serve as serve
 from flexctl.engine.trace_find import TraceFindConfig as TraceFindConfig
 from flexctl.engine.trace_find import TraceFindResult as TraceFindResult
 from flexctl.engine.trace_find import trace_find as trace_find

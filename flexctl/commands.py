@@ -55,6 +55,7 @@ COMMANDS = (
     Command("evaluate", "Score a bundle on held-out text and on tasks."),
     Command("generate", "Continue a text, and show on request which expert answered."),
     Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
+    Command("serve", "Serve a bundle; each request says who may answer."),
     Command("trace_index", "Index your text, at home, so that spans of it can be found."),
     Command("trace_find", "Show what of a text or an answer stands in indexes."),
     Command("audit", "Attack a model with your text: what does it give away?"),

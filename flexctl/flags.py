@@ -59,6 +59,7 @@ __all__ = [
     "Seed",
     "SeqLen",
     "Source",
+    "SpecialAsText",
     "Temperature",
     "Tether",
     "TextField",
@@ -116,6 +117,9 @@ Domains = Annotated[
     ),
 ]
 TextField = Annotated[str, flag("NAME", "Column or .jsonl field that holds the text.", DATA)]
+SpecialAsText = Annotated[
+    bool, switch("Read special tokens that stand in the text, <|endoftext|> for one, as plain text.", DATA)
+]
 Public = Annotated[Path | None, flag("PATH", "Public text to use instead of the anchor's sample.", DATA)]
 
 # What it is about.

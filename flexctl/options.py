@@ -31,6 +31,7 @@ __all__ = [
     "RIGHTS",
     "ROUTER",
     "SECTIONS",
+    "SERVER",
     "TRAINING",
     "Config",
     "Option",
@@ -48,8 +49,9 @@ MODEL = "Model"
 RIGHTS = "Rights"
 HUB = "Hub"
 HARDWARE = "Hardware"
+SERVER = "Server"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, HUB, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, HUB, SERVER, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

@@ -128,11 +128,12 @@ def counted(items: Iterable[Item], bar: Progress) -> Iterator[Item]:
 def busy_cores(threads: int | None) -> str | None:
     """Return what to do where other work keeps the cores busy; None where nothing does, or ``threads`` were chosen.
 
-    On busy cores torch's threads wait for each other at every step, and one thread is faster than several.
+    On busy cores torch's threads wait for each other at every step, and one thread is faster than several. They are
+    chosen by OMP_NUM_THREADS too, which torch goes by.
     """
     cores = os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if threads is not None or cores == 1 or load <= cores:
+    if threads is not None or os.environ.get("OMP_NUM_THREADS") or cores == 1 or load <= cores:
         return None
     return f"the load is {load:.1f} on {cores} cores, where torch's threads wait for each other: use `threads` 1"
 

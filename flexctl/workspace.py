@@ -32,7 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "expanded", "find"]
+__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "expanded", "find", "read_toml"]
 
 FILE_NAME = "flexctl.toml"
 
@@ -117,13 +117,22 @@ def expanded(path: str | Path, where: str) -> Path:
         raise UsageError(f"{where} is {str(path)!r}; there is no such user", hint="write ./~ for a folder") from error
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises:
+        UsageError: It cannot be read, or is not TOML.
+    """
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is no TOMLDecodeError
         raise UsageError(f"{file}: not valid TOML: {error}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    tables = read_toml(file)
     known = ("workspace", *COMMANDS)
     for table, content in tables.items():
         if table not in known:

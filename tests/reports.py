@@ -1,4 +1,4 @@
-"""A report to look at: the figures of docs/results.md, section 1, with intervals, layers and passages made up.
+"""A report to look at: the figures of docs/results.md, section 1, with intervals, layers and excerpts made up.
 
 And a reader of pages.
 """
@@ -25,7 +25,7 @@ from flexctl.evaluation.figures import (
     Settings,
     TaskScore,
 )
-from flexctl.evaluation.report import Passage, render
+from flexctl.evaluation.report import Excerpt, render
 
 EXPERTS = ("public", "code", "math", "news")
 MERGED = {"public": 2.197, "code": 3.450, "math": 3.123, "news": 2.576}
@@ -149,7 +149,7 @@ def example_tasks() -> dict[str, TaskScore]:
     }
 
 
-def passage(domain: str) -> Passage:
+def excerpt(domain: str) -> Excerpt:
     """Return a text whose words are tokens, with shares about those of the domain."""
     pieces = []
     for i, word in enumerate(TEXTS[domain].split(" ") * 3):
@@ -157,7 +157,7 @@ def passage(domain: str) -> Passage:
         total = sum(weights)
         shares = {name: weight / total for name, weight in zip(EXPERTS, weights, strict=True)}
         pieces.append(Piece(text=word if word == "\n" else f" {word}", shares=shares))
-    return Passage(domain=domain, pieces=tuple(pieces))
+    return Excerpt(domain=domain, pieces=tuple(pieces))
 
 
 def layered(domain: str, num_layers: int) -> dict[str, list[float]]:
@@ -171,14 +171,14 @@ def layered(domain: str, num_layers: int) -> dict[str, list[float]]:
 
 
 def draw(**changes: Any) -> str:
-    """Return the page of an example, with sample texts; ``changes`` as of ``example_report``, and passages."""
-    passages = changes.pop("passages", example_passages())
-    return render(example_report(**changes), passages)
+    """Return the page of an example, with excerpts; ``changes`` as of ``example_report``, and excerpts."""
+    excerpts = changes.pop("excerpts", example_excerpts())
+    return render(example_report(**changes), excerpts)
 
 
-def example_passages() -> tuple[Passage, ...]:
-    """Return a sample text a domain."""
-    return tuple(passage(domain) for domain in ROUTING)
+def example_excerpts() -> tuple[Excerpt, ...]:
+    """Return an excerpt a domain."""
+    return tuple(excerpt(domain) for domain in ROUTING)
 
 
 def with_change(name: str, measured: dict[Any, Any]) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class Page:
     heading: str
     text: str
     tables: dict[str, dict[str, list[str]]]
-    passages: list[str]
+    excerpts: list[str]
     charts: int
 
     def table(self, caption: str) -> dict[str, list[str]]:
@@ -287,7 +287,7 @@ class _Reader(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, list[str]] = {"h1": [], "passage": []}
+        self.seen: dict[str, list[str]] = {"h1": [], "excerpt": []}
         self.text: list[str] = []
         self.tables: dict[str, dict[str, list[str]]] = {}
         self.charts = 0
@@ -305,8 +305,8 @@ class _Reader(HTMLParser):
         elif tag in ("th", "td") and self._row is not None:
             self._row.append("")
             self._into, self._is_head = self._row, self._is_head and tag == "th"
-        elif tag == "h1" or (tag == "div" and ("class", "passage") in attrs):
-            self._into = self.seen["h1" if tag == "h1" else "passage"]
+        elif tag == "h1" or (tag == "div" and ("class", "excerpt") in attrs):
+            self._into = self.seen["h1" if tag == "h1" else "excerpt"]
             self._into.append("")
         elif tag == "br" and self._into:
             self._into[-1] += " "
@@ -329,5 +329,5 @@ def page_of(path: Path) -> Page:
     reader.feed(path.read_text(encoding="utf-8"))
     (heading,) = reader.seen["h1"]
     text = " ".join("".join(reader.text).split())
-    passages = reader.seen["passage"]
-    return Page(heading=heading, text=text, tables=reader.tables, passages=passages, charts=reader.charts)
+    excerpts = reader.seen["excerpt"]
+    return Page(heading=heading, text=text, tables=reader.tables, excerpts=excerpts, charts=reader.charts)

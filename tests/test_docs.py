@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import flexctl
+from flexctl.commands import COMMANDS
+from flexctl.options import options
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 SOURCES = sorted(path for folder in ("flexctl", "tests", "examples", "tools") for path in (ROOT / folder).rglob("*.py"))
@@ -48,3 +52,14 @@ def test_sections_that_are_named_exist(path: Path) -> None:
     for page, number in re.findall(r"\b([\w-]+\.md)\)?,\s+section\s+(\d+)", path.read_text(encoding="utf-8")):
         file = ROOT / "docs" / page
         assert not file.exists() or number in sections(file), f"{page}, section {number}"
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_commands_that_are_shown_have_the_flags_that_they_are_shown_with(name: str) -> None:
+    everywhere = {"--json", "--quiet", "--verbose", "--help"}
+    flags = {row.shown: {option.shown for option in options(getattr(flexctl, row.config))} for row in COMMANDS}
+    text = re.sub(r"\\\n\s*", " ", (ROOT / name).read_text(encoding="utf-8"))
+    for command, rest in re.findall(r"(?:\$ |`)flexctl ([a-z][a-z-]*)([^`\n|]*)", text):
+        assert command in flags, command
+        given = re.findall(r"(?<=\s)--[a-z][a-z-]*", rest)
+        assert set(given) <= flags[command] | everywhere, (command, given)

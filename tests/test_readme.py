@@ -15,11 +15,13 @@ from conftest import Texts
 
 from flexctl.cli.app import main
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
+from tools import compared
 from tools.picture import PICTURE, life
-from tools.readme import filled
-from tools.record import RECORDED
+from tools.readme import README as README_FILE
+from tools.readme import current, filled
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = README_FILE.read_text(encoding="utf-8")
+SVG = "{http://www.w3.org/2000/svg}"
 FIRST_SCREEN = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
@@ -82,8 +84,8 @@ def test_first_screen(
     ]
 
 
-def test_first_screen_is_the_recorded_run() -> None:
-    assert filled(README, json.loads(RECORDED.read_text(encoding="utf-8"))) == README, "run: make docs"
+def test_its_blocks_are_what_the_committed_figures_give() -> None:
+    assert current(README) == README, "run: make docs"
 
 
 def test_a_record_fills_the_blocks_and_nothing_else() -> None:
@@ -102,8 +104,8 @@ def test_a_record_fills_the_blocks_and_nothing_else() -> None:
     text = "a\n" + "".join(
         f"<!-- recorded: {name} -->\n\n<!-- end -->\nb\n" for name in ("transcript", "source", "table")
     )
-    once = filled(text, recorded)
-    assert filled(once, recorded) == once
+    once = filled(text, "recorded", recorded)
+    assert filled(once, "recorded", recorded) == once
     assert "not shown" not in once
     assert f"$ flexctl train-expert --data two\n{'x' * 200}\n\n$ flexctl remove two\ngone \\1\n```" in once
     assert (
@@ -116,6 +118,37 @@ def test_a_record_fills_the_blocks_and_nothing_else() -> None:
 def test_the_picture_is_what_the_script_draws() -> None:
     assert PICTURE.read_text(encoding="utf-8") == life(), "run: make docs"
     assert ElementTree.fromstring(life()).tag.endswith("svg")
+
+
+def test_the_comparison_is_that_of_the_results_and_its_picture_is_drawn_from_it() -> None:
+    figures = json.loads(compared.COMPARED.read_text(encoding="utf-8"))
+    drawn = compared.chart(figures)
+    assert compared.CHART.read_text(encoding="utf-8") == drawn, "run: make docs"
+    root = ElementTree.fromstring(drawn)
+    circles = [float(dot.attrib["cx"]) for dot in root.iter(f"{SVG}circle")]
+    assert circles == sorted(circles)
+    _, _, width, _ = map(float, root.attrib["viewBox"].split())
+    assert all(0 < x < width for x in circles)
+    said = [text.text for text in root.iter(f"{SVG}text")]
+    results = (README_FILE.parent / "docs" / "results.md").read_text(encoding="utf-8")
+    section = results.partition("## 8. ")[2].partition("## 9. ")[0]
+    rows = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    measured = {cells[0]: cells for cells in reversed(rows) if len(cells) == 13}
+    assert len(circles) == len(figures["rows"])
+    for row in figures["rows"]:
+        cells = measured[row["row"]]
+        assert row["name"] in said
+        assert (row["bits_per_byte"], row["worse"], row["kept"]) == (
+            float(cells[9]),
+            estimate(cells[11]),
+            estimate(cells[12]),
+        )
+
+
+def estimate(cell: str) -> dict[str, float] | None:
+    """Return a figure and its interval, as ``+0.051 (0.044 to 0.056)`` has them."""
+    numbers = [float(number) for number in re.findall(r"[+-]?[\d.]+", cell)]
+    return dict(zip(("value", "low", "high"), numbers, strict=False)) or None
 
 
 def test_life_of_an_expert(folder: Path, texts: Texts, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
-"""Writes what README.md shows of the recorded run (docs/recorded.json), and its picture: part of ``make docs``."""
+"""Writes what README.md shows of the recorded run and of the comparison, and its pictures: part of ``make docs``."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from tools import compared
 from tools.picture import PICTURE, life
 from tools.record import RECORDED, ROOT
 
@@ -45,21 +47,36 @@ def source(recorded: Mapping[str, Any]) -> str:
     return f"(Recorded on {recorded['date']} at commit {recorded['commit']}: {software}. Text: {recorded['text']}.)"
 
 
-def filled(readme: str, recorded: Mapping[str, Any]) -> str:
-    """Return README.md with every marked block made anew."""
-    for name, make in (("transcript", transcript), ("source", source), ("table", table)):
-        blocks = re.findall(rf"<!-- recorded: {name} -->\n.*?\n<!-- end -->", readme, re.DOTALL)
+BLOCKS: Mapping[str, tuple[Path, Mapping[str, Callable[[Mapping[str, Any]], str]]]] = {
+    "recorded": (RECORDED, {"transcript": transcript, "source": source, "table": table}),
+    "compared": (compared.COMPARED, {"source": compared.source, "table": compared.table}),
+}
+"""Where a block's figures are from -> the file, and what makes each block."""
+
+
+def filled(readme: str, kind: str, figures: Mapping[str, Any]) -> str:
+    """Return README.md with every marked block of a kind made anew."""
+    for name, make in BLOCKS[kind][1].items():
+        blocks = re.findall(rf"<!-- {kind}: {name} -->\n.*?\n<!-- end -->", readme, re.DOTALL)
         if len(blocks) != 1:
-            raise SystemExit(f"README.md has {len(blocks)} blocks for {name}; expected one")
-        readme = readme.replace(blocks[0], f"<!-- recorded: {name} -->\n{make(recorded)}\n<!-- end -->")
+            raise SystemExit(f"README.md has {len(blocks)} blocks for {kind}: {name}; expected one")
+        readme = readme.replace(blocks[0], f"<!-- {kind}: {name} -->\n{make(figures)}\n<!-- end -->")
+    return readme
+
+
+def current(readme: str) -> str:
+    """Return README.md with every marked block made anew."""
+    for kind, (file, _) in BLOCKS.items():
+        readme = filled(readme, kind, json.loads(file.read_text(encoding="utf-8")))
     return readme
 
 
 def main() -> None:
-    """Write README.md's blocks and docs/life.svg."""
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    README.write_text(filled(README.read_text(encoding="utf-8"), recorded), encoding="utf-8")
+    """Write README.md's blocks, docs/life.svg and docs/compared.svg."""
+    README.write_text(current(README.read_text(encoding="utf-8")), encoding="utf-8")
     PICTURE.write_text(life(), encoding="utf-8")
+    figures = json.loads(compared.COMPARED.read_text(encoding="utf-8"))
+    compared.CHART.write_text(compared.chart(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from flexctl.bundle import (
     open_anchor,
     write_router_file,
 )
-from flexctl.bundle.checkpoint import open_checkpoint
+from flexctl.bundle.comparable import open_checkpoint
 from flexctl.evaluation.baselines import CLASSIFIER_FILE
 from flexctl.model.building import autocast_dtype, build_model, load_dense, load_tokenizer, pick_device
 from flexctl.model.tensors import to_bytes

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from flexctl.bundle.anchor import Anchor, open_anchor, write_anchor
-from flexctl.bundle.dense import compare_dense, open_dense
 from flexctl.bundle.expert import Expert, open_expert, pair_weights, reroute_expert, weights_beside, write_expert
+from flexctl.bundle.fine_tuned import compare_dense, open_dense
 from flexctl.bundle.manifest import DataInfo, PrivacyInfo, RouterInfo
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.names import PUBLIC, slug
 from flexctl.bundle.opening import open_bundle
+from flexctl.bundle.rights import Rights, forbidden, rights_of
 from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
-from flexctl.bundle.selection import Selection, select
+from flexctl.bundle.selection import Selection, left_out_of, model_name, select
 from flexctl.bundle.stock import head_differs, left_out, named_code, read_checkpoint, read_dense_config, unread_weights
 from flexctl.bundle.tensors import RawTensor, TensorType, check_agreement
 from flexctl.bundle.weights import Weights
@@ -23,6 +24,7 @@ __all__ = [
     "Merged",
     "PrivacyInfo",
     "RawTensor",
+    "Rights",
     "RouterFile",
     "RouterInfo",
     "Selection",
@@ -30,8 +32,11 @@ __all__ = [
     "Weights",
     "check_agreement",
     "compare_dense",
+    "forbidden",
     "head_differs",
     "left_out",
+    "left_out_of",
+    "model_name",
     "named_code",
     "open_anchor",
     "open_bundle",
@@ -43,6 +48,7 @@ __all__ = [
     "read_checkpoint",
     "read_dense_config",
     "reroute_expert",
+    "rights_of",
     "select",
     "slug",
     "unread_weights",

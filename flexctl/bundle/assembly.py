@@ -181,7 +181,7 @@ def _checked_router(site: Site, file: str) -> dict[str, TensorInfo]:
     for key, span in read_header(site.folder / file).tensors.items():
         data = span.load()
         if not is_finite("F32", data):
-            raise BundleError(f"{file}: tensor {key}: holds NaN or infinity", hint="see which expert by verify")
+            raise BundleError(f"{file}: tensor {key}: holds NaN or infinity", hint="flexctl verify says whose it is")
         tensors[key] = TensorInfo(span.dtype, span.shape, hashlib.sha256(data).hexdigest())
         site.advance(len(data))
     return tensors

@@ -14,7 +14,7 @@ from flexctl.bundle.codec import indented_json
 from flexctl.bundle.hashing import Advance, StoredTensor, hash_raw, hash_spans, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, expert_head, expert_layout
-from flexctl.bundle.lowrank import expand
+from flexctl.bundle.lowrank import expand_bytes
 from flexctl.bundle.manifest import (
     MANIFEST_KEY,
     AnchorRef,
@@ -91,7 +91,7 @@ class Expert:
         return {name: self._expanded(name, public[name]) for name in names}
 
     def _expanded(self, name: str, base: Span) -> RawTensor:
-        blocks = list(expand(base, self.spans[f"{name}.lora_A"], self.spans[f"{name}.lora_B"]))
+        blocks = list(expand_bytes(base, self.spans[f"{name}.lora_A"], self.spans[f"{name}.lora_B"]))
         return RawTensor(base.dtype, base.shape, np.concatenate(blocks))
 
 

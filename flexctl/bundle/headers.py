@@ -92,8 +92,10 @@ def read_header(path: Path) -> Header:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or 8 + length > size:
+                is_other = length > MAX_HEADER_BYTES
                 raise BundleError(
-                    f"{path}: is truncated: {size} bytes, header asks for {8 + length}", hint="fetch it again"
+                    f"{path}: is truncated: {size} bytes, header asks for {8 + length}",
+                    hint="it is no safetensors file, as bundles are" if is_other else "fetch it again",
                 )
             if length > MAX_HEADER_BYTES:
                 raise BundleError(f"{path}: header has {length} bytes; expected at most {MAX_HEADER_BYTES}")

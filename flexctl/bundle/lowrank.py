@@ -10,12 +10,12 @@ from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.tensors import Bytes, Span, from_float32, to_float32
 from flexctl.errors import UsageError
 
-__all__ = ["expand", "most_rank", "refuse_useless_rank"]
+__all__ = ["expand_bytes", "most_rank", "refuse_useless_rank"]
 
 BLOCK_BYTES = 1 << 22
 
 
-def expand(base: Span, a: Span, b: Span) -> Iterator[Bytes]:
+def expand_bytes(base: Span, a: Span, b: Span) -> Iterator[Bytes]:
     """Yield the matrix W + sum over r of B[:, r] A[r, :], a block of rows at a time.
 
     The sum is taken in float32, one rank after the other, each product rounded before it is added, and rounded

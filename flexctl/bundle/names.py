@@ -7,7 +7,17 @@ import unicodedata
 
 from flexctl.errors import BundleError, UsageError
 
-__all__ = ["PUBLIC", "check_anchor_name", "check_expert_name", "check_file_name", "is_file_name", "shown", "slug"]
+__all__ = [
+    "PUBLIC",
+    "check_anchor_name",
+    "check_expert_name",
+    "check_file_name",
+    "is_file_name",
+    "name_an_anchor",
+    "name_an_expert",
+    "shown",
+    "slug",
+]
 
 PUBLIC = "public"
 """The anchor's own feed-forward network inside a merged model. No owner may take this name."""
@@ -33,15 +43,17 @@ def check_expert_name(name: str, where: str) -> str:
     Raises:
         BundleError: It does not match ``[a-z0-9][a-z0-9_-]{0,62}``, or it is ``public``, which is reserved.
     """
-    if name == PUBLIC:
-        raise BundleError(
-            f"{where} is 'public', which is reserved for the anchor's own expert", hint="take another name"
-        )
-    if not _EXPERT.fullmatch(name):
-        raise BundleError(
-            f"{where} is {shown(name)}; expected 1 to 63 of a-z, 0-9, _ and -, the first a letter or digit"
-        )
+    if fault := _fault_of_expert(name):
+        raise BundleError(f"{where} {fault}")
     return name
+
+
+def _fault_of_expert(name: str) -> str | None:
+    if name == PUBLIC:
+        return "is 'public', which is reserved for the anchor's own expert"
+    if not _EXPERT.fullmatch(name):
+        return f"is {shown(name)}; expected 1 to 63 of a-z, 0-9, _ and -, the first a letter or digit"
+    return None
 
 
 def check_anchor_name(name: str, where: str) -> str:
@@ -50,9 +62,15 @@ def check_anchor_name(name: str, where: str) -> str:
     Raises:
         BundleError: It may not.
     """
-    if not _ANCHOR.fullmatch(name):
-        raise BundleError(f"{where} is {shown(name)}; expected 1 to 96 letters, digits, '.', '_' and '-'")
+    if fault := _fault_of_anchor(name):
+        raise BundleError(f"{where} {fault}")
     return name
+
+
+def _fault_of_anchor(name: str) -> str | None:
+    if _ANCHOR.fullmatch(name):
+        return None
+    return f"is {shown(name)}; expected 1 to 96 letters, digits, '.', '_' and '-', the first a letter or digit"
 
 
 def is_file_name(name: str) -> bool:
@@ -68,6 +86,31 @@ def check_file_name(name: str, where: str) -> str:
     """
     if not is_file_name(name):
         raise BundleError(f"{where} names the file {shown(name)}; expected a plain file name inside the bundle")
+    return name
+
+
+def name_an_expert(given: str | None, source: str) -> str:
+    """Return the name that a new expert gets: ``given``, or one made of what its text is called.
+
+    Raises:
+        UsageError: No expert may bear it, or none can be made.
+    """
+    if given is None:
+        return slug(source)
+    if fault := _fault_of_expert(given):
+        raise UsageError(fault, hint="take another name", field="name")
+    return given
+
+
+def name_an_anchor(given: str | None, source: str) -> str:
+    """Return the name that a new anchor gets: ``given``, or what it is made of.
+
+    Raises:
+        UsageError: No anchor may bear it.
+    """
+    name = given or source
+    if fault := _fault_of_anchor(name):
+        raise UsageError(fault, hint="give another `name`", field="name")
     return name
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from flexctl.bundle.composition import LowRank
 from flexctl.bundle.hashing import Advance, StoredTensor, hash_spans, silent
 from flexctl.bundle.headers import read_header
-from flexctl.bundle.lowrank import expand
+from flexctl.bundle.lowrank import expand_bytes
 from flexctl.bundle.manifest import TensorInfo
 from flexctl.bundle.seals import seal
 from flexctl.bundle.store import append_range
@@ -112,7 +112,7 @@ def _write(file: WeightFile, target: Path, public: Mapping[str, Span]) -> None:
             if isinstance(source, LowRank):
                 for part in (source.a, source.b):
                     _prove(part.span.path, {part.name: part.span}, {part.name: part}, silent)
-                for block in expand(public[source.name], source.a.span, source.b.span):
+                for block in expand_bytes(public[source.name], source.a.span, source.b.span):
                     output.write(block.data)
                 continue
             append_range(source.path, source.start, output, source.stop - source.start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from flexctl.bundle.expert import Expert, pair_weights
 from flexctl.bundle.manifest import has_expired
 from flexctl.bundle.merged import Merged
 from flexctl.bundle.opening import open_bundle
+from flexctl.bundle.rights import Rights, rights_of
 from flexctl.bundle.selection import Selection, select
 from flexctl.bundle.weights import Weights
 from flexctl.errors import UsageError
@@ -43,23 +44,21 @@ class Runnable:
         """Names of its experts, the public one first."""
         return list(self.weights.experts)
 
-    def select(self, without: Sequence[str] = ()) -> Selection:
+    @property
+    def rights(self) -> tuple[Rights, ...]:
+        """What the owners of its closed experts allow."""
+        return tuple(rights for bundle in self.bundles for rights in rights_of(bundle))
+
+    def select(self, without: Sequence[str] = (), only: Sequence[str] | None = None) -> Selection:
         """Return who may answer: see ``selection.select``."""
-        return select(self.experts, self.path, without=without)
+        return select(self.experts, self.path, without=without, only=only)
 
     def warn_of_expired(self, selection: Selection, reporter: Reporter) -> None:
         """Warn of each expert that may answer and whose rights are over."""
         today = datetime.date.today()
-        for expires, name in self._rights():
+        for name, _, _, expires in self.rights:
             if has_expired(expires, today) and name not in selection.without:
                 reporter.warn(f"{self.path}: the rights in {name} ended on {expires}; `without` {name} leaves it out")
-
-    def _rights(self) -> Iterator[tuple[str | None, str]]:
-        for bundle in self.bundles:
-            if isinstance(bundle, Expert):
-                yield bundle.manifest.data.expires, bundle.manifest.name
-            elif isinstance(bundle, Merged):
-                yield from ((entry.expires, entry.name) for entry in bundle.manifest.experts)
 
     def active(self, top_k: int | None, selection: Selection, reporter: Reporter) -> int:
         """Return how many experts run on each token.

@@ -51,6 +51,7 @@ _counter = itertools.count()
 # The most that a sibling's name, and that of NAME.run.json, has beyond the target's.
 _AFFIX = "-" * 40
 _MAKE = os.W_OK | os.X_OK
+_EXISTS = "give another `output`, or `overwrite` to replace it"
 _ELSEWHERE = "choose another place or name with `output`"
 # A full disk, a full quota, a file larger than is allowed.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -159,7 +160,7 @@ def check_file_target(path: Path, *, overwrite: bool) -> Path:
     if target.is_dir():
         raise UsageError(f"{path}: is a directory; expected a file to write")
     if os.path.lexists(target) and not overwrite:
-        raise UsageError(f"{path} exists already", hint="give another `output`, or `overwrite` to replace it")
+        raise UsageError(f"{path} exists already", hint=_EXISTS)
     return target
 
 
@@ -334,7 +335,7 @@ def _named(path: Path) -> Iterator[None]:
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if os.path.lexists(target) and not overwrite:
-        raise UsageError(f"{target}: exists already", hint="choose another `output`, or give `overwrite`")
+        raise UsageError(f"{target}: exists already", hint=_EXISTS)
 
 
 @contextmanager

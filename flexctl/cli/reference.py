@@ -12,7 +12,7 @@ from flexctl.commands import COMMANDS, PUBLIC, Command
 
 __all__ = ["ROOMS", "reference", "stubs"]
 
-ROOMS = ("evaluation", "model", "routing", "text", "tracing", "training")
+ROOMS = ("evaluation", "model", "routing", "serving", "text", "tracing", "training")
 """Packages inside flexctl whose names are imported on first use, as those of flexctl itself."""
 
 _HEAD = """# Command line
@@ -62,9 +62,14 @@ def _page(row: Command) -> str:
     lines += [*examples(config_class), "```", ""]
     for title, entries in sections(config_class).items():
         lines += [f"| {title.lower()} | |", "|---|---|"]
-        lines += [f"| `{flag.replace('|', chr(92) + '|')}` | {text} |" for flag, text in entries]
+        lines += [f"| `{_cell(flag)}` | {_cell(text)} |" for flag, text in entries]
         lines.append("")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Return text as a cell of a table has it."""
+    return text.replace("|", "\\|")
 
 
 def stubs() -> dict[Path, str]:

@@ -72,7 +72,11 @@ def _everything(fields: Mapping[str, Any], *, whole: bool = True) -> list[str]:
     nested = {name: value for name, value in fields.items() if value and _is_nested(value)}
     lines = pairs({name: value for name, value in fields.items() if not _is_nested(value)}, whole=True)
     for name, value in nested.items():
-        lines += ["", f"{str(name).replace('_', ' ')}:", *(f"  {line}" for line in _nested(value, whole=whole))]
+        lines += [
+            "",
+            f"{str(name).replace('_', ' ')}:",
+            *(f"  {line}".rstrip() for line in _nested(value, whole=whole)),
+        ]
     return lines
 
 
@@ -116,7 +120,7 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
-    speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
+    speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
     amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
     rank = f"rank {result.rank}" if result.rank is not None else None
     size = amount(result.bytes_written, "bytes") if rank and result.bytes_written else None
@@ -222,9 +226,15 @@ def _evaluate(result: EvaluateResult) -> list[str]:
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
 
 
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
+
+
 def _to_come(result: EvaluateResult) -> list[str]:
     """Return what a run would score."""
-    domains = f"{cell(list(result.data))}: {number(result.passes)} passes over a text" if result.data else None
+    domains = (
+        f"{cell(list(result.data))}: {_count(result.passes, 'pass', 'passes')} over a text" if result.data else None
+    )
     missing = [f"missing: {name} ({cell(remedy)})" for name, remedy in result.baselines_missing.items()]
     return [*([f"To be scored, or recalled from the cache: {domains}"] if domains else []), *missing]
 
@@ -507,7 +517,7 @@ def _select_proxy(result: SelectProxyResult) -> list[str]:
 
 
 def _tune_router(result: TuneRouterResult) -> list[str]:
-    speed = f"{number(result.tokens_per_s)} tokens/s" if result.tokens_per_s is not None else None
+    speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
     amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
     done = f"Tuned the router of {cell(result.path)} with {', '.join(result.tuned_with)}"
     lines = [_sentence(result, done, amounts, speed)]

@@ -200,6 +200,8 @@ def _set_up(config: AuditConfig, reporter: Reporter) -> _Run:
         batch_tokens=config.forward_tokens,
         device=machine.device,
         dtype=machine.dtype,
+        # As the expert was trained.
+        special_as_text=bool(manifest.training.get("special_as_text")),
         reporter=Parts(reporter),
     )
     texts = _read_texts(config, manifest, passes.tokenizer)

@@ -13,6 +13,7 @@ from flexctl.errors import UsageError
 from flexctl.evaluation.explaining import Piece, mean_shares
 from flexctl.options import Config
 from flexctl.runtime import SILENT, Reporter
+from flexctl.serving.stopping import Stops
 from flexctl.steps.answering import Answerer
 
 if TYPE_CHECKING:
@@ -254,14 +255,9 @@ def _say(session: ChatSession, text: str, reporter: Reporter, *, is_explained: b
 
 def _until(pieces: Iterator[Piece], stop: str) -> Iterator[Piece]:
     """Yield pieces up to a text at which they stop; those that may be its beginning are held until that is known."""
-    held: list[Piece] = []
+    stops: Stops[Piece] = Stops((stop,))
     for piece in pieces:
-        held.append(piece)
-        text = "".join(each.text for each in held)
-        if stop in text:
-            yield Piece(text=text[: text.index(stop)], shares=held[0].shares)
+        yield from stops.add(piece)
+        if stops.found:
             return
-        if not any(text.endswith(stop[:end]) for end in range(1, len(stop))):
-            yield from held
-            held = []
-    yield from held
+    yield from stops.rest()

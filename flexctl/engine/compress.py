@@ -70,6 +70,7 @@ class CompressConfig(Config):
     ] = None
     anchor: flags.Anchor = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     seed: flags.Seed = 0
     threads: flags.Threads = None
     device: flags.Device = "auto"

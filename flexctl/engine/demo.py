@@ -121,7 +121,7 @@ def _clear(root: Path, overwrite: bool) -> None:
     if not root.exists():
         return
     if not overwrite:
-        raise UsageError(f"{root} exists", hint="give another `output`, or `overwrite` to start again")
+        raise UsageError(f"{root} exists already", hint="give another `output`, or `overwrite` to start again")
     if not (root / "data").is_dir():
         raise UsageError(f"{root} is no earlier demo", hint="give another `output`")
     shutil.rmtree(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +66,7 @@ class EmbedRouterConfig(Config):
     ] = ()
     anchor: flags.Anchor = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     router: Annotated[str, flag("KIND", "How rows are made: discriminant, hidden or encoder.", ROUTER)] = "discriminant"
     encoder: flags.Encoder = None
     own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
@@ -107,7 +108,8 @@ class EmbedRouterResult:
         router: Kind of row.
         layers: A report a layer.
         expected_routing: Text of whom -> expert -> share of the router's probability that is expected, from the rows
-            of ``against`` and the new ones alone.
+            of ``against`` and the new ones alone. Beside an expert of their name, the new ones are
+            called ``NAME (new)``.
         warnings: What a person should look at, also told to the reporter.
     """
 
@@ -141,16 +143,16 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     base = open_anchored(config, reporter)
     anchor = base.anchor
     expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
-    others = [_expert_of(localise(path, reporter), anchor) for path in config.against]
+    rivals = _rivals(config, anchor, reporter)
     target = _target(config)
     name = expert.manifest.name if expert is not None else slug(target.stem)
-    rows, info, layers = _measure(config, base, others, reporter)
+    rows, info, layers = _measure(config, base, rivals, reporter)
     raw = RawTensor(*model.to_bytes(rows.rows))
     warnings = _warnings(layers)
     for warning in warnings:
         reporter.warn(warning)
-    everyone = {other.manifest.name: other.router() for other in others} | {name: raw}
-    routing = expected_between(anchor, everyone)
+    called = f"{name} (new)" if name in rivals else name
+    routing = expected_between(anchor, {rival: expert.router() for rival, expert in rivals.items()} | {called: raw})
     warnings += warn_of_overlaps(routing, reporter)
     digest = None if config.dry_run else _write(config, anchor, expert, name, target, raw, info)
     return EmbedRouterResult(
@@ -201,8 +203,23 @@ def _expert_of(path: Path, anchor: Anchor) -> Expert:
     return expert
 
 
+def _rivals(config: EmbedRouterConfig, anchor: Anchor, reporter: Reporter) -> dict[str, Expert]:
+    """Return the experts of ``against`` by name."""
+    found: dict[str, Expert] = {}
+    for path in config.against:
+        expert = _expert_of(localise(path, reporter), anchor)
+        if (name := expert.manifest.name) in found:
+            raise UsageError(
+                f"{path}: name is {name!r}, and so is that of {found[name].path}",
+                hint="give one of them at a time",
+                field="against",
+            )
+        found[name] = expert
+    return found
+
+
 def _measure(
-    config: EmbedRouterConfig, base: Anchored, others: Sequence[Expert], reporter: Reporter
+    config: EmbedRouterConfig, base: Anchored, rivals: Mapping[str, Expert], reporter: Reporter
 ) -> tuple[routing.Rows, RouterInfo, list[LayerReport]]:
     recipe_of(config)
     reader = machine_of(config).build(base.anchor.weights())
@@ -212,9 +229,9 @@ def _measure(
     )
     public, public_unseen = text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)
     rows, info = measured_rows(config, base, reader, own, public, reporter)
-    rivals = {expert.manifest.name: model.to_torch(expert.router()) for expert in others}
     ours, theirs = (text.frame_passages(base.tokenizer, passages) for passages in (own_unseen, public_unseen))
-    return rows, info, _report(reader, rows, ours, theirs, rivals)
+    others = {name: model.to_torch(expert.router()) for name, expert in rivals.items()}
+    return rows, info, _report(reader, rows, ours, theirs, others)
 
 
 def _report(

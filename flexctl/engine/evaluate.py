@@ -66,7 +66,7 @@ class EvaluateConfig(Config):
         Path | None,
         flag(
             "FILE.html",
-            "Write a page with all figures; it ablates and sweeps too, and holds passages of the texts.",
+            "Write a page with all figures; it ablates and sweeps too, and holds excerpts of the texts.",
             OUTPUT,
         ),
     ] = None
@@ -75,6 +75,7 @@ class EvaluateConfig(Config):
         flag("FILE.json", "Show a results.json again, without a model; with `report`, as a page.", MODEL, name="from"),
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     shots: Annotated[
         int | None,
         flag(
@@ -190,11 +191,11 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         return _result(run, _facts(run))
     _score(run)
     answers = _answer_tasks(run)
-    passages = _take_passages(run)
+    excerpts = _take_excerpts(run)
     run.measured.passes.free()
     compared = _score_others(run)
     figures = _figures(run, answers, compared)
-    _write_files(run, figures, answers, passages)
+    _write_files(run, figures, answers, excerpts)
     return _result(run, figures)
 
 
@@ -213,7 +214,7 @@ def _refuse_bad_settings(config: EvaluateConfig) -> None:
             continue
         check_file_target(path, overwrite=True)
         if path.exists() and not config.overwrite:
-            raise UsageError(f"{path} exists", hint="give another file, or `overwrite` to replace it", field=name)
+            raise UsageError(f"{path} exists already", hint="give another, or `overwrite` to replace it", field=name)
     if config.report:
         evaluation.require_matplotlib()
 
@@ -292,6 +293,7 @@ def _prepare(
             batch_tokens=config.forward_tokens,
             device=machine.device,
             dtype=machine.dtype,
+            special_as_text=config.special_as_text,
             reporter=parts,
         )
         for runnable in runnables
@@ -317,21 +319,22 @@ def _answer_tasks(run: _Run) -> dict[str, evaluation.TaskRun]:
         return {}
 
     passes, config = run.measured.passes, run.config
-    model = evaluation.HarnessModel(
+    answering = evaluation.HarnessModel(
         passes.model_as(run.measured.whole),
-        passes.tokenizer,
+        # Prompts are read as the harness reads them, whatever `special_as_text` says of texts.
+        model.load_tokenizer(passes.runnable.tokenizer),
         batch_tokens=config.forward_tokens,
         reporter=run.reporter,
     )
-    return {task.name: evaluation.run_task(task, model, config.limit) for task in run.tasks}
+    return {task.name: evaluation.run_task(task, answering, config.limit) for task in run.tasks}
 
 
-def _take_passages(run: _Run) -> list[evaluation.Passage]:
+def _take_excerpts(run: _Run) -> list[evaluation.Excerpt]:
     if not run.config.report:
         return []
 
     measured = run.measured
-    return [evaluation.take_passage(measured.passes, content, measured.whole) for content in measured.contents]
+    return [evaluation.take_excerpt(measured.passes, content, measured.whole) for content in measured.contents]
 
 
 def _score_others(run: _Run) -> dict[str, dict[str, evaluation.Score]]:
@@ -366,10 +369,9 @@ def _baselines(run: _Run) -> evaluation.Baselines | None:
 def _say_what_was_recalled(passes: Sequence[evaluation.Passes | evaluation.Baselines], reporter: Reporter) -> None:
     count, recalled = (sum(getattr(each, name) for each in passes) for name in ("count", "recalled"))
     if recalled:
-        which = "all" if recalled == count else f"{recalled} of"
-        reporter.note(
-            f"{which} {count} passes are from the cache: model, text and settings are those of an earlier run"
-        )
+        which = f"all {count}" if recalled == count > 1 else f"{recalled} of {count}"
+        plural = "pass is" if count == 1 else "passes are"
+        reporter.note(f"{which} {plural} from the cache: model, text and settings are those of an earlier run")
 
 
 def _facts(run: _Run) -> Figures:
@@ -413,7 +415,7 @@ def _figures(
 
 
 def _write_files(
-    run: _Run, figures: Figures, answers: Mapping[str, evaluation.TaskRun], passages: Sequence[evaluation.Passage]
+    run: _Run, figures: Figures, answers: Mapping[str, evaluation.TaskRun], excerpts: Sequence[evaluation.Excerpt]
 ) -> None:
     """Write the samples and the page, where they are asked for."""
     config, measured = run.config, run.measured
@@ -423,11 +425,11 @@ def _write_files(
             config.samples, measured.contents, measured.scores, figures.experts, records, overwrite=config.overwrite
         )
     if config.report:
-        _write_page(config.report, figures, passages, overwrite=config.overwrite)
+        _write_page(config.report, figures, excerpts, overwrite=config.overwrite)
 
 
-def _write_page(path: Path, figures: Figures, passages: Sequence[evaluation.Passage], *, overwrite: bool) -> None:
-    page = evaluation.render(figures, passages)
+def _write_page(path: Path, figures: Figures, excerpts: Sequence[evaluation.Excerpt], *, overwrite: bool) -> None:
+    page = evaluation.render(figures, excerpts)
     with new_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

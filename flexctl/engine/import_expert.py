@@ -16,12 +16,11 @@ from flexctl.bundle import (
     compare_dense,
     open_dense,
     read_dense_config,
-    slug,
     unread_weights,
     weights_beside,
     write_expert,
 )
-from flexctl.bundle.names import check_expert_name
+from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.hub import fetch_checkpoint
@@ -33,7 +32,7 @@ from flexctl.steps.router_rows import given_rows, measured_rows
 from flexctl.steps.terms import data_info, warn_of_expired
 
 if TYPE_CHECKING:
-    from flexctl.bundle.dense import DenseChanges, DenseCheckpoint
+    from flexctl.bundle.fine_tuned import DenseChanges, DenseCheckpoint
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
 
@@ -69,6 +68,7 @@ class ImportExpertConfig(Config):
         Path | None, flags.output("FILE.st", "File to write (default: NAME.st among the workspace's experts).")
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     router: flags.Router = "discriminant"
     encoder: flags.Encoder = None
     own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
@@ -141,7 +141,7 @@ def import_expert(config: ImportExpertConfig, reporter: Reporter = SILENT) -> Im
     place = workspace.find()
     base = open_anchored(config, reporter)
     anchor = base.anchor
-    name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
+    name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.st"
     _refuse_bad_settings(config, anchor, target)
     warn_of_expired(config, reporter)
@@ -225,6 +225,7 @@ def _make(
                 "seed": config.seed,
                 "losses": loss,
                 "frozen_verified": result.frozen_verified,
+                **({"special_as_text": True} if config.special_as_text else {}),
             },
             router=router,
             run={"peak_rss_bytes": peak_rss_bytes()},

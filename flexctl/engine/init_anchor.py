@@ -24,12 +24,12 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.checks import prove
 from flexctl.bundle.manifest import MANIFEST_FILE
-from flexctl.bundle.names import check_anchor_name, shown
+from flexctl.bundle.names import name_an_anchor, shown
 from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
-from flexctl.runtime import SILENT, Reporter, counted, note_busy_cores, software_versions
+from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
 from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class InitAnchorConfig(Config):
         int | None, flag("N", "Stop after this many tokens of `data` (default: the preset's).", TRAINING, above=0)
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     name: Annotated[
         str | None, flag("NAME", "The anchor's name (default: the folder's of SOURCE, or the preset).", OUTPUT)
     ] = None
@@ -212,7 +213,7 @@ def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
-    check_anchor_name(_name(config), "`name`")
+    _name(config)
     machine_of(config)
     for path in config.calibrate:
         text.text_files([path], "calibrate")
@@ -282,7 +283,7 @@ def _warn_of_tied_head(source: Path, dense: Mapping[str, Any], reporter: Reporte
 
 
 def _name(config: InitAnchorConfig) -> str:
-    return config.name or (Path(config.source).name if config.source else f"{config.preset}-anchor")
+    return name_an_anchor(config.name, Path(config.source).name if config.source else f"{config.preset}-anchor")
 
 
 def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> InitAnchorResult:
@@ -346,6 +347,8 @@ def _readable(source: Path, work: Path) -> Path:
 
 def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
     machine = machine_of(config)
+    # No file that is saved of the tokenizer holds this.
+    tokenizer.split_special_tokens = config.special_as_text
     stream = text.pack(
         work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     )
@@ -392,12 +395,13 @@ class _Calibration:
 
 def _calibrate(config: InitAnchorConfig, checkpoint: Path, reporter: Reporter) -> _Calibration:
     reporter.note("drawing the public sample")
-    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer = model.load_tokenizer(checkpoint, special_as_text=config.special_as_text)
     documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
     sample = text.draw_sample(documents, config.sample_tokens, config.seed)
     dense = model.load_dense(checkpoint)
     num_parameters = dense.num_parameters()
-    routed = model.route(dense).to(machine_of(config).device)
+    machine = machine_of(config)
+    routed = model.route(dense.to(machine.dtype)).to(machine.device)
     statistics = _measure(routed, sample, reporter)
     space = routing.fit_space(statistics, _measure_kinds(config, routed, tokenizer, reporter))
     spread = [float(std) for std in routing.constant_spread(space, statistics)]
@@ -479,5 +483,5 @@ def _measure_kinds(config: InitAnchorConfig, routed: Any, tokenizer: Any, report
         passages = text.sample_passages(text.read_documents([path], config.text_field), _KIND_PASSAGES, config.seed)
         framed = text.frame_passages(tokenizer, passages)
         with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-            found.append(routing.measure_passages(routed, counted(framed, bar)).within)
+            found.append(routing.measure_passages(routed, framed, bar.advance).within)
     return found

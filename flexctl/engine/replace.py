@@ -44,6 +44,7 @@ class ReplaceConfig(Config):
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     seq_len: flags.SeqLen = None
     forward_tokens: flags.ForwardTokens = 8192
     threads: flags.Threads = None
@@ -163,7 +164,8 @@ def _score(
     if not domains or config.dry_run:
         return {}
 
-    weights, tokenizer = open_merged(path).weights(), model.load_tokenizer(path)
+    weights = open_merged(path).weights()
+    tokenizer = model.load_tokenizer(path, special_as_text=config.special_as_text)
     merged = machine_of(config).build(weights)
     sizes = {
         "seq_len": evaluation.window_length(weights.dense_config, config.seq_len),

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from flexctl import flags, routing, text, workspace
-from flexctl.bundle import slug
-from flexctl.bundle.names import check_expert_name
+from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.proxy import write_proxy
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import UsageError
@@ -51,6 +50,7 @@ class SelectProxyConfig(Config):
     ] = None
     anchor: flags.Anchor = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     encoder: Annotated[
         str | None,
         flag("MODEL", "Tell texts apart by this sentence-transformers model, not by router inputs.", ROUTER),
@@ -99,7 +99,7 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
     """
     place = workspace.find()
     base = open_anchored(config, reporter)
-    name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
+    name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.proxy.json"
     check_file_target(target, overwrite=config.overwrite)
     machine_of(config)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from flexctl import evaluation, flags, model, text, training, workspace
-from flexctl.bundle import PUBLIC, Anchor, Expert, RawTensor, RouterInfo, open_expert, slug, write_expert
+from flexctl.bundle import PUBLIC, Anchor, Expert, RawTensor, RouterInfo, open_expert, write_expert
 from flexctl.bundle.checks import prove
 from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.lowrank import refuse_useless_rank
 from flexctl.bundle.manifest import PrivacyInfo
-from flexctl.bundle.names import check_expert_name
+from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
 from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag
@@ -52,6 +52,7 @@ class TrainExpertConfig(Config):
         Path | None, flags.output("FILE.st", "File to write (default: NAME.st among the workspace's experts).")
     ] = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     public_mix: Annotated[
         float, flag("SHARE", "Share of public text in each step, from 0 to below 1.", DATA, at_least=0, below=1)
     ] = 0.3
@@ -190,9 +191,9 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     """
     place = workspace.find()
     base = open_anchored(config, reporter)
-    name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
+    name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.st"
-    work_path = target.parent / f".{name}.work"
+    work_path = target.parent / f".{target.stem}.work"
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     training.refuse_busy(work_path)
@@ -237,7 +238,7 @@ def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertRe
         public_tokens=about["public_tokens"],
         steps=about["steps"],
         final_loss=about["losses"]["final"],
-        held_out=about["losses"]["held_out"],
+        held_out=training.before_after(about["losses"]["held_out"]),
         frozen_verified=about["frozen_verified"],
         bias=list(expert.manifest.router.bias),
         rank=expert.manifest.rank,
@@ -368,6 +369,7 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[
         "public": setup.public.digest,
         "rows": [float(row) for row in setup.rows.sum(dim=1)],
         "rank": config.rank,
+        "special_as_text": config.special_as_text,
     }
     checkpoints = training.Checkpoints(
         work / "checkpoints",
@@ -432,6 +434,7 @@ def _write(
             "public_tokens": result.public_tokens,
             "losses": {"final": result.final_loss, "held_out": result.held_out},
             "frozen_verified": True,
+            **({"special_as_text": True} if config.special_as_text else {}),
         },
         router=setup.router,
         run={

@@ -1,4 +1,4 @@
-"""Tune a merged model's router on public text that is like each closed set; everything else stays as it is."""
+"""Tune a merged model's router on public text that is like each owner's; everything else stays as it is."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ class TuneRouterConfig(Config):
     ] = None
     output: flags.OutputElsewhere = None
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     max_steps: flags.MaxSteps = None
     lr: flags.Lr = None
     seq_len: flags.SeqLen = None
@@ -212,11 +213,12 @@ def _finished(config: TuneRouterConfig, target: Path, asked: Mapping[str, Any]) 
         return None
     digest = open_merged(target).manifest.digest
     try:
-        about = training.refuse_other_request(target, run, digest, asked)["result"]
+        about = dict(training.refuse_other_request(target, run, digest, asked)["result"])
     except UsageError:
         if config.overwrite:
             return None
         raise
+    about["held_out"] = training.before_after(about["held_out"])
     return TuneRouterResult(
         path=target, digest=digest, tuned_with=tuple(about["documents"]), **about, dry_run=config.dry_run
     )

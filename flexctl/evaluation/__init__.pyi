@@ -28,11 +28,11 @@ from flexctl.evaluation.passes import public_alone as public_alone
 from flexctl.evaluation.records import read_results as read_results
 from flexctl.evaluation.records import write_results as write_results
 from flexctl.evaluation.records import write_samples as write_samples
-from flexctl.evaluation.report import Passage as Passage
+from flexctl.evaluation.report import Excerpt as Excerpt
 from flexctl.evaluation.report import render as render
 from flexctl.evaluation.report.audit import render_audit as render_audit
 from flexctl.evaluation.report.charts import require_matplotlib as require_matplotlib
-from flexctl.evaluation.report.passages import take_passage as take_passage
+from flexctl.evaluation.report.excerpts import take_excerpt as take_excerpt
 from flexctl.evaluation.report.template import require_jinja as require_jinja
 from flexctl.evaluation.report.trace import render_trace as render_trace
 from flexctl.evaluation.scoring import Score as Score

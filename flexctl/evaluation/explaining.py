@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Piece", "ShareCollector", "TextStream", "explain_tokens", "mean_shares", "texts_of"]
 
+_KEPT_TOKENS = 64
+"""Tokens beside which the next one is read."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
@@ -91,6 +94,9 @@ def explain_tokens(
 class TextStream:
     """Turns tokens into text, one after the other; a character of several tokens comes whole, with its last one.
 
+    A token is read beside some of those before it, as its text may depend on them. They are few, so that a token of a
+    long text costs no more than one of a short text.
+
     Args:
         tokenizer: Whose tokens.
     """
@@ -103,11 +109,18 @@ class TextStream:
     def add(self, token: int, *, is_last: bool = False) -> str:
         """Return what a token adds to the text that is final; behind the last one, all that is left is."""
         self._tokens.append(token)
-        longer: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        longer = self._read()
         if longer.endswith("\ufffd") and not is_last:
             return ""
         added, self._said = longer[len(self._said) :], longer
+        if len(self._tokens) > _KEPT_TOKENS:
+            self._tokens = self._tokens[-_KEPT_TOKENS // 2 :]
+            self._said = self._read()
         return added
+
+    def _read(self) -> str:
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return text
 
 
 def texts_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:

@@ -242,11 +242,13 @@ class Settings:
         seq_len: Window length, tokens.
         device: cpu or cuda.
         dtype: Of the model's weights as it ran.
+        special_as_text: Whether special tokens that stood in the text were read as plain text.
     """
 
     seq_len: int
     device: str
     dtype: str
+    special_as_text: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

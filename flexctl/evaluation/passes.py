@@ -60,6 +60,7 @@ class Passes:
         batch_tokens: Positions that go through the model at once.
         device: Where it runs.
         dtype: Of the model.
+        special_as_text: Whether special tokens that stand in a text are plain text.
         reporter: Hears of progress; told of all passes that are to come.
 
     Attributes:
@@ -75,11 +76,13 @@ class Passes:
         batch_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
+        special_as_text: bool,
         reporter: Parts,
     ) -> None:
         self.runnable = runnable
         self.count = self.recalled = 0
         self.seq_len, self.device, self.dtype = seq_len, device, dtype
+        self.special_as_text = special_as_text
         self._batch_tokens, self._reporter = batch_tokens, reporter
         self._asked: set[_Pass] = set()
         self._scores: dict[_Pass, Score] = {}
@@ -93,12 +96,17 @@ class Passes:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return load_tokenizer(self.runnable.tokenizer)
+        return load_tokenizer(self.runnable.tokenizer, special_as_text=self.special_as_text)
 
     @property
     def settings(self) -> Settings:
         """What decides the figures beside model and text."""
-        return Settings(seq_len=self.seq_len, device=self.device.type, dtype=str(self.dtype).split(".")[1])
+        return Settings(
+            seq_len=self.seq_len,
+            device=self.device.type,
+            dtype=str(self.dtype).split(".")[1],
+            special_as_text=self.special_as_text,
+        )
 
     def free(self) -> None:
         """Let go of the model; scores stay, and one that is still to come builds it again."""

@@ -218,7 +218,7 @@ def _add_batch(model: nn.Module, batch: Sequence[_Window], totals: _Totals) -> N
     with observing(model, routing):
         losses = score_tokens(model, tokens[:, :-1], tokens[:, 1:])
     nll = losses.double().masked_fill(~valid, 0).sum(dim=1).cpu().numpy()
-    totals.add_windows([window.document for window in batch], nll, real.sum(axis=1), routing.shares)
+    totals.add_windows([window.document for window in batch], nll, real.sum(axis=1), routing.add())
 
 
 class _Totals:
@@ -256,23 +256,34 @@ class _Totals:
 
 
 class _BatchRouting:
-    """Observes one batch's real positions: sums for each layer, and shares of each window, (B, N)."""
+    """Observes one batch's real positions; what it finds stays on the device until the batch is through."""
 
     def __init__(self, totals: _Totals, valid: Tensor) -> None:
         self._totals, self._valid = totals, valid
-        self.shares = np.zeros((len(valid), totals.shares.shape[1]))
+        self._shares: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._same: dict[int, Tensor] = {}
 
     def __call__(self, layer: int, inputs: Tensor, kept: Tensor, outputs: Tensor) -> None:
         real = self._valid.flatten()
         shares = kept.double() / kept.double().sum(dim=1, keepdim=True) * real[:, None]
-        by_window = shares.unflatten(0, self._valid.shape).sum(dim=1).cpu().numpy()
-        self.shares += by_window / len(self._totals.shares)
-        self._totals.shares[layer] += by_window.sum(axis=0)
-        square = outputs[real].float().square().mean(dim=1).double().sum()
-        self._totals.output_square[layer] += float(square)
+        self._shares.append(shares.unflatten(0, self._valid.shape).sum(dim=1))
+        self._squares.append((outputs.float().square().mean(dim=1).double() * real).sum())
         block = self._totals.blocks[layer]
         if block.is_cut:
-            self._totals.same_choice[layer] += int(same_in_bfloat16(block, inputs[real], kept[real]).sum())
+            self._same[layer] = (same_in_bfloat16(block, inputs, kept) & real).sum()
+
+    def add(self) -> Array:
+        """Add the batch to the totals; return each window's shares, summed over positions, (B, N)."""
+        if not self._shares:
+            return np.zeros((len(self._valid), 0))
+        by_layer: Array = torch.stack(self._shares).cpu().numpy()
+        self._totals.shares += by_layer.sum(axis=1)
+        self._totals.output_square += torch.stack(self._squares).cpu().numpy()
+        for layer, same in self._same.items():
+            self._totals.same_choice[layer] += int(same)
+        by_window: Array = by_layer.sum(axis=0) / len(by_layer)
+        return by_window
 
 
 _CACHE_KIND = "scores"

@@ -25,7 +25,8 @@ NAMES = {
     "losses": ("training_loss",),
     "lowrank": ("decompose", "expand"),
     "presets": ("PRESETS", "new_model"),
-    "routed": ("exclude", "observing", "routed_layers", "set_top_k"),
+    "routed": ("exclude", "masking", "observing", "routed_layers", "set_top_k", "token_mask"),
+    "slots": ("SlotCache", "Span", "forward"),
     "tensors": ("DTYPES", "to_bytes", "to_torch"),
 }
 """Module -> the names that the floors above use, imported on first use."""

@@ -23,9 +23,14 @@ from flexctl.model.lowrank import expand as expand
 from flexctl.model.presets import PRESETS as PRESETS
 from flexctl.model.presets import new_model as new_model
 from flexctl.model.routed import exclude as exclude
+from flexctl.model.routed import masking as masking
 from flexctl.model.routed import observing as observing
 from flexctl.model.routed import routed_layers as routed_layers
 from flexctl.model.routed import set_top_k as set_top_k
+from flexctl.model.routed import token_mask as token_mask
+from flexctl.model.slots import SlotCache as SlotCache
+from flexctl.model.slots import Span as Span
+from flexctl.model.slots import forward as forward
 from flexctl.model.tensors import DTYPES as DTYPES
 from flexctl.model.tensors import to_bytes as to_bytes
 from flexctl.model.tensors import to_torch as to_torch

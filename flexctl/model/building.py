@@ -166,8 +166,12 @@ def route(model: Any) -> nn.Module:
     return routed
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path, *, special_as_text: bool = False) -> Any:
     """Return the Transformers tokenizer of a bundle or checkpoint directory; nothing is fetched or executed.
+
+    Args:
+        path: The directory.
+        special_as_text: Whether it reads the letters of a special token inside text as plain text.
 
     Raises:
         UsageError: It is a SentencePiece model alone, and what reads one is not installed.
@@ -181,9 +185,11 @@ def load_tokenizer(path: Path) -> Any:
                 refuse_pointer(stream.read(64), str(file))
     _refuse_bare_sentencepiece(path)
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        found = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ImportError, LookupError, OSError, TypeError, ValueError) as error:
         raise _unreadable_tokenizer(path, error) from error
+    found.split_special_tokens = special_as_text
+    return found
 
 
 def _unreadable_tokenizer(path: Path, error: Exception) -> BundleError:

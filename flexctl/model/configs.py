@@ -23,6 +23,8 @@ _IMMATERIAL = {
     "pad_token_id",
     "use_cache",
 }
+# A trainer that turns the router's load-balancing loss on then adds nothing by it; it would move owners' rows.
+_NO_BALANCING = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
 _GENERIC_KEPT = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
 
@@ -46,7 +48,7 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     resolved["head_dim"] = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
     resolved["sliding_window"] = getattr(dense, "sliding_window", None)
     resolved |= {name: getattr(dense, source) for name, source in family.copied.items()}
-    resolved |= dict(family.fixed)
+    resolved |= dict(family.fixed) | _NO_BALANCING
     resolved[family.count_field] = 1
     resolved["num_experts_per_tok"] = 1
     resolved["model_type"] = family.moe_type

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,31 @@ __all__ = [
     "Observer",
     "RoutedFeedForward",
     "Router",
+    "TokenMask",
     "exclude",
+    "masking",
     "observing",
     "routed_layers",
     "same_in_bfloat16",
     "set_top_k",
+    "token_mask",
 ]
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called with (layer, inputs (T, H), kept probabilities (T, N), outputs (T, H)) of each block."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """Who may not run on which tokens of one forward pass. Made by ``token_mask``.
+
+    Attributes:
+        barred: Whether an expert may not run on a token, (T, N), bool.
+        tokens: By expert, the tokens that it may run on, ascending, (t,), int64; None is all.
+    """
+
+    barred: Tensor
+    tokens: tuple[Tensor | None, ...]
 
 
 class Router(nn.Module):
@@ -69,6 +86,7 @@ class RoutedFeedForward(nn.Module):
         self.top_k = top_k
         self.renormalise = renormalise
         self.excluded: frozenset[int] = frozenset()
+        self.mask: TokenMask | None = None
         self.layer = 0
         self.observer: Observer | None = None
 
@@ -85,6 +103,8 @@ class RoutedFeedForward(nn.Module):
         """Return kept probabilities (T, N) for router logits (T, N), float32."""
         if self.excluded:
             logits = logits.index_fill(1, logits.new_tensor(sorted(self.excluded)).long(), float("-inf"))
+        if self.mask is not None:
+            logits = logits.masked_fill(self.mask.barred, float("-inf"))
         probabilities: Tensor = logits.softmax(dim=-1)
         if self.is_cut:
             chosen = probabilities.topk(self.top_k, dim=-1)
@@ -111,13 +131,18 @@ class RoutedFeedForward(nn.Module):
             if index in self.excluded:
                 continue
             weight = probabilities[:, index : index + 1].to(inputs.dtype)
-            if not self.is_cut:
+            tokens = self._tokens_of(index, probabilities)
+            if tokens is None:
                 outputs = outputs + weight * expert(inputs)
-                continue
-            tokens = probabilities[:, index].nonzero().squeeze(-1)
-            if len(tokens):
+            elif len(tokens):
                 outputs = outputs.index_add(0, tokens, weight[tokens] * expert(inputs[tokens]))
         return outputs
+
+    def _tokens_of(self, index: int, probabilities: Tensor) -> Tensor | None:
+        """Return the tokens that an expert runs on, (t,), int64; None is all."""
+        if self.is_cut:
+            return probabilities[:, index].nonzero().squeeze(-1)
+        return None if self.mask is None else self.mask.tokens[index]
 
 
 def same_in_bfloat16(block: RoutedFeedForward, inputs: Tensor, kept: Tensor) -> Tensor:
@@ -141,6 +166,44 @@ def exclude(model: nn.Module, indices: Sequence[int]) -> None:
     """Leave experts out at run time: logit -inf before the softmax, which equals removing them."""
     for block in routed_layers(model):
         block.excluded = frozenset(indices)
+
+
+def token_mask(rows: Iterable[tuple[Sequence[int], int]], num_experts: int, device: torch.device) -> TokenMask | None:
+    """Return who may not run on which tokens; None where all may run on all.
+
+    Args:
+        rows: In the order of the tokens: experts that may not run, and on how many tokens; the public one always may.
+        num_experts: N.
+        device: Where the model runs.
+    """
+    barred = torch.cat([_barred(left_out, num_experts).expand(count, -1) for left_out, count in rows])
+    if not barred.any():
+        return None
+    # Which tokens are whose is worked out once a pass and on the CPU, so that no layer waits for the device.
+    tokens = [None if not column.any() else (~column).nonzero().squeeze(-1).to(device) for column in barred.T]
+    return TokenMask(barred.to(device), tuple(tokens))
+
+
+def _barred(left_out: Sequence[int], num_experts: int) -> Tensor:
+    barred = torch.zeros(1, num_experts, dtype=torch.bool)
+    barred[0, list(left_out)] = True
+    return barred
+
+
+@contextmanager
+def masking(model: nn.Module, mask: TokenMask | None) -> Iterator[None]:
+    """Leave experts out token by token inside the ``with`` statement: for each token, as if they were removed.
+
+    A router then keeps top_k of those that may run on the token, or all where they are fewer.
+    """
+    blocks = routed_layers(model)
+    for block in blocks:
+        block.mask = mask
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.mask = None
 
 
 def set_top_k(model: nn.Module, top_k: int) -> None:

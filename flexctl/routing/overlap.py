@@ -19,7 +19,7 @@ Routing = dict[str, dict[str, float]]
 
 OWN_SPREAD = 2.0
 """How much more router logits vary on an owner's own text than S says, in standard deviations: 1.4 to 2.9 on nineteen
-sets of text (docs/results.md, section 10)."""
+owners' texts (docs/results.md, section 10)."""
 
 NOTEWORTHY = 0.1
 """Share of an expert's text, expected to go to another, from which it is worth saying."""

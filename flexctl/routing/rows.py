@@ -6,7 +6,7 @@ Shapes: L num_hidden_layers, H hidden_size. All in float64 until the row is stor
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,26 +39,31 @@ class OwnerInputs:
 
     Attributes:
         mean: m_i, (L, H), float64.
-        within: W_i, covariance of inputs inside a passage, (L, H, H), float32.
+        within: W_i, covariance of inputs inside a passage, (L, H, H), float32; None where it was not measured.
         uncertainty: Expected (estimate - m_i)' S^-1 (estimate - m_i) from the finite sample, (L,), float64.
     """
 
     mean: Tensor
-    within: Tensor
+    within: Tensor | None
     uncertainty: Tensor
 
     @classmethod
     def of(cls, passages: PassageInputs, space: RouterSpace) -> OwnerInputs:
-        """Return what passages say about their owner.
+        """Return what passages say about their owner."""
+        return replace(cls.of_means(passages.means, space), within=passages.within)
+
+    @classmethod
+    def of_means(cls, means: Tensor, space: RouterSpace) -> OwnerInputs:
+        """Return what the means of passages, (passages, L, H), say about their owner; W_i stays unknown.
 
         The mean's uncertainty is measured from how far the passages' means lie from each other, so it counts passages
         rather than tokens, which are not independent.
         """
-        mean = passages.means.double().mean(dim=0)
-        apart = passages.means.double() - mean
+        mean = means.double().mean(dim=0)
+        apart = means.double() - mean
         spread = (apart * space.solve(apart)).sum(dim=(0, 2))
         count = len(apart)
-        return cls(mean=mean, within=passages.within, uncertainty=spread / (count * (count - 1)))
+        return cls(mean=mean, within=None, uncertainty=spread / (count * (count - 1)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +93,7 @@ def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) 
 
     Args:
         space: The anchor's router space.
-        owner: The owner's router inputs.
+        owner: The owner's router inputs; where W_i was not measured, a is 0.
         own_covariance: a, from 0 (public text alone) to below 1.
 
     Source: linear discriminant analysis; the share of the owner's own covariance is ours (docs/how-it-works.md,
@@ -96,8 +101,10 @@ def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) 
     """
     directions = []
     for layer, shift in enumerate(owner.mean - space.mean.double()):
-        blended = (1 - own_covariance) * space.usual(layer) + own_covariance * owner.within[layer].double()
-        directions.append(torch.cholesky_solve(shift[:, None], torch.linalg.cholesky(blended))[:, 0])
+        varies = space.usual(layer)
+        if owner.within is not None:
+            varies = (1 - own_covariance) * varies + own_covariance * owner.within[layer].double()
+        directions.append(torch.cholesky_solve(shift[:, None], torch.linalg.cholesky(varies))[:, 0])
     return torch.stack(directions)
 
 

@@ -5,7 +5,7 @@ Shapes: L num_hidden_layers, H hidden_size, R rank, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,9 @@ __all__ = [
     "measure_inputs",
     "measure_passages",
 ]
+
+BATCH_TOKENS = 2048
+"""Positions of documents that go through the model at once."""
 
 MAX_RANK = 256
 SHRINKAGE = 0.1
@@ -149,15 +152,15 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatisti
     blocks = routed_layers(model)
     hidden = blocks[0].router.public.shape[1]
     device = blocks[0].router.public.device
-    mean = torch.zeros(len(blocks), hidden, dtype=torch.float64)
-    second = torch.zeros(len(blocks), hidden, hidden, dtype=torch.float64)
+    mean = torch.zeros(len(blocks), hidden, dtype=torch.float64, device=device)
+    second = torch.zeros(len(blocks), hidden, hidden, dtype=torch.float64, device=device)
     count = 0
     shape: tuple[int, ...] = ()
 
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
         states = inputs.reshape(*shape, hidden)[:, 1:].reshape(-1, hidden).float()
-        mean[layer] += states.double().sum(dim=0).cpu()
-        second[layer] += (states.T @ states).double().cpu()
+        mean[layer] += states.double().sum(dim=0)
+        second[layer] += (states.T @ states).double()
 
     with torch.no_grad(), observing(model, observe):
         for batch in batches:
@@ -166,7 +169,7 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatisti
             count += shape[0] * (shape[1] - 1)
     if count == 0:
         raise BundleError("there is no public text to measure router inputs on", hint="give more text")
-    return InputStatistics(count=count, mean=mean / count, second=second / count)
+    return InputStatistics(count=count, mean=mean.cpu() / count, second=second.cpu() / count)
 
 
 def fit_space(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> RouterSpace:
@@ -228,60 +231,92 @@ class PassageInputs:
     within: Tensor
 
 
-def measure_documents(model: nn.Module, documents: Iterable[Tensor]) -> Tensor:
+def measure_documents(
+    model: nn.Module, documents: Iterable[Tensor], advance: Callable[[int], None] | None = None
+) -> Tensor:
     """Return the mean router input of each document in each layer, (documents, L, H), float32.
+
+    Documents of like length go through the model together, ``BATCH_TOKENS`` at a time.
 
     Args:
         model: As from ``model.building.build_model``.
         documents: Token ids of one document each, (S,), int64, at least two; the first position is left out.
+        advance: Told after each batch how many documents were in it.
 
     Raises:
         UsageError: There are fewer than two documents.
     """
-    return _measure_each(model, documents, lambda _layer, _apart: None)
+    return _measure_each(model, list(documents), lambda _layer, _apart: None, advance)
 
 
-def measure_passages(model: nn.Module, passages: Iterable[Tensor]) -> PassageInputs:
+def measure_passages(
+    model: nn.Module, passages: Iterable[Tensor], advance: Callable[[int], None] | None = None
+) -> PassageInputs:
     """Return passages' mean router inputs and how inputs vary inside a passage.
 
     Args:
         model: As from ``model.building.build_model``.
         passages: As the documents of ``measure_documents``.
+        advance: Likewise.
 
     Raises:
         UsageError: There are fewer than two passages.
     """
+    tokens = list(passages)
     blocks = routed_layers(model)
-    hidden = blocks[0].router.public.shape[1]
-    scatter = torch.zeros(len(blocks), hidden, hidden)
-    freedom = torch.zeros(len(blocks), 1, 1)
+    rows = blocks[0].router.public
+    scatter = torch.zeros(len(blocks), rows.shape[1], rows.shape[1], device=rows.device)
 
     def add(layer: int, apart: Tensor) -> None:
-        scatter[layer] += (apart.T @ apart).cpu()
-        freedom[layer] += len(apart) - 1
+        scatter[layer] += apart.T @ apart
 
-    means = _measure_each(model, passages, add)
-    return PassageInputs(means=means, within=scatter / freedom.clamp(min=1))
+    means = _measure_each(model, tokens, add, advance)
+    freedom = sum(len(each) - 2 for each in tokens)
+    return PassageInputs(means=means, within=scatter.cpu() / max(1, freedom))
 
 
-def _measure_each(model: nn.Module, documents: Iterable[Tensor], add: Callable[[int, Tensor], None]) -> Tensor:
-    """Return each document's mean router inputs; ``add`` gets its inputs less their mean, (T, H), layer by layer."""
+def _measure_each(
+    model: nn.Module,
+    documents: Sequence[Tensor],
+    add: Callable[[int, Tensor], None],
+    advance: Callable[[int], None] | None,
+) -> Tensor:
+    """Return each document's mean router inputs; ``add`` gets inputs less their document's mean, (T, H), by layer.
+
+    Of positions that are padding, and of each document's first, that is zero.
+    """
+    if len(documents) < 2:
+        raise UsageError("router rows need at least two documents", hint="give more text, or split it into documents")
     blocks = routed_layers(model)
-    device = blocks[0].router.public.device
-    means: list[Tensor] = []
-    current = torch.empty(0)
+    device, hidden = blocks[0].router.public.device, blocks[0].router.public.shape[1]
+    means = torch.zeros(len(documents), len(blocks), hidden)
+    real = current = torch.empty(0)
 
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
-        states = inputs[1:].float()
-        mean = states.mean(dim=0)
-        current[layer] = mean.cpu()
-        add(layer, states - mean)
+        states = inputs.unflatten(0, tuple(real.shape)).float() * real[:, :, None]
+        current[:, layer] = states.sum(dim=1) / real.sum(dim=1, keepdim=True)
+        add(layer, ((states - current[:, layer, None]) * real[:, :, None]).flatten(0, 1))
 
     with torch.no_grad(), observing(model, observe):
-        for tokens in documents:
-            current = torch.zeros(len(blocks), blocks[0].router.public.shape[1])
-            model.base_model(tokens[None].to(device), use_cache=False)  # type: ignore[operator]
-            means.append(current)
-    if len(means) < 2:
-        raise UsageError("router rows need at least two documents", hint="give more text, or split it into documents")
-    return torch.stack(means)
+        for batch in _of_like_length([len(tokens) for tokens in documents]):
+            ids = nn.utils.rnn.pad_sequence([documents[i] for i in batch], batch_first=True).to(device)
+            lengths = torch.tensor([len(documents[i]) for i in batch], device=device)
+            places = torch.arange(ids.shape[1], device=device)
+            real = ((places > 0) & (places < lengths[:, None])).float()
+            current = torch.zeros(len(batch), len(blocks), hidden, device=device)
+            model.base_model(ids, use_cache=False)  # type: ignore[operator]
+            means[batch] = current.cpu()
+            if advance is not None:
+                advance(len(batch))
+    return means
+
+
+def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Yield the numbers of documents, shortest first, in batches of ``BATCH_TOKENS`` with padding, or of one."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[number] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    yield batch

@@ -20,7 +20,7 @@ from flexctl.model.building import quiet_transformers
 from flexctl.model.tensors import tensors_digest
 from flexctl.routing.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
 from flexctl.routing.space import RouterSpace, measure_documents, measure_passages
-from flexctl.runtime import Reporter, counted, software_versions
+from flexctl.runtime import Reporter, software_versions
 
 __all__ = [
     "ENOUGH_PASSAGES",
@@ -55,11 +55,13 @@ class RowRecipe:
         kind: ``discriminant``, ``hidden`` or ``encoder``.
         own_covariance: Share of the owner's own covariance beside public text's, for the discriminant.
         encoder: sentence-transformers model, a directory or Hub id; needed by the encoder kind alone.
+        special_as_text: Whether passages are framed with special tokens that stand in them as plain text.
     """
 
     kind: str
     own_covariance: float
     encoder: str | None
+    special_as_text: bool = False
 
     def check(self) -> None:
         """Refuse a kind that there is not, or an encoder kind without an encoder.
@@ -75,6 +77,11 @@ class RowRecipe:
             raise UsageError(
                 "encoder: no sentence encoder given", hint="add `encoder`, a directory or Hub id", field="router"
             )
+
+    @property
+    def has_covariance(self) -> bool:
+        """Whether the owner's own covariance has a part in the rows."""
+        return self.kind == "discriminant" and self.own_covariance > 0
 
     @property
     def encoder_name(self) -> str | None:
@@ -114,9 +121,9 @@ def embed_rows(
         reporter.note(f"router rows are made from {len(own)} passages; {ENOUGH_PASSAGES} and more are better")
     loaded = Encoder(recipe.encoder) if recipe.kind == "encoder" and recipe.encoder is not None else None
     with reporter.progress("measuring router inputs", len(own), "passages") as bar:
-        owner = OwnerInputs.of(measure_passages(model, counted(frame(own), bar)), space)
+        owner = _measured_own(recipe, model, frame(own), space, bar.advance)
     if loaded is not None:
-        embedded, inputs = _measured_public(model, space, public, frame, loaded, reporter)
+        embedded, inputs = _measured_public(recipe, model, space, public, frame, loaded, reporter)
         directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
     elif recipe.kind == "discriminant":
         directions = discriminant(space, owner, recipe.own_covariance)
@@ -125,7 +132,21 @@ def embed_rows(
     return finish_rows(space, owner, directions)
 
 
+def _measured_own(
+    recipe: RowRecipe,
+    model: nn.Module,
+    passages: Sequence[Tensor],
+    space: RouterSpace,
+    advance: Callable[[int], None],
+) -> OwnerInputs:
+    """Return what the rows of a recipe need to know of an owner's passages: the covariance only where it counts."""
+    if recipe.has_covariance:
+        return OwnerInputs.of(measure_passages(model, passages, advance), space)
+    return OwnerInputs.of_means(measure_documents(model, passages, advance), space)
+
+
 def _measured_public(
+    recipe: RowRecipe,
     model: nn.Module,
     space: RouterSpace,
     public: Sequence[str],
@@ -142,12 +163,13 @@ def _measured_public(
         "dtype": str(next(model.parameters()).dtype),
         "encoder": encoder.identity,
         "passages": list(public),
+        "special_as_text": recipe.special_as_text,
         "software": software_versions(),
     }
     known = cache.recall(_PUBLIC_PASSAGES, identity)
     if known is None:
         with reporter.progress("measuring router inputs", len(public), "passages") as bar:
-            inputs = measure_documents(model, counted(frame(public), bar))
+            inputs = measure_documents(model, frame(public), bar.advance)
         embedded = _embed(encoder, public, reporter)
         known = {"embedded": embedded.numpy(), "inputs": inputs.numpy()}
         cache.remember(_PUBLIC_PASSAGES, identity, known)
@@ -194,8 +216,9 @@ class Encoder:
             with quiet_transformers():
                 self._model = SentenceTransformer(name, device="cpu", trust_remote_code=False)
         except (OSError, ValueError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(
-                f"{name} cannot be loaded: {error}", hint="give a model's directory", field="encoder"
+                f"{name} cannot be loaded: {said}", hint="give a model's directory", field="encoder"
             ) from error
 
     @cached_property

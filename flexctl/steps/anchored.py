@@ -16,11 +16,15 @@ __all__ = ["AnchorConfig", "Anchored", "open_anchored"]
 
 
 class AnchorConfig(Protocol):
-    """What a command's Config says about the anchor."""
+    """What a command's Config says about the anchor, and how its tokenizer reads text."""
 
     @property
     def anchor(self) -> Path | None:
         """Its directory or address on the Hub; None is the workspace's."""
+
+    @property
+    def special_as_text(self) -> bool:
+        """Whether special tokens that stand in text are plain text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +33,16 @@ class Anchored:
 
     Attributes:
         anchor: The bundle.
+        special_as_text: Whether its tokenizer reads special tokens that stand in text as plain text.
     """
 
     anchor: Anchor
+    special_as_text: bool
 
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
-        return model.load_tokenizer(self.anchor.path)
+        return model.load_tokenizer(self.anchor.path, special_as_text=self.special_as_text)
 
     @cached_property
     def space(self) -> routing.RouterSpace:
@@ -57,4 +63,5 @@ def open_anchored(config: AnchorConfig, reporter: Reporter) -> Anchored:
         BundleError: It is not valid.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
-    return Anchored(anchor=open_anchor(localise(config.anchor or workspace.find().anchor, reporter)))
+    anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
+    return Anchored(anchor=anchor, special_as_text=config.special_as_text)

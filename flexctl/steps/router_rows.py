@@ -35,6 +35,10 @@ class RowConfig(Protocol):
     def own_covariance(self) -> float:
         """Share of the owner's own covariance, for the discriminant."""
 
+    @property
+    def special_as_text(self) -> bool:
+        """Whether special tokens that stand in text are plain text."""
+
 
 def recipe_of(config: RowConfig) -> routing.RowRecipe:
     """Return how rows of a kind are made, after checking it.
@@ -42,7 +46,12 @@ def recipe_of(config: RowConfig) -> routing.RowRecipe:
     Raises:
         UsageError: There is no such kind, or it needs an encoder.
     """
-    recipe = routing.RowRecipe(kind=config.router, own_covariance=config.own_covariance, encoder=config.encoder)
+    recipe = routing.RowRecipe(
+        kind=config.router,
+        own_covariance=config.own_covariance,
+        encoder=config.encoder,
+        special_as_text=config.special_as_text,
+    )
     recipe.check()
     return recipe
 

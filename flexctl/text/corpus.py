@@ -132,7 +132,7 @@ def prepare_corpus(
         total = survey.documents + survey.held_out
         reporter.note(f"{survey.duplicates} of {total} documents are copies of others; copies are held out together")
     file, mark = work / "own.tokens", work / "own.json"
-    identity = json.dumps({**asdict(survey), "vocabulary": _vocabulary(tokenizer), "seed": seed}, sort_keys=True)
+    identity = json.dumps({**asdict(survey), "reading": _reading(tokenizer), "seed": seed}, sort_keys=True)
     stream = _packed(file, mark, identity)
     if stream is None:
         with reporter.progress("tokenising", survey.num_bytes, "bytes") as bar:
@@ -211,9 +211,10 @@ def _held_out(ranks: Array, copies: Array) -> Array:
     return ranks[chosen or [int(copies.argmin())]]
 
 
-def _vocabulary(tokenizer: Any) -> str:
-    """Return a digest of the vocabulary: another anchor's may be as large and mean other words."""
-    return hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+def _reading(tokenizer: Any) -> str:
+    """Return a digest of what decides a text's tokens: another anchor's vocabulary may be as large and mean others."""
+    about = [tokenizer.get_vocab(), tokenizer.split_special_tokens]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _rank(text: str, seed: int) -> int:

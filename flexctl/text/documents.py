@@ -12,7 +12,8 @@ from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -43,6 +44,7 @@ _PACKED = (".gz", ".zst")
 _PACKED_BYTES = 512  # that unpack at once: zstandard makes up to 30,000 bytes of one
 _MOST_TIMES = 100
 _LEAST_UNPACKED = 1 << 26
+_CHOSEN_FROM = 4096
 _FORMATS = "give a folder, a text file, .jsonl, .csv, .parquet or hf://datasets/OWNER/NAME"
 _BINARY = frozenset(
     """.7z .a .arrow .avi .bin .bmp .bz2 .class .db .dll .dylib .exe .gguf .gif .h5 .ico .jar .jpeg .jpg .mp3 .mp4 .npy
@@ -347,18 +349,10 @@ def _text_of(where: str, record: Any, text_field: str) -> str:
 def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str]:
     """Return at most ``count`` passages of about PASSAGE_CHARACTERS, chosen and ordered by a seeded hash of their text.
 
-    Long documents give several passages, so that a handful of books is a sample as good as thousands of notes.
+    Long documents give several passages, so that a handful of books is a sample as good as thousands of notes. Copies
+    of a passage count as often as they come.
     """
-
-    def rank(text: str) -> bytes:
-        return hashlib.sha256(f"{seed}\1{text}".encode()).digest()
-
-    passages = (
-        text[start : start + PASSAGE_CHARACTERS]
-        for text in documents
-        for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS)
-    )
-    return heapq.nsmallest(count, (passage for passage in passages if passage.strip()), key=rank)
+    return heapq.nsmallest(count, _passages(documents), key=partial(_rank, seed))
 
 
 def sample_documents(documents: Iterable[str], count: int, seed: int) -> list[str]:
@@ -372,10 +366,25 @@ def sample_documents(documents: Iterable[str], count: int, seed: int) -> list[st
 
 
 def sample_halves(documents: Iterable[str], count: int, seed: int) -> tuple[list[str], list[str]]:
-    """Return two samples of at most ``count`` passages each, of about one size and with none in both.
+    """Return two samples of at most ``count`` different passages each, of about one size and with none in both.
 
-    One is to make router rows from, the other to see how they do.
+    One is to make router rows from, the other to see how they do. Both are chosen as by ``sample_passages``.
     """
-    passages = sample_passages(documents, 2 * count, seed)
-    half = len(passages) // 2
-    return passages[:half], passages[half:]
+    kept: list[str] = []
+    passages = _passages(documents)
+    while some := set(islice(passages, _CHOSEN_FROM)):
+        kept = heapq.nsmallest(2 * count, some.union(kept), key=partial(_rank, seed))
+    half = len(kept) // 2
+    return kept[:half], kept[half:]
+
+
+def _passages(documents: Iterable[str]) -> Iterator[str]:
+    for text in documents:
+        for start in range(0, max(1, len(text) - PASSAGE_CHARACTERS // 2), PASSAGE_CHARACTERS):
+            passage = text[start : start + PASSAGE_CHARACTERS]
+            if passage.strip():
+                yield passage
+
+
+def _rank(seed: int, passage: str) -> bytes:
+    return hashlib.sha256(f"{seed}\1{passage}".encode()).digest()

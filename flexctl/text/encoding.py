@@ -91,7 +91,7 @@ def _call(tokenizer: Any, texts: str | list[str], **options: bool) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
+class _Part:
     """Tokens of a part of a text.
 
     Attributes:
@@ -128,14 +128,14 @@ def _encode_long(tokenizer: Any, text: str, piece: int) -> Ids:
     return np.concatenate([*parts, here.ids[done:]])
 
 
-def _tokenise(tokenizer: Any, text: str, start: int, length: int) -> _Piece:
+def _tokenise(tokenizer: Any, text: str, start: int, length: int) -> _Part:
     part = text[start : start + length]
     found = _call(tokenizer, part, return_offsets_mapping=True)
     spans = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2) + start
-    return _Piece(start=start, stop=start + len(part), ids=np.array(found["input_ids"], dtype=np.int64), spans=spans)
+    return _Part(start=start, stop=start + len(part), ids=np.array(found["input_ids"], dtype=np.int64), spans=spans)
 
 
-def _seam(text: str, here: _Piece, following: _Piece) -> tuple[int, int] | None:
+def _seam(text: str, here: _Part, following: _Part) -> tuple[int, int] | None:
     """Return a token's number in both pieces, such that both agree on it and its neighbours; None if there is none."""
     shift = int(np.searchsorted(here.spans[:, 0], following.start))
     ours = here.rows(shift, len(here.ids))

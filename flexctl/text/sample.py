@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexctl.model.tensors import RawBytes, to_torch
-from flexctl.text.tokens import Framed, TokenStream, joined
+from flexctl.text.tokens import Framed, TokenStream, end_to_end
 
 __all__ = ["PublicSample", "draw_sample", "leading"]
 
@@ -71,7 +71,7 @@ class PublicSample:
 
     def stream(self) -> TokenStream:
         """Return the documents as one stream to train on."""
-        return TokenStream(np.concatenate(list(joined(self.documents))).astype(np.int32))
+        return TokenStream(np.concatenate(list(end_to_end(self.documents))).astype(np.int32))
 
 
 def leading(documents: Sequence[Framed], max_tokens: int) -> list[Framed]:

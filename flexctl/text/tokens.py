@@ -21,7 +21,7 @@ __all__ = [
     "TokenStream",
     "frame_documents",
     "frame_passages",
-    "joined",
+    "end_to_end",
     "pack",
 ]
 
@@ -143,7 +143,7 @@ def _digest(ids: np.ndarray[Any, np.dtype[np.int32]]) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
 
 
-def joined(documents: Iterable[Framed]) -> Iterator[Tokens]:
+def end_to_end(documents: Iterable[Framed]) -> Iterator[Tokens]:
     """Yield each document's tokens without its first when the document before already ended with that token."""
     last = None
     for document in documents:
@@ -158,7 +158,7 @@ def pack(path: Path, documents: Iterable[Framed]) -> TokenStream:
     """
     digest = hashlib.sha256()
     with new_file(path, overwrite=True) as temporary, temporary.open("xb") as stream:
-        for piece in joined(documents):
+        for piece in end_to_end(documents):
             data = piece.astype("<i4").tobytes()
             digest.update(data)
             stream.write(data)

@@ -8,7 +8,7 @@ NAMES = {
     "batches": ("EqualShares", "Mixture"),
     "budget": ("Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"),
     "checkpoints": ("Checkpoints",),
-    "finished": ("asked_for", "folder_digest", "refuse_other_request", "say_done"),
+    "finished": ("asked_for", "before_after", "folder_digest", "refuse_other_request", "say_done"),
     "loop": ("LoopSettings", "Outcome", "train"),
     "pair": ("Pair",),
     "ranks": ("Factors", "choose_ranks", "expert_matrices"),

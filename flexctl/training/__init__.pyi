@@ -10,6 +10,7 @@ from flexctl.training.budget import resolve_budget as resolve_budget
 from flexctl.training.budget import warmup_steps as warmup_steps
 from flexctl.training.checkpoints import Checkpoints as Checkpoints
 from flexctl.training.finished import asked_for as asked_for
+from flexctl.training.finished import before_after as before_after
 from flexctl.training.finished import folder_digest as folder_digest
 from flexctl.training.finished import refuse_other_request as refuse_other_request
 from flexctl.training.finished import say_done as say_done

@@ -46,7 +46,7 @@ class TrainingState:
         for i, parameter in enumerate(self.parameters):
             parameter.data.copy_(tensors[f"{i}.parameter"])
             self.optimiser.state[parameter] = {
-                name: tensors[f"{i}.{name}"].clone().to("cpu" if name == "step" else parameter.device)
+                name: tensors[f"{i}.{name}"].clone().to(parameter.device)  # a fused step counts where it works
                 for name in _MOMENTS
                 if f"{i}.{name}" in tensors  # an expert that no token chose yet has none
             }

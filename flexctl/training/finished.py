@@ -21,7 +21,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Reporter
 from flexctl.training.work import working_folder
 
-__all__ = ["asked_for", "folder_digest", "refuse_other_request", "say_done"]
+__all__ = ["asked_for", "before_after", "folder_digest", "refuse_other_request", "say_done"]
 
 # Where a run writes and how it goes about it; and paths, for which digests stand.
 _NOT_ASKED = {"data", "text_field", "public", "source", "anchor", "merged", "proxy", "output"}
@@ -69,6 +69,11 @@ def refuse_other_request(target: Path, run: Path, digest: str, asked: Mapping[st
                 hint=hint,
             )
     return kept
+
+
+def before_after(losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return {part: {"before", "after"}} as it was before JSON sorted it."""
+    return {part: {when: of[when] for when in ("before", "after")} for part, of in losses.items()}
 
 
 def say_done(target: Path, work: Path, *, dry_run: bool, reporter: Reporter) -> None:

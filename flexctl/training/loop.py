@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,20 @@ from flexctl.runtime import Progress, Reporter
 from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
 
-__all__ = ["LoopSettings", "Outcome", "ParameterGroup", "learning_rate", "train"]
+__all__ = [
+    "LoopSettings",
+    "Outcome",
+    "ParameterGroup",
+    "autocasting",
+    "learning_rate",
+    "new_optimiser",
+    "set_rate",
+    "to_device",
+    "train",
+]
+
+_STEPS_BEHIND = 2
+"""How far a device may be behind its orders: it then never waits for them, and a loss is known as many steps later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +114,8 @@ def train(
         data: Batches by step.
         settings: How.
         reporter: Gets loss, tokens a second and the time left.
-        match: Penalty on the forward pass just made, summed over its tokens; given which sequences are public, (B,).
+        match: Penalty on the forward pass just made, summed over its tokens; given which sequences are public, (B,), on
+            the CPU.
         penalty: Penalty added once a step.
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
 
@@ -109,33 +124,59 @@ def train(
             looked at when training starts, before each checkpoint, and when it ends.
     """
     parameters = [parameter for group in groups for parameter in group.parameters]
-    optimiser = torch.optim.AdamW(
-        [{"params": list(group.parameters), "lr_factor": group.lr_factor} for group in groups],
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimiser = new_optimiser(groups, settings)
     state = TrainingState(parameters=parameters, optimiser=optimiser)
     data.refuse_change()
     losses = checkpoints.restore(state) if checkpoints is not None else []
+    running = _Running(losses)
     started, first = time.monotonic(), len(losses)
     per_step = data.batch_size * data.seq_len
     with reporter.progress("training", settings.steps * per_step, "tokens") as bar:
         bar.advance(first * per_step)
         for step in range(first, settings.steps):
-            _set_rate(optimiser, learning_rate(step, settings))
-            losses.append(_step(model, parameters, data, step, settings, optimiser, match, penalty))
-            _refuse_nonfinite(losses[-1], step)
+            set_rate(optimiser, learning_rate(step, settings))
+            running.add(_step(model, parameters, data, step, settings, optimiser, match, penalty))
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
+            if checkpoints is not None and checkpoints.is_due(step + 1, settings.steps):
+                running.settle()
+                data.refuse_change()
             if checkpoints is not None:
-                if checkpoints.is_due(step + 1, settings.steps):
-                    data.refuse_change()
                 checkpoints.save_when_due(step + 1, settings.steps, state, losses)
+        running.settle()
     data.refuse_change()
     seconds = time.monotonic() - started
     done = (settings.steps - first) * per_step
     return Outcome(losses=losses, tokens_per_s=done / seconds if done > 0 else None)
+
+
+class _Running:
+    """The losses of steps that a device may not have done yet, in their order.
+
+    Args:
+        losses: Gets each as soon as it is known, and refuses one that is not finite.
+    """
+
+    def __init__(self, losses: list[float]) -> None:
+        self._losses = losses
+        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, loss: Tensor) -> None:
+        """Take a step's loss, (), and learn what steps before it have lost."""
+        copy, copied = loss.to("cpu", non_blocking=True), None
+        if loss.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._waiting.append((copy, copied))
+        self.settle(_STEPS_BEHIND if loss.is_cuda else 0)
+
+    def settle(self, waiting: int = 0) -> None:
+        """Wait until the losses of at most so many steps are not known."""
+        while len(self._waiting) > waiting:
+            loss, copied = self._waiting.popleft()
+            if copied is not None:
+                copied.synchronize()
+            self._losses.append(float(loss))
+            _refuse_nonfinite(self._losses[-1], len(self._losses) - 1)
 
 
 def _step(
@@ -147,13 +188,13 @@ def _step(
     optimiser: torch.optim.Optimizer,
     match: Callable[[Tensor], Tensor] | None,
     penalty: Callable[[], Tensor] | None,
-) -> float:
+) -> Tensor:
     device = parameters[0].device
-    batch, public = data.batch(step).to(device), data.is_public(step).to(device)
+    batch, public = to_device(data.batch(step), device), data.is_public(step)
     total = torch.zeros((), device=device)
     count = data.batch_size * data.seq_len
     for rows, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
-        with _autocast(device, settings.autocast):
+        with autocasting(device, settings.autocast):
             loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss)
             penalised = loss if match is None else loss + match(which)
         (penalised / count).backward()
@@ -163,14 +204,32 @@ def _step(
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return float(total)
+    return total
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+def new_optimiser(groups: Sequence[ParameterGroup], settings: LoopSettings) -> torch.optim.AdamW:
+    """Return what moves ``groups``; ``set_rate`` tells it how far."""
+    return torch.optim.AdamW(
+        [{"params": list(group.parameters), "lr_factor": group.lr_factor} for group in groups],
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on ``device``; nothing waits until it has arrived."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Let matrix products inside the ``with`` statement run in ``dtype``, or in the weights' own where it is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Let an optimiser's next step be made at ``rate`` times each group's own factor."""
     for group in optimiser.param_groups:
         group["lr"] = rate * group["lr_factor"]
 
@@ -181,7 +240,8 @@ def _refuse_nonfinite(loss: float, step: int) -> None:
 
 
 def _report(bar: Progress, losses: Sequence[float], tokens: int, tokens_per_s: float) -> None:
-    bar.advance(tokens, loss=_recent(losses), tokens_per_s=tokens_per_s)
+    known = {"loss": _recent(losses)} if losses else {}
+    bar.advance(tokens, **known, tokens_per_s=tokens_per_s)
 
 
 def _recent(losses: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from flexctl.model.building import add_expert
 from flexctl.model.lowrank import LowRankLinear, expand
 from flexctl.model.routed import routed_layers
 from flexctl.model.tensors import DTYPES, RawBytes, to_torch
-from flexctl.training.loop import ParameterGroup
+from flexctl.training.loop import ParameterGroup, to_device
 
 __all__ = ["Pair", "low_rank_lr_factor"]
 
@@ -67,9 +67,13 @@ class Pair:
             self._outputs[layer][name] = output
 
     def close(self) -> None:
-        """Stop watching the experts' outputs."""
+        """Stop watching what the experts compute."""
         for watch in self._watching:
             watch.remove()
+        for expert in self.experts:
+            for part in expert.children():
+                if isinstance(part, LowRankLinear):
+                    part.leave()
         self._outputs.clear()
 
     def groups(self) -> list[ParameterGroup]:
@@ -84,14 +88,19 @@ class Pair:
         An expert that speaks like the public one on public text does no harm there, however many are merged.
 
         Args:
-            public: Which sequences of the forward pass just made are public, (B,), bool.
+            public: Which sequences of the forward pass just made are public, (B,), bool, on the CPU, so that nothing
+                waits for the device.
         """
         if self._match == 0 or not bool(public.any()):
-            return torch.zeros((), device=public.device)
+            return torch.zeros((), device=self._device)
+        chosen = to_device(public.nonzero().squeeze(-1), self._device)
         parts = []
         for outputs in self._outputs:
-            theirs = outputs["public"].detach().unflatten(0, (len(public), -1))[public].float()
-            own = outputs["own"].unflatten(0, (len(public), -1))[public].float()
+            theirs, own = (
+                outputs[name].unflatten(0, (len(public), -1)).index_select(0, chosen).float()
+                for name in ("public", "own")
+            )
+            theirs = theirs.detach()
             parts.append((own - theirs).square().sum() / theirs.square().sum())
         tokens = int(theirs.shape[0] * theirs.shape[1])
         distance: Tensor = torch.stack(parts).mean()

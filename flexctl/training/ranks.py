@@ -59,7 +59,7 @@ def choose_ranks(
     gains = measure_gains(model, factors, sequences, reporter)
     even = [components // len(factors) + (i < components % len(factors)) for i in range(len(factors))]
     ways = {
-        "the same for all": {name: min(n, len(values[name])) for name, n in zip(factors, even, strict=True)},
+        "evenly": {name: min(n, len(values[name])) for name, n in zip(factors, even, strict=True)},
         "by singular values": share_out(values, components),
         "by measured gains": share_out(gains, components),
     }
@@ -70,7 +70,8 @@ def choose_ranks(
             losses[way] = score()
             bar.advance(1, loss=losses[way])
     best = min(losses, key=lambda way: losses[way])
-    reporter.note("ranks " + best + ": " + ", ".join(f"{way} {loss:.4f}" for way, loss in losses.items()))
+    others = ", ".join(f"{loss:.4f} {way}" for way, loss in losses.items() if way != best)
+    reporter.note(f"ranks are shared out {best}: held-out loss {losses[best]:.4f}; {others}")
     return ways[best]
 
 

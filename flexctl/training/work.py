@@ -92,7 +92,7 @@ def _lock(path: Path, reporter: Reporter) -> int:
             break
         os.close(descriptor)
     if not locked:
-        reporter.warn(f"{path}: there are no file locks here; start no other run of this name until this one ends")
+        reporter.warn(f"{path}: there are no file locks here; start no other run with this target until this one ends")
     os.truncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
     return descriptor
@@ -112,7 +112,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         holder = os.pread(descriptor, 300, 0).decode(errors="replace") or "of another run"
         raise UsageError(
             f"{path}: is in use by process {holder}",
-            hint="wait until that run ends, stop it, or write into another folder with `output`",
+            hint="wait until that run ends, stop it, or write elsewhere with `output`",
         ) from None
     except OSError:
         return False

@@ -17,10 +17,13 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flexctl.text.documents import read_documents
+from tests.benchmarks.serving import bench_serving
+from tests.benchmarks.showing import show
 from tests.builders import make_anchor, make_expert
 
 REPEATS = 5
@@ -36,11 +39,6 @@ def seconds(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
-
-
-def show(name: str, value: str, against: str) -> None:
-    """Print one row."""
-    print(f"{name:<44} {value:>12}   {against}", flush=True)
 
 
 def copy_and_hash(sources: list[Path], target: Path) -> None:
@@ -93,26 +91,57 @@ def peak_bytes(arguments: list[str]) -> int:
     return int(done.stderr.strip().splitlines()[-1])
 
 
-def bench_training(root: Path) -> None:
-    """A training step of the pair against a full fine-tuning step of the same anchor; scoring against Transformers."""
+def bench_steps() -> None:
+    """Training steps of every kind on one thread, by its own time: against the dense step, the rate, and in memory."""
+    from tests.benchmarks.shapes import CPU
+    from tests.benchmarks.steps import USUAL
+
+    dense = USUAL[2]
+    for dtype in ("float32", "bfloat16"):
+        rate, rows = step("rate", dtype), {name: step(name, dtype) for name in USUAL}
+        show(f"matrix product of 2048, {dtype}", f"{rate / 1e9:.0f} GFLOP/s", "the measured rate, one thread")
+        for name, row in rows.items():
+            if "tokens_per_s" not in row:
+                show(f"{name}, {dtype}", "-", row.get("skipped") or row["failed"])
+                continue
+            cost = rows[dense]["tokens_per_s"] / row["tokens_per_s"]
+            predicted = row["flops_per_step"] / rows[dense]["flops_per_step"]
+            show(
+                f"{name}, {dtype}",
+                f"{row['tokens_per_s']:.0f} tokens/s",
+                f"{cost:.2f} dense steps where operations say {predicted:.2f}; "
+                f"{row['flops_per_s'] / rate:.0%} of the rate; {row['peak_bytes'] / 1e6:.0f} MB",
+            )
+    show(
+        "the anchor and the step", f"{CPU.hidden} wide", f"{CPU.layers} layers, {CPU.vocab} tokens; {CPU.tokens} a step"
+    )
+
+
+def step(name: str, dtype: str) -> Any:
+    """Measure in a process of its own, with one thread."""
+    command = [sys.executable, "-m", "tests.benchmarks.steps", name, dtype]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bench_scoring(root: Path) -> None:
+    """Scoring a pair against Transformers."""
     import torch
 
     from flexctl.evaluation.scoring import score_documents
     from flexctl.model.building import build_model, load_dense
-    from flexctl.model.losses import training_loss
     from flexctl.text.tokens import Framed
     from flexctl.training.pair import Pair
 
     anchor = make_anchor(root / "small", layers=6, hidden=192, inner=768, vocab=4096, dtype="F32")
     ids = torch.randint(0, 4096, (8, 257))
-    dense = load_dense(anchor.path).requires_grad_(True)
-    whole = seconds(lambda: training_loss(dense, ids[:, :-1], ids[:, 1:], 1e-5).backward())
+    dense = load_dense(anchor.path)
     model = build_model(anchor.weights(), device=torch.device("cpu"), dtype=torch.float32)
     Pair(model, torch.zeros(6, 192), public_match=1.0)
-    pair = seconds(lambda: training_loss(model, ids[:, :-1], ids[:, 1:], 1e-5).backward())
-    show("training step, pair / whole dense model", f"{pair / whole:.2f}", f"{whole:.2f} s, 2048 tokens")
     documents = [Framed(tokens=row.numpy(), num_bytes=1) for row in ids]
-    plain = seconds(lambda: dense(ids[:, :-1], labels=ids[:, :-1]))
+    with torch.no_grad():
+        plain = seconds(lambda: dense(ids[:, :-1], labels=ids[:, :-1]))
     ours = seconds(lambda: score_documents(model, documents, seq_len=256, batch_tokens=2048))
     show("scoring a pair / dense forward", f"{ours / plain:.2f}", f"{plain:.2f} s, 2048 tokens")
 
@@ -175,14 +204,22 @@ def bench_trace(root: Path, size_bytes: int = 100_000_000) -> None:
     show(f"trace-find, 2,000 bytes in {amount}", f"{seconds(lambda: run(find)):.2f} s", "whole process")
 
 
+SECTIONS = {
+    "merge": bench_merge,
+    "steps": lambda _root: bench_steps(),
+    "scoring": bench_scoring,
+    "text": bench_text,
+    "serving": bench_serving,
+    "trace": bench_trace,
+}
+
+
 def main() -> None:
-    """Run every measurement."""
+    """Run every measurement, or those whose names are given."""
     print(f"medians of {REPEATS} runs on {os.cpu_count()} cores")
-    with tempfile.TemporaryDirectory() as folder:
-        bench_merge(Path(folder))
-        bench_training(Path(folder))
-        bench_text(Path(folder))
-        bench_trace(Path(folder))
+    for name in sys.argv[1:] or SECTIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            SECTIONS[name](Path(folder))
 
 
 if __name__ == "__main__":

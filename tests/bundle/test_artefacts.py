@@ -33,7 +33,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.headers import PAGE_BYTES, header_bytes, read_header
 from flexctl.bundle.layout import expert_head, expert_layout, feed_forward_keys, merged_expert_head
-from flexctl.bundle.lowrank import expand
+from flexctl.bundle.lowrank import expand_bytes
 from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.tensors import from_float32, to_float32
 from flexctl.errors import BundleError, UsageError
@@ -388,7 +388,7 @@ def test_a_low_rank_expert_is_expanded_as_law_3_says(
     for name, tensor in pair.experts["low"].items():
         a, b = expert.spans[f"{name}.lora_A"], expert.spans[f"{name}.lora_B"]
         expected = slow_expand(public[name].read(), a.read(), b.read())
-        assert b"".join(block.tobytes() for block in expand(public[name], a, b)) == expected
+        assert b"".join(block.tobytes() for block in expand_bytes(public[name], a, b)) == expected
         assert tensor.data.tobytes() == expected
 
 

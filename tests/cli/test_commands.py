@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from conftest import Texts
 
 from flexctl.cli.app import main
+from flexctl.engine.evaluate import EvaluateResult
 
 
 @dataclass
@@ -88,6 +89,7 @@ def test_train_expert(terminal: Terminal, anchor: Path, texts: Texts) -> None:
     assert "exists" in terminal.error("train-expert", "--data", texts.code, *flags, code=2)
     text = terminal.text("train-expert", "--data", texts.code, *flags, "--name", "other")
     assert text.startswith("Trained expert other: experts/other.st: ")
+    assert re.search(r" in 2 steps, [\d,]+ tokens/s, sha256:", text)
     assert "held-out loss" in text
     wrong = ("--data", texts.code, *flags, "--name", "third", "--public", "nowhere")
     assert terminal.error("train-expert", *wrong, code=2) == "--public: nowhere does not exist"
@@ -188,6 +190,16 @@ def test_evaluate_in_full(space: Terminal, texts: Texts, experts: dict[str, Path
     assert f"code                   {without:.3f} {without - whole:+.3f}" in text
     low, high = (found["perplexity"]["sums"][f"bits_per_byte_{end}"] for end in ("low", "high"))
     assert f"{low:.3f} to {high:.3f}" in text
+    everything = space.text(*asked, "--overwrite", "-v")
+    for field in fields(EvaluateResult):
+        label = field.name.removesuffix("_bytes").replace("_", " ")
+        # A table with nothing in it is left out.
+        is_shown = re.search(rf"^{label}(  |:$)", everything, re.MULTILINE) is not None
+        assert is_shown == (found[field.name] != {}), label
+    assert not re.search(r" $", everything, re.MULTILINE)
+    for digest in (found["digest"], other["digest"], *found["data"].values()):
+        assert digest in everything
+    assert re.search(rf"^    code +{without - whole:.3f} +-?[\d.]+ +-?[\d.]+$", everything, re.MULTILINE)
 
 
 def test_generate(space: Terminal) -> None:

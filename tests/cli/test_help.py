@@ -125,6 +125,12 @@ def test_the_reference_is_current() -> None:
         assert (ROOT / file).read_text(encoding="utf-8") == content, "run: make docs"
 
 
+def test_no_text_breaks_a_table_of_the_reference() -> None:
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    assert any("\\|" in row for row in rows)
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {4}
+
+
 def test_every_command_is_in_the_reference() -> None:
     text = DOCS.read_text(encoding="utf-8")
     for command in COMMANDS:

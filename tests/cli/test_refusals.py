@@ -158,6 +158,13 @@ def test_a_router_file_whose_name_gives_none(commands: Commands, capsys: pytest.
     assert "'public' gives no name for an expert" in refused(capsys, [*commands["embed-router"], "-o", "public.st"])
 
 
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("command", ["init-anchor", "train-expert", "import-expert", "select-proxy"])
+def test_names_that_nothing_can_bear(commands: Commands, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, [*commands[command], "--name", "../x"])
+    assert line.startswith("error: --name: is '../x'; expected 1 to ")
+
+
 @pytest.mark.parametrize("command", WITH_THREADS)
 def test_threads_that_no_machine_has(
     commands: Commands, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -198,12 +205,12 @@ def files_up_to(size_bytes: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("command", "limit", "more", "file"),
     [
-        ("train-expert", 1000, ["--max-steps", "1"], ".code.work/own.tokens"),
+        ("train-expert", 1000, ["--max-steps", "1"], ".new.work/own.tokens"),
         (
             "train-expert",
             100_000,
             ["--max-steps", "2", "--checkpoint-steps", "1", "--seq-len", "32", "--batch-tokens", "64"],
-            ".code.work/checkpoints/checkpoint-00000001.safetensors",
+            ".new.work/checkpoints/checkpoint-00000001.safetensors",
         ),
         ("evaluate", 1000, ["--samples", "new.jsonl"], "new.jsonl"),
         ("merge", 1000, [], "new"),

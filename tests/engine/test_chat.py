@@ -138,7 +138,7 @@ def test_a_session_gives_pieces_to_python(merged: Path) -> None:
 @pytest.mark.parametrize(
     ("texts", "shown"),
     [
-        ([" yes", "\n", "User", ":", " more"], [" yes", ""]),
+        ([" yes", "\n", "User", ":", " more"], [" yes"]),
         ([" yes\nUser: more"], [" yes"]),
         ([" a", "\n", "U", "tah", "."], [" a", "\n", "U", "tah", "."]),
         (["\n", "\nUs"], ["\n", "\nUs"]),

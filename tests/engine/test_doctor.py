@@ -42,6 +42,7 @@ class Listener(SilentReporter):
 def load(monkeypatch: pytest.MonkeyPatch, processes: float, cores: int) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (processes, 0.0, 0.0))
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 def test_a_machine_that_has_all(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +129,8 @@ def test_busy_cores_are_noticed_where_threads_are_left_open(
     note_busy_cores(threads, listener)
     assert bool(busy_cores(threads)) == is_busy
     assert len(listener.notes) == is_busy
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert busy_cores(threads) is None
 
 
 def test_training_says_once_that_the_cores_are_busy(

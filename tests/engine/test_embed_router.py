@@ -127,6 +127,23 @@ def test_overlap_is_the_share_of_tokens_on_which_another_is_above(
     assert sum(layer.overlap["sums"] for layer in own.layers) > sum(layer.overlap["code"] for layer in own.layers)
 
 
+def test_rows_are_held_against_an_expert_of_their_own_name_too(
+    tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path]
+) -> None:
+    result = embed(anchor, texts.code, tmp_path / "copy.st", expert=experts["code"], against=(experts["code"],))
+    assert list(result.expected_routing) == ["public", "code", "code (new)"]
+    assert [set(layer.overlap) for layer in result.layers] == [{"code"}] * len(result.layers)
+    # The same text: either takes about half of it from the other.
+    assert result.expected_routing["code"]["code (new)"] > 0.1
+
+
+def test_two_rivals_of_one_name_are_refused(tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path]) -> None:
+    other = tmp_path / "other.st"
+    other.write_bytes(experts["code"].read_bytes())
+    with pytest.raises(UsageError, match=r"other\.st: name is 'code', and so is that of .*code\.st"):
+        embed(anchor, texts.code, tmp_path / "r.st", against=(experts["code"], other))
+
+
 def test_expert_that_would_take_the_text_is_warned_of(
     tmp_path: Path, anchor: Path, texts: Any, experts: dict[str, Path]
 ) -> None:

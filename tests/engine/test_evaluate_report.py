@@ -62,21 +62,21 @@ def test_page_shows_what_was_found(merged: Path, anchor: Path, texts: Any) -> No
         assert low <= change <= high
 
 
-def test_passages_are_the_texts_beginnings(merged: Path, texts: Any) -> None:
+def test_excerpts_are_the_texts_beginnings(merged: Path, texts: Any) -> None:
     report(merged, texts)
-    for passage, folder in zip(page_of(PAGE).passages, (texts.public_test, texts.code_test), strict=False):
+    for excerpt, folder in zip(page_of(PAGE).excerpts, (texts.public_test, texts.code_test), strict=False):
         beginning = "\n\n".join(read_documents([folder]))
-        assert len(passage) > 100
-        assert beginning.startswith(passage)
+        assert len(excerpt) > 100
+        assert beginning.startswith(excerpt)
 
 
-def test_several_short_documents_make_a_passage(tmp_path: Path, merged: Path, texts: Any) -> None:
+def test_several_short_documents_make_an_excerpt(tmp_path: Path, merged: Path, texts: Any) -> None:
     (tmp_path / "lines.jsonl").write_text(
         "".join(json.dumps({"text": f"{i} + {i} = {2 * i}"}) + "\n" for i in range(9))
     )
     report(merged, texts, data=(f"sums={tmp_path / 'lines.jsonl'}",))
-    (passage,) = page_of(PAGE).passages
-    assert passage == "\n\n".join(f"{i} + {i} = {2 * i}" for i in range(9))
+    (excerpt,) = page_of(PAGE).excerpts
+    assert excerpt == "\n\n".join(f"{i} + {i} = {2 * i}" for i in range(9))
 
 
 def test_same_inputs_give_the_same_page(
@@ -158,8 +158,8 @@ def test_another_model_and_tasks_are_on_the_page(merged: Path, anchor: Path, tex
     assert task.digest in page.text
     assert page.charts == 2 + 3 + 3 + 2
     assert str(anchor) not in PAGE.read_text(encoding="utf-8")
-    passages = " ".join(" ".join(page.passages).split())
-    elsewhere = [row.words for row in result.compare.moved if row.words not in passages]
+    excerpts = " ".join(" ".join(page.excerpts).split())
+    elsewhere = [row.words for row in result.compare.moved if row.words not in excerpts]
     assert elsewhere
     assert not any(words in page.text for words in elsewhere)
 
@@ -171,7 +171,7 @@ def test_the_page_is_drawn_again_from_results_json(tmp_path: Path, merged: Path,
     again = evaluate(EvaluateConfig(results_from=first.results, report=Path("again.html")))
     assert (again.perplexity, again.ablation_change) == (first.perplexity, first.ablation_change)
     pages = [
-        re.split('<section aria-labelledby="(?:samples|measured)">', path.read_text())
+        re.split('<section aria-labelledby="(?:excerpts|measured)">', path.read_text())
         for path in (PAGE, again.report or PAGE)
     ]
     assert [pages[0][0], pages[0][2]] == [pages[1][0], pages[1][2]]

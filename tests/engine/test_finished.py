@@ -70,13 +70,15 @@ def test_a_finished_expert_is_given_again(expert: Path, anchor: Path, texts: Any
     assert (found.steps, found.tokens_per_s, found.frozen_verified, found.dry_run) == (3, None, True, dry_run)
     assert found.final_loss is not None
     assert found.held_out["own"]["after"] > 0
+    # What people see is in this order.
+    assert [list(losses) for losses in found.held_out.values()] == [["before", "after"]] * 2
     assert found.bytes_written == expert.stat().st_size
     assert read_directory(expert.parent) == before
 
 
 @pytest.mark.usefixtures("no_training")
 def test_what_a_run_left_that_was_killed_at_its_very_end_goes(expert: Path, anchor: Path, texts: Any) -> None:
-    left = expert.parent / ".code.work"
+    left = expert.parent / ".x.work"
     (left / "checkpoints").mkdir(parents=True)
     (left / "checkpoints/checkpoint-00000002.safetensors").write_text("x")
     (left / "lock").write_text("1 on nowhere")
@@ -183,6 +185,7 @@ def test_a_finished_tuning_is_given_again(
             first.final_loss,
             first.steps,
         )
+        assert [list(losses) for losses in again.held_out.values()] == [["before", "after"]] * 3
         assert again.tuned_with == first.tuned_with
     with pytest.raises(UsageError, match=r"of a run that had tether = 1\.0; this one has 2\.0"):
         tune(output=tmp_path / "new", tether=2.0)

@@ -166,6 +166,14 @@ def test_no_character_is_written_in_halves(merged: Path) -> None:
     assert not any("\ufffd" in text for text in added)
 
 
+def test_a_long_text_is_read_piece_by_piece_as_it_is_whole(merged: Path) -> None:
+    tokenizer = load_tokenizer(merged)
+    text = " ".join(f"the {i}th \u20acuro, \U0001f600 und \u00e4hnliches" for i in range(60))
+    tokens = tokenizer(text)["input_ids"]
+    assert len(tokens) > 500
+    assert "".join(texts_of(tokenizer, tokens)) == text
+
+
 def test_a_reader_of_the_pieces_may_compute_gradients(merged: Path) -> None:
     answerer = Answerer(GenerateConfig(prompt=PROMPT, bundle=merged, max_new_tokens=2), SILENT)
     for _ in answerer.answer(answerer.encode(PROMPT), 0):

@@ -433,7 +433,7 @@ def test_wrong_settings(anchor: Path, texts: Any, settings: dict[str, Any], says
 
 def test_names_that_are_none_and_text_that_is_too_little(anchor: Path, texts: Any, tmp_path: Path) -> None:
     dense = fine_tune(anchor, Path("dense"))
-    with refused("reserved"):
+    with refused("reserved", UsageError):
         take(anchor, dense, texts.code, name="public")
     Path("a.txt").write_text("one passage")
     with refused("passages are too few", UsageError):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from flexctl.bundle import RawTensor, open_anchor, open_expert, open_merged
 from flexctl.bundle.headers import read_header
-from flexctl.bundle.lowrank import expand
+from flexctl.bundle.lowrank import expand_bytes
 from flexctl.engine.merge import MergeConfig, MergeResult, merge
 from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
@@ -136,7 +136,7 @@ def test_every_byte_is_the_owner_s_or_the_anchor_s(world: World) -> None:
     public = world.anchor.feed_forward()
     low = world.experts["low"].spans
     for tensor_name, tensor in weights.experts["low"].items():
-        blocks = expand(public[tensor_name], low[f"{tensor_name}.lora_A"], low[f"{tensor_name}.lora_B"])
+        blocks = expand_bytes(public[tensor_name], low[f"{tensor_name}.lora_A"], low[f"{tensor_name}.lora_B"])
         assert tensor.data.tobytes() == b"".join(block.tobytes() for block in blocks)
     assert weights.num_experts_per_tok == 4
     assert list(weights.experts) == ["public", *NAMES]

@@ -77,7 +77,7 @@ def test_a_second_training_is_refused_and_the_first_keeps_its_text(
     write_jsonl(longer, tiny.make_texts("sums", 200, seed=3))
     target = tmp_path / "experts" / "rd.st"
     with in_training(TRAIN, texts.code, anchor, target) as process:
-        for more in ([], ["--dry-run"], ["--resume"], ["--seed", "1"]):
+        for more in ([], ["--dry-run"], ["--resume"], ["--seed", "1"], ["--name", "other"]):
             asked = ["train-expert", "--data", str(longer), "--anchor", str(anchor), "--name", "rd", *more]
             assert main([*asked, "-o", str(target)]) == 2
             out, err = capsys.readouterr()
@@ -148,7 +148,7 @@ def test_a_token_file_that_is_written_over_ends_the_run_and_writes_nothing(
 
     def meddling(*arguments: Any) -> float:
         if arguments[3] == 1:
-            file = tmp_path / ".code.work/own.tokens"
+            file = tmp_path / ".x.work/own.tokens"
             file.write_bytes(bytes(file.stat().st_size))
         return step(*arguments)
 
@@ -159,5 +159,5 @@ def test_a_token_file_that_is_written_over_ends_the_run_and_writes_nothing(
     with pytest.raises(FlexctlError, match=r"own\.tokens: was changed while a run used it"):
         train_expert(config)
     assert not (tmp_path / "x.st").exists()
-    kept = [path.name for path in tmp_path.glob(".code.work/checkpoints/*")]
+    kept = [path.name for path in tmp_path.glob(".x.work/checkpoints/*")]
     assert kept == (["checkpoint-00000001.safetensors"] if checkpoint_steps == 1 else [])

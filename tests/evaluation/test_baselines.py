@@ -251,8 +251,9 @@ def test_classifier_survives_the_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.isfinite(logits).all()
     assert torch.equal(logits, classifier.read(model, windows.pieces()))
     assert torch.allclose(logits[:1], classifier.read(model, islice(windows.pieces(), 1)))
+    # What goes through the model together decides how sums are rounded, and nothing else.
     monkeypatch.setattr("flexctl.evaluation.baselines.prompt._TOGETHER", 2)
-    assert torch.equal(logits, classifier.read(model, windows.pieces()))
+    assert torch.allclose(logits, classifier.read(model, windows.pieces()), atol=1e-4)
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(BundleError, match="holds no prompt classifier"):
         PromptClassifier.load(tmp_path / "bad.safetensors")

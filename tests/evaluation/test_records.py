@@ -59,7 +59,7 @@ def test_domains_keep_their_order(file: Path) -> None:
 
 def test_the_page_is_drawn_from_it_alone(file: Path) -> None:
     page = render(read_results(file))
-    assert page == draw(passages=())
+    assert page == draw(excerpts=())
     assert "drawn from results, which hold no text" in page
 
 
@@ -129,7 +129,7 @@ def test_no_torch_is_needed(file: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (file.parent / "page.html").read_text(encoding="utf-8") == draw(passages=())
+    assert (file.parent / "page.html").read_text(encoding="utf-8") == draw(excerpts=())
     assert done.stdout.splitlines()[0].startswith(f"{file}: public, code, math, news")
     assert "-0.006 ?" in done.stdout
 

@@ -110,6 +110,17 @@ def test_counts_reach_the_class(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", TYPES)
+def test_a_trainer_adds_no_balancing_loss(model_type: str) -> None:
+    """What it would add moves owners' rows; turned on, it adds nothing."""
+    moe = as_loaded(family_of(model_type).merged_config(resolve_moe_config(tiny.dense_config(model_type)), 3, 2))
+    assert (moe.output_router_logits, moe.router_aux_loss_coef) == (False, 0.0)
+    torch.manual_seed(0)
+    model, tokens = transformers.AutoModelForCausalLM.from_config(moe), tiny.some_tokens()
+    plain, balanced = (model(tokens, labels=tokens, output_router_logits=asked).loss for asked in (False, True))
+    assert torch.equal(balanced, plain)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
 def test_resolving_does_not_depend_on_how_the_dense_config_was_written(model_type: str) -> None:
     """As a person writes it, with old names, or as save_pretrained does, with every field."""
     short = tiny.dense_config(model_type, rope_theta=5000.0)

@@ -48,6 +48,45 @@ def test_training_loss_and_gradients_do_not_depend_on_chunks(
         assert one.abs().sum() > 0
 
 
+def test_every_weight_of_the_whole_model_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's own too, tied to the embedding or not."""
+    monkeypatch.setattr(losses, "LOGIT_BUDGET", 7 * tiny.VOCAB_SIZE)
+    tokens = tiny.some_tokens(3, 12)
+    for tied in (False, True):
+        dense = tiny.make_dense(tiny.dense_config(tie_word_embeddings=tied)).requires_grad_(True)
+        trained = list(dense.parameters())
+        expected = torch.autograd.grad(plain_loss(dense, tokens[:, :-1], tokens[:, 1:], 0.01), trained)
+        found = torch.autograd.grad(training_loss(dense, tokens[:, :-1], tokens[:, 1:], 0.01) * 3, trained)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, 3 * other, rtol=1e-4, atol=1e-3)
+
+
+def test_positions_count_by_their_weights(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of weight 0 is as if it were not there."""
+    monkeypatch.setattr(losses, "LOGIT_BUDGET", 4 * tiny.VOCAB_SIZE)
+    tokens = tiny.some_tokens(3, 12)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = torch.zeros(3, 11)
+    weights[1] = 0.5
+    found = training_loss(model, tokens[:, :-1], tokens[:, 1:], 0.01, weights)
+    expected = 0.5 * training_loss(model, tokens[1:2, :-1], tokens[1:2, 1:], 0.01)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for one, other in zip(torch.autograd.grad(found, trained), torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_products_stay_near_float32(model: torch.nn.Module) -> None:
+    tokens = tiny.some_tokens(3, 12)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = training_loss(model, tokens[:, :-1], tokens[:, 1:], 0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = training_loss(model, tokens[:, :-1], tokens[:, 1:], 0.01)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+    for one, other in zip(torch.autograd.grad(found, trained), torch.autograd.grad(expected, trained), strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.05
+
+
 def test_z_loss_adds_the_squared_log_partition(model: torch.nn.Module) -> None:
     tokens = tiny.some_tokens(2, 9)
     with torch.no_grad():
@@ -74,11 +113,21 @@ def test_scores_are_the_stock_class_s_own_loss(
 def test_chunks_do_bound_the_logits(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "LOGIT_BUDGET", 4 * tiny.VOCAB_SIZE)
     sizes = []
-    handle = model.lm_head.register_forward_hook(lambda _module, _given, logits: sizes.append(logits.numel()))
+    linear = F.linear
+
+    def watching(*given: torch.Tensor) -> torch.Tensor:
+        made = linear(*given)
+        if made.shape[-1] == tiny.VOCAB_SIZE:
+            sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(F, "linear", watching)
     tokens = tiny.some_tokens(3, 12)
-    score_tokens(model, tokens[:, :-1], tokens[:, 1:])
     training_loss(model, tokens[:, :-1], tokens[:, 1:], 0.0).backward()
-    handle.remove()
     assert max(sizes) == 4 * tiny.VOCAB_SIZE
-    assert sum(sizes) == 3 * 33 * tiny.VOCAB_SIZE  # scored once; trained on once, and once more going backwards
+    assert sum(sizes) == 33 * tiny.VOCAB_SIZE  # and none once more going backwards
+    sizes.clear()
+    score_tokens(model, tokens[:, :-1], tokens[:, 1:])
+    assert max(sizes) == 4 * tiny.VOCAB_SIZE
+    assert sum(sizes) == 33 * tiny.VOCAB_SIZE
     model.zero_grad(set_to_none=True)

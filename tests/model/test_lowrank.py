@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,27 @@ def test_a_copy_shares_the_matrices_of_the_public_network() -> None:
     assert made.gate_proj.base.weight is public.gate_proj.weight  # type: ignore[union-attr]
     assert {tuple(part.shape) for part in made.parameters() if part.requires_grad} == {(2, 8), (12, 2), (2, 12), (8, 2)}
     assert isinstance(public.gate_proj, nn.Linear)
+
+
+def test_what_the_public_map_has_just_computed_is_not_computed_again() -> None:
+    public = nn.Linear(8, 12, bias=False).requires_grad_(False)
+    made, calls = trained(LowRankLinear(copy.deepcopy(public), 3, torch.Generator().manual_seed(0))), []
+    made.base.register_forward_hook(lambda *_: calls.append(1))
+    inputs, others = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    alone = made(inputs)
+    [expected] = torch.autograd.grad(alone.square().sum() + public(inputs).sum(), inputs)
+    assert len(calls) == 1
+    made.follow(public)
+    beside = public(inputs)
+    found = made(inputs)
+    assert torch.equal(found, alone)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum() + beside.sum(), inputs)[0], expected)
+    assert len(calls) == 1
+    public(inputs)
+    made(others)
+    made(inputs)
+    assert len(calls) == 3
+    made.leave()
+    public(inputs)
+    made(inputs)
+    assert len(calls) == 4

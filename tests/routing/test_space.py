@@ -184,3 +184,16 @@ def test_one_document_is_too_few() -> None:
     model = tiny.build(tiny.make_weights(tiny.dense_config()))
     with pytest.raises(UsageError, match="at least two"):
         measure_documents(model, [tiny.some_tokens(1, 5)[0]])
+
+
+def test_documents_of_like_length_go_through_together_and_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build(tiny.make_weights(tiny.dense_config()))
+    documents = [tiny.some_tokens(1, length, seed=length)[0] for length in (30, 2, 9, 31, 3, 29)]
+    alone, sizes, told = measure_documents(model, documents), [], []
+    handle = model.model.register_forward_pre_hook(lambda _module, given: sizes.append(tuple(given[0].shape)))
+    monkeypatch.setattr("flexctl.routing.space.BATCH_TOKENS", 60)
+    found = measure_documents(model, documents, told.append)
+    handle.remove()
+    assert sizes == [(3, 9), (2, 30), (1, 31)]
+    assert told == [3, 2, 1]
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)

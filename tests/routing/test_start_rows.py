@@ -78,6 +78,33 @@ def test_kinds_without_encoder_read_the_owner_s_text_alone(
     assert torch.equal(found.rows, finish_rows(space, owner, directions).rows)
 
 
+@pytest.mark.parametrize(
+    ("kind", "share", "measured"), [("hidden", 0.2, 0), ("discriminant", 0, 0), ("discriminant", 0.2, 1)]
+)
+def test_a_covariance_that_no_row_uses_is_not_measured(
+    kind: str,
+    share: float,
+    measured: int,
+    model: Any,
+    space: RouterSpace,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def measure(*given: Any) -> Any:
+        calls.append(given)
+        return measure_passages(*given)
+
+    monkeypatch.setattr(start_rows, "measure_passages", measure)
+    frame = partial(frame_passages, tokenizer)
+    found = embed_rows(RowRecipe(kind=kind, own_covariance=share, encoder=None), model, space, OWN, [], frame, SILENT)
+    assert len(calls) == measured
+    owner = OwnerInputs.of(measure_passages(model, frame(OWN)), space)
+    directions = discriminant(space, owner, share) if kind == "discriminant" else owner.mean - space.mean.double()
+    assert torch.equal(found.rows, finish_rows(space, owner, directions).rows)
+
+
 class StandIn:
     """Counts of four letters, of length 1, in place of a sentence encoder; remembers what it was asked."""
 
@@ -197,11 +224,18 @@ def test_real_encoder_tells_code_from_prose(
     assert capfd.readouterr() == ("", "")
 
 
-def test_encoder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("sentence_transformers")
+def test_encoder_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = pytest.importorskip("sentence_transformers")
     with pytest.raises(UsageError, match="cannot be loaded") as caught:
         start_rows.Encoder(str(tmp_path / "nowhere"))
     assert "\n" not in caught.value.message
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("the Hub is far\nTry again.")
+
+    monkeypatch.setattr(package, "SentenceTransformer", unreachable)
+    with pytest.raises(UsageError, match=r"some/encoder cannot be loaded: the Hub is far$"):
+        start_rows.Encoder("some/encoder")
 
 
 def test_few_passages_are_said_to_be_few(model: Any, space: RouterSpace, tokenizer: Any) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexctl.errors import UsageError
+from flexctl.text import documents as documents_module
 from flexctl.text.documents import (
     PASSAGE_CHARACTERS,
     pinned,
@@ -286,3 +287,12 @@ def test_halves_share_no_passage_and_are_the_sample(count: int) -> None:
     assert not set(first) & set(second)
     assert [*first, *second] == sample_passages(texts, 2 * count, seed=1)
     assert len(first) == min(count, 4) <= len(second)
+
+
+@pytest.mark.parametrize("chosen_from", [3, 4096])
+def test_copies_of_a_passage_are_in_one_half_once(monkeypatch: pytest.MonkeyPatch, chosen_from: int) -> None:
+    monkeypatch.setattr(documents_module, "_CHOSEN_FROM", chosen_from)
+    texts = ["the same"] * 50 + [f"text {i}" for i in range(9)] + ["the same"] * 50
+    first, second = sample_halves(texts, 3, seed=1)
+    assert [*first, *second] == sample_passages(set(texts), 6, seed=1)
+    assert sample_halves(["the same"] * 9, 3, seed=1) == ([], ["the same"])

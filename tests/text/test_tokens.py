@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexctl.errors import UsageError
-from flexctl.text.tokens import PASSAGE_TOKENS, Framed, TokenStream, frame_documents, frame_passages, joined, pack
+from flexctl.text.tokens import PASSAGE_TOKENS, Framed, TokenStream, end_to_end, frame_documents, frame_passages, pack
 from flexctl.training.batches import Mixture
 
 
@@ -90,7 +90,7 @@ def framed(*tokens: int) -> Framed:
 def test_neighbours_share_their_end_of_text(tmp_path: Path) -> None:
     documents = [framed(0, 5, 6, 0), framed(0, 7, 0), framed(0, 8, 9, 0)]
     expected = [0, 5, 6, 0, 7, 0, 8, 9, 0]
-    assert np.concatenate(list(joined(documents))).tolist() == expected
+    assert np.concatenate(list(end_to_end(documents))).tolist() == expected
     stream = pack(tmp_path / "x.tokens", iter(documents))
     assert len(stream) == 9
     assert stream.sequence(0, 8).tolist() == expected
@@ -98,7 +98,7 @@ def test_neighbours_share_their_end_of_text(tmp_path: Path) -> None:
 
 
 def test_neighbours_that_begin_with_another_token_share_nothing() -> None:
-    assert np.concatenate(list(joined([framed(1, 5, 0), framed(1, 6, 0)]))).tolist() == [1, 5, 0, 1, 6, 0]
+    assert np.concatenate(list(end_to_end([framed(1, 5, 0), framed(1, 6, 0)]))).tolist() == [1, 5, 0, 1, 6, 0]
 
 
 def test_empty_stream(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flexctl.bundle import PUBLIC, Weights
-from flexctl.bundle.checkpoint import alone, is_mixture, open_checkpoint
+from flexctl.bundle.comparable import alone, is_mixture, open_checkpoint
 from flexctl.errors import BundleError, UsageError
 from flexctl.evaluation.baselines.prompt import PromptClassifier
 from flexctl.model.building import load_tokenizer

@@ -1,5 +1,5 @@
 """The report: what evaluate found as one page that stands alone."""
 
-from flexctl.evaluation.report.page import Passage, render
+from flexctl.evaluation.report.page import Excerpt, render
 
-__all__ = ["Passage", "render"]
+__all__ = ["Excerpt", "render"]

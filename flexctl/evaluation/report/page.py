@@ -1,4 +1,4 @@
-"""The page: one HTML document without scripts and without requests, a pure function of figures and sample texts."""
+"""The page: one HTML document without scripts and without requests, a pure function of figures and excerpts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from flexctl.evaluation.figures import Figures
 from flexctl.evaluation.report import charts, words
 from flexctl.evaluation.report.template import fill
 
-__all__ = ["Passage", "render"]
+__all__ = ["Excerpt", "render"]
 
 _COLOURS = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Passage:
+class Excerpt:
     """The beginning of a domain's text, token by token with each expert's share, mean over layers."""
 
     domain: str
@@ -35,12 +35,12 @@ class _Token:
     shares: dict[str, float]
 
 
-def render(figures: Figures, passages: Sequence[Passage] = ()) -> str:
+def render(figures: Figures, excerpts: Sequence[Excerpt] = ()) -> str:
     """Return the page.
 
     Args:
         figures: What to show. Names, licenses and texts in it are anybody's words; all of them are escaped.
-        passages: Sample texts, which figures do not hold; without them the page says that they are left out.
+        excerpts: Excerpts, which figures do not hold; without them the page says that they are left out.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -57,7 +57,7 @@ def render(figures: Figures, passages: Sequence[Passage] = ()) -> str:
         charts=_charts(figures),
         guessed=any(task.chance for task in figures.tasks.values()),
         styles=styles,
-        passages=[(passage, _tokens(passage, styles), _leading(passage)) for passage in passages],
+        excerpts=[(excerpt, _tokens(excerpt, styles), _leading(excerpt)) for excerpt in excerpts],
         public=PUBLIC,
     )
 
@@ -89,19 +89,19 @@ def _charts(figures: Figures) -> dict[str, str | dict[str, str]]:
     return drawn
 
 
-def _tokens(passage: Passage, styles: Mapping[str, str]) -> list[_Token]:
-    """Return a passage's tokens; those that hold only part of a letter go with the token that ends it."""
+def _tokens(excerpt: Excerpt, styles: Mapping[str, str]) -> list[_Token]:
+    """Return an excerpt's tokens; those that hold only part of a letter go with the token that ends it."""
     tokens = []
-    for piece in passage.pieces:
+    for piece in excerpt.pieces:
         if piece.text:
             leading = _leader(piece)
             tokens.append(_Token(piece.text, leading, piece.shares[leading], styles[leading], piece.shares))
     return tokens
 
 
-def _leading(passage: Passage) -> dict[str, float]:
+def _leading(excerpt: Excerpt) -> dict[str, float]:
     """Return expert -> share of the tokens that it leads in, the largest first."""
-    leaders = [_leader(piece) for piece in passage.pieces]
+    leaders = [_leader(piece) for piece in excerpt.pieces]
     shares = {name: leaders.count(name) / len(leaders) for name in dict.fromkeys(leaders)}
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 

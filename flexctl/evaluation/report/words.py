@@ -105,6 +105,7 @@ def settings(figures: Figures) -> dict[str, str]:
     found, agreement, ratio = figures.settings, figures.router_agreement, figures.post_norm_ratio
     said = {
         "text": f"each document by itself, in windows of {found.seq_len} tokens that do not overlap",
+        "special tokens": "in the text are read as plain text" if found.special_as_text else "",
         "intervals": f"95 %, of {RESAMPLES:,} draws of documents; for differences both models have the same draws",
         "precision": f"{found.dtype} on {found.device}",
         "bfloat16 routers": _agreeing(min(agreement.values())) if agreement else "",

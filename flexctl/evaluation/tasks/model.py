@@ -33,7 +33,7 @@ _MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Piece:
+class _Cut:
     """What of one request goes through the model at once; the last ``targets`` of ``tokens`` are scored."""
 
     request: int
@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 bar.advance(sum(len(piece.tokens) for piece in batch))
         return list(zip(totals, greedy, strict=True))
 
-    def _pieces(self, requests: Sequence[Encoded]) -> Iterator[_Piece]:
+    def _pieces(self, requests: Sequence[Encoded]) -> Iterator[_Cut]:
         """Yield each request cut to what the model can hold: from the left, and long answers in several pieces."""
         for index, ((prompt, _), context, answer) in enumerate(requests):
             if not answer:
@@ -114,10 +114,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             for start in range(0, len(answer), self._longest):
                 targets = answer[start : start + self._longest]
                 tokens = [*context, *answer[: start + len(targets)]][-(self._longest + 1) :]
-                yield _Piece(request=index, tokens=tokens, targets=len(targets))
+                yield _Cut(request=index, tokens=tokens, targets=len(targets))
 
     @torch.no_grad()
-    def _score(self, batch: Sequence[_Piece]) -> list[tuple[float, bool]]:
+    def _score(self, batch: Sequence[_Cut]) -> list[tuple[float, bool]]:
         longest = max(len(piece.tokens) for piece in batch)
         ids = np.zeros((len(batch), longest), dtype=np.int64)
         wanted = np.zeros((len(batch), longest - 1), dtype=bool)
@@ -169,7 +169,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         new = min(settings["max_gen_toks"], max(1, self._longest // 2))
         room = self._longest - new
         pieces = [
-            _Piece(request=index, tokens=self.tok_encode(prompt)[-room:] or [self.prefix_token_id], targets=0)
+            _Cut(request=index, tokens=self.tok_encode(prompt)[-room:] or [self.prefix_token_id], targets=0)
             for index, prompt in enumerate(prompts)
         ]
         pieces.sort(key=lambda piece: len(piece.tokens))
@@ -179,7 +179,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             bar.advance(len(batch))
 
     @torch.no_grad()
-    def _continue(self, batch: Sequence[_Piece], new: int, until: Sequence[str]) -> list[str]:
+    def _continue(self, batch: Sequence[_Cut], new: int, until: Sequence[str]) -> list[str]:
         longest = max(len(piece.tokens) for piece in batch)
         ids = np.full((len(batch), longest), self.eot_token_id, dtype=np.int64)
         real = np.zeros((len(batch), longest), dtype=np.int64)
@@ -210,9 +210,9 @@ class _Until(transformers.StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([any(end in text for end in self._until) for text in texts], device=input_ids.device)
 
 
-def _batches(pieces: Sequence[_Piece], batch_tokens: int, new: int = 0) -> Iterator[list[_Piece]]:
+def _batches(pieces: Sequence[_Cut], batch_tokens: int, new: int = 0) -> Iterator[list[_Cut]]:
     """Yield pieces of like length together, each to grow by ``new`` tokens."""
-    batch: list[_Piece] = []
+    batch: list[_Cut] = []
     for piece in pieces:
         if batch and (len(batch) + 1) * (len(piece.tokens) + new) > batch_tokens:
             yield batch

@@ -20,7 +20,7 @@ from reports import (
     Shift,
     contrast,
     draw,
-    example_passages,
+    example_excerpts,
     example_report,
     shifts,
     task,
@@ -30,7 +30,7 @@ import flexctl.evaluation.report.charts as charts
 from flexctl.errors import UsageError
 from flexctl.evaluation.explaining import Piece
 from flexctl.evaluation.figures import Estimate, Moved
-from flexctl.evaluation.report import Passage, render
+from flexctl.evaluation.report import Excerpt, render
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -224,11 +224,11 @@ def test_lineage_is_told(tree: Element) -> None:
         assert member.digest in text
 
 
-def test_passages_wear_their_leader_s_line_and_are_in_full(tree: Element) -> None:
-    shown = [element for element in tree.all("div") if "passage" in element.classes]
-    for passage, element in zip(example_passages(), shown, strict=True):
-        assert element.text == "".join(piece.text for piece in passage.pieces)
-        for piece, span in zip(passage.pieces, element.all("span"), strict=True):
+def test_excerpts_wear_their_leader_s_line_and_are_in_full(tree: Element) -> None:
+    shown = [element for element in tree.all("div") if "excerpt" in element.classes]
+    for excerpt, element in zip(example_excerpts(), shown, strict=True):
+        assert element.text == "".join(piece.text for piece in excerpt.pieces)
+        for piece, span in zip(excerpt.pieces, element.all("span"), strict=True):
             leader = max(piece.shares, key=lambda name: piece.shares[name])
             assert span.classes == [f"e{EXPERTS.index(leader)}"]
             assert span.attributes["title"].startswith(leader)
@@ -324,7 +324,7 @@ def alone() -> str:
         ablation={},
         top_k={},
         baselines={},
-        passages=(Passage(domain="code", pieces=(Piece(text="x", shares={"public": 1.0}),)),),
+        excerpts=(Excerpt(domain="code", pieces=(Piece(text="x", shares={"public": 1.0}),)),),
     )
 
 
@@ -377,7 +377,7 @@ HOSTILE = [
 
 
 def test_nobody_s_words_are_markup() -> None:
-    """Domain names, licenses, labels, purposes, baselines, settings and sample texts are untrusted."""
+    """Domain names, licenses, labels, purposes, baselines, settings and excerpts are untrusted."""
     full = example_report()
     assert full.compare is not None
     public, member = full.lineage.members[:2]
@@ -405,7 +405,7 @@ def test_nobody_s_words_are_markup() -> None:
         ablation={"e1": dict.fromkeys(HOSTILE, shift)},
         top_k={},
         baselines={words: dict.fromkeys(HOSTILE, shift) for words in HOSTILE},
-        passages=tuple(Passage(domain=words, pieces=(Piece(text=words, shares=shares),)) for words in HOSTILE),
+        excerpts=tuple(Excerpt(domain=words, pieces=(Piece(text=words, shares=shares),)) for words in HOSTILE),
         data={words: words for words in HOSTILE},
         software={words: words for words in HOSTILE},
     )
@@ -415,7 +415,7 @@ def test_nobody_s_words_are_markup() -> None:
     seen = [re.sub("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe]", "\ufffd", words) for words in HOSTILE]
     assert {*seen} <= {header.text for header in tree.all("th")}
     assert {*seen} <= {cell.text for cell in tree.all("td")}
-    assert [div.text for div in tree.all("div") if "passage" in div.classes] == seen
+    assert [div.text for div in tree.all("div") if "excerpt" in div.classes] == seen
     assert {*seen} == {definition.text for definition in tree.all("dd")} & {*seen}
     assert all(words in tree.all("desc")[0].text for words in seen)
 
@@ -452,7 +452,7 @@ def test_more_experts_than_colours() -> None:
         routing_layers={name: {expert: [1 / 13] * 40 for expert in names} for name in MERGED},
         ablation=dict.fromkeys(names[1:], shifts(WITHOUT["code"])),
         baselines={},
-        passages=(Passage(domain="code", pieces=(Piece(text="x", shares=shares),)),),
+        excerpts=(Excerpt(domain="code", pieces=(Piece(text="x", shares=shares),)),),
     )
     tree = check_closed_and_labelled(page)
     keys = [tuple(span.classes[1:]) for span in tree.all("span") if "key" in span.classes][:13]

@@ -11,7 +11,7 @@ import pytest
 from builders import make_anchor, make_checkpoint
 
 from flexctl.bundle import Weights, open_anchor, open_merged
-from flexctl.bundle.checkpoint import alone, is_mixture, open_checkpoint
+from flexctl.bundle.comparable import alone, is_mixture, open_checkpoint
 from flexctl.errors import BundleError
 
 

@@ -1,0 +1,155 @@
+"""The server under load: tokens a second, time to the first and to the last: ``python -m tests.benchmarks.serving``.
+
+One, four and sixteen clients at once, each with one request after the other, against a plain generate loop of stock
+Transformers over the same checkpoint, which answers one request at a time. Everything has one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import tiny
+from tests.benchmarks.showing import show
+from tests.builders import make_expert
+
+PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+CLIENTS = (1, 4, 16)
+SIZES = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "vocab_size": 4096,
+    "max_position_embeddings": 1024,
+}
+NAMES = ("code", "law", "math")
+WAYS = {"all experts": ("merged",), "a mask each": ("merged", *(f"merged-without-{name}" for name in NAMES))}
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One answer: its tokens, and seconds to the first and to the last."""
+
+    tokens: int
+    first_s: float
+    whole_s: float
+
+
+def make_model(root: Path) -> Path:
+    """Return a random merged model with a tokenizer."""
+    from flexctl.bundle import open_anchor
+    from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
+    from flexctl.engine.merge import MergeConfig, merge
+    from flexctl.text.tokenizer import train_tokenizer
+
+    pages = sorted(Path("docs").glob("*.md"))
+    stock, anchor = root / "stock", root / "anchor"
+    train_tokenizer(
+        [page.read_text() for page in pages], SIZES["vocab_size"], SIZES["max_position_embeddings"]
+    ).save_pretrained(stock)
+    tiny.make_dense(tiny.dense_config(**SIZES)).save_pretrained(stock)
+    init_anchor(InitAnchorConfig(data=tuple(pages), source=str(stock), output=anchor, sample_tokens=4000, threads=1))
+    made = open_anchor(anchor)
+    experts = tuple(make_expert(root / f"{name}.st", made, name, seed=i).path for i, name in enumerate(NAMES))
+    merge(MergeConfig(experts=experts, anchor=anchor, output=root / "merged"))
+    return root / "merged"
+
+
+async def one_client(client: object, model: str, requests: int, timed: list[Timed]) -> None:
+    """Ask for one answer after the other."""
+    for number in range(requests):
+        started = time.perf_counter()
+        prompt = [10 + (number * 7 + i) % 4000 for i in range(PROMPT_TOKENS)]
+        stream = await client.completions.create(  # type: ignore[attr-defined]
+            model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=1.0, seed=number, stream=True
+        )
+        times = [time.perf_counter() - started async for _ in stream]
+        # The last piece says why it ended.
+        timed.append(Timed(len(times) - 1, times[0], times[-1]))
+
+
+async def load(address: str, clients: int, models: tuple[str, ...], requests: int) -> tuple[float, list[Timed]]:
+    """Return the seconds that all answers took together, and each one's."""
+    import openai
+
+    timed: list[Timed] = []
+    async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
+        started = time.perf_counter()
+        works = (one_client(client, models[i % len(models)], requests, timed) for i in range(clients))
+        await asyncio.gather(*works)
+        return time.perf_counter() - started, timed
+
+
+def bench_server(bundle: Path) -> None:
+    """Measure the server."""
+    command = [sys.executable, "-m", "flexctl", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        address = next(found[1] for line in server.stderr if (found := re.search(r"(http://\S+/v1);", line)))
+        asyncio.run(load(address, 2, ("merged",), 1))
+        for clients in CLIENTS:
+            for way, models in WAYS.items():
+                seconds, timed = asyncio.run(load(address, clients, models, max(2, 16 // clients)))
+                firsts, wholes = ([getattr(each, name) for each in timed] for name in ("first_s", "whole_s"))
+                rate = sum(each.tokens for each in timed) / seconds
+                figures = (
+                    f"first token p50 {statistics.median(firsts):.2f} s, answer p50 {statistics.median(wholes):.2f}"
+                )
+                show(f"{clients} clients, {way}: tokens/s", f"{rate:.0f}", f"{figures}, p99 {highest(wholes):.2f} s")
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
+def highest(values: list[float]) -> float:
+    """Return the 99th percentile, which of so few is the highest."""
+    return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+
+
+LOOP = """
+import json, sys, time, torch, transformers
+torch.set_num_threads(1)
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.tensor([[10 + i % 4000 for i in range(int(sys.argv[2]))]])
+def answer():
+    new = int(sys.argv[3])
+    return model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0)
+answer()
+started = time.perf_counter()
+for _ in range(8):
+    answer()
+print(json.dumps((time.perf_counter() - started) / 8))
+"""
+
+
+def bench_loop(bundle: Path) -> None:
+    """Measure stock Transformers, one request at a time."""
+    command = [sys.executable, "-c", LOOP, str(bundle), str(PROMPT_TOKENS), str(NEW_TOKENS)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = json.loads(done.stdout)
+    show("plain generate loop: tokens/s", f"{NEW_TOKENS / seconds:.0f}", f"an answer {seconds:.2f} s")
+
+
+def bench_serving(root: Path) -> None:
+    """Measure both on one model."""
+    bundle = make_model(root)
+    bench_loop(bundle)
+    bench_server(bundle)
+    bench_loop(bundle)
+
+
+if __name__ == "__main__":
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        bench_serving(Path(folder))
