@@ -19,7 +19,7 @@ _HEAD = """# Command line
 
 Written by `make docs` from the commands; a test checks that it is current.
 
-A command of two words may be written with a space: `flexctl trace find` is `flexctl trace-find`.
+A command of two words may be written with a space: `trace find` is `trace-find`.
 
 Every flag may also come from the environment (`--max-tokens` is `FLEXCTL_MAX_TOKENS`) or from `flexctl.toml`
 (`max_tokens` under `[train_expert]`); the order is flag, environment, flexctl.toml, default. Several values in one

@@ -17,7 +17,7 @@ from flexctl.bundle.store import check_file_target, new_file, own_file
 from flexctl.errors import UsageError
 from flexctl.evaluation.attacks.findings import Audited, Recovery
 from flexctl.evaluation.lineage import lineage
-from flexctl.options import DATA, MODEL, OUTPUT, TRAINING, Config, flag
+from flexctl.options import DATA, OUTPUT, TRAINING, Config, flag
 from flexctl.runtime import SILENT, Parts, Reporter
 from flexctl.steps import sources
 from flexctl.steps.machine import Machine, machine_of
@@ -44,17 +44,17 @@ class AuditConfig(Config):
 
     Examples:
         flexctl audit merged --name law --data corpus/law
-        flexctl audit experts/law.st --data corpus/law --canaries experts/law.canaries --report audit.html
+        flexctl audit experts/law.st --data corpus/law --planted experts/law.canaries --report audit.html
     """
 
     bundle: flags.Bundle = None
     data: Annotated[tuple[Path, ...], flag("PATH", "The text that the expert was trained on; repeatable.", DATA)]
-    name: Annotated[str | None, flag("NAME", "The expert (default: the only closed one).", MODEL)] = None
+    name: Annotated[str | None, flag("NAME", "The expert (default: the only closed one).", OUTPUT)] = None
     held_out: Annotated[
         Path | None,
         flag("PATH", "Text of the same kind that it never saw (default: what training held out of `data`).", DATA),
     ] = None
-    canaries: Annotated[
+    planted: Annotated[
         Path | None, flag("DIR", "The canaries that train-expert planted, as experts/NAME.canaries.", DATA)
     ] = None
     recover: Annotated[
@@ -63,12 +63,13 @@ class AuditConfig(Config):
     ] = None
     report: Annotated[Path | None, flag("FILE", "Write a page, one HTML file.", OUTPUT)] = None
     documents: Annotated[int, flag("N", "Documents of each kind that are tried.", DATA, above=0)] = 200
-    samples: Annotated[int, flag("N", "Continuations of each document.", DATA, above=0)] = 10
+    draws: Annotated[int, flag("N", "Continuations of each document.", DATA, above=0)] = 10
     prefix_tokens: Annotated[int, flag("N", "Tokens of a document that the model is given.", DATA, above=0)] = 32
-    max_new_tokens: Annotated[int, flag("N", "Tokens that it is to go on with.", DATA, above=0)] = 64
+    max_new_tokens: Annotated[int, flag("N", "Tokens that it is to go on with.", OUTPUT, above=0)] = 64
     index: Annotated[
-        Path | None, flag("DIR", "An index of the text: also look for spans of any document in answers.", DATA)
-    ] = None
+        tuple[Path, ...],
+        flag("DIR", "An index of the text: also look for spans of any document in answers; repeatable.", DATA),
+    ] = ()
     text_field: flags.TextField = "text"
     anchor: flags.Anchor = None
     lr: Annotated[
@@ -106,7 +107,7 @@ class AuditResult:
     others: int
     prefix_tokens: int
     max_new_tokens: int
-    samples: int
+    draws: int
     models: dict[str, Audited] = field(default_factory=dict)
     claimed: PrivacyInfo | None = None
     recovery: Recovery | None = None
@@ -126,7 +127,7 @@ class _Run:
     manifest: ExpertManifest
     texts: evaluation.Texts
     started: list[evaluation.Beginning]
-    index: Index | None
+    indexes: list[Index]
 
     @property
     def variants(self) -> dict[str, evaluation.Variant]:
@@ -177,10 +178,10 @@ def _refuse_bad_settings(config: AuditConfig) -> None:
     text.text_files(config.data)
     if config.held_out is not None:
         text.text_files([config.held_out], "held_out")
-    if config.canaries is not None:
-        folder = text.CanaryFolder(config.canaries)
+    if config.planted is not None:
+        folder = text.CanaryFolder(config.planted)
         if not (folder.planted.is_file() and folder.left_out.is_file()):
-            raise UsageError(f"{config.canaries}: holds no canaries", hint="train-expert plants some", field="canaries")
+            raise UsageError(f"{config.planted}: holds no canaries", hint="train-expert plants some", field="planted")
     if config.report:
         check_file_target(config.report, overwrite=config.overwrite)
         evaluation.require_jinja()
@@ -191,7 +192,7 @@ def _set_up(config: AuditConfig, reporter: Reporter) -> _Run:
     place, machine = workspace.find(), machine_of(config)
     runnable = sources.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
     name, manifest = _expert(runnable, config.name)
-    index = open_index(config.index) if config.index else None
+    indexes = [open_index(path) for path in config.index]
     for bundle in runnable.bundles:
         prove(bundle, reporter)
     passes = evaluation.Passes(
@@ -218,7 +219,7 @@ def _set_up(config: AuditConfig, reporter: Reporter) -> _Run:
         manifest=manifest,
         texts=texts,
         started=started,
-        index=index,
+        indexes=indexes,
     )
 
 
@@ -239,7 +240,7 @@ def _expert(runnable: Runnable, name: str | None) -> tuple[str, ExpertManifest]:
 
 
 def _read_texts(config: AuditConfig, manifest: ExpertManifest, tokenizer: Any) -> evaluation.Texts:
-    folder = text.CanaryFolder(config.canaries) if config.canaries else None
+    folder = text.CanaryFolder(config.planted) if config.planted else None
     paths = [*config.data, *([folder.planted] if folder else [])]
     seed = manifest.training.get("seed")
     if config.held_out is None and not isinstance(seed, int):
@@ -295,7 +296,7 @@ def _attack(run: _Run) -> dict[str, Audited]:
     config, passes = run.config, run.passes
     effort = evaluation.Effort(
         length=config.max_new_tokens,
-        samples=config.samples,
+        samples=config.draws,
         seq_len=passes.seq_len,
         batch_tokens=config.forward_tokens,
         seed=config.seed,
@@ -314,7 +315,7 @@ def _attack(run: _Run) -> dict[str, Audited]:
     }
     delta = run.manifest.privacy.delta if run.manifest.privacy else _DELTA
     return {
-        name: evaluation.audited(trial, None if name == _ANCHOR else trials[_ANCHOR], delta=delta, index=run.index)
+        name: evaluation.audited(trial, None if name == _ANCHOR else trials[_ANCHOR], delta=delta, indexes=run.indexes)
         for name, trial in trials.items()
     }
 
@@ -364,5 +365,5 @@ def _facts(run: _Run) -> dict[str, Any]:
         "others": len(run.texts.others),
         "prefix_tokens": config.prefix_tokens,
         "max_new_tokens": config.max_new_tokens,
-        "samples": config.samples,
+        "draws": config.draws,
     }

@@ -160,11 +160,11 @@ def find_spans(index: Index, text: str, *, least_bytes: int, most_places: int, p
     return sorted(found, key=lambda span: (span.log_probability, span.start))
 
 
-def copied(index: Index, texts: Sequence[Sequence[str]], least_bytes: int) -> Flags:
+def copied(indexes: Sequence[Index], texts: Sequence[Sequence[str]], least_bytes: int) -> Flags:
     """Return for which groups of texts one has a verbatim span of ``least_bytes``, 1 or 0 each, (groups,)."""
 
     def has_span(text: str) -> bool:
-        return any(longest_spans(index, text.encode(), least_bytes))
+        return any(any(longest_spans(index, text.encode(), least_bytes)) for index in indexes)
 
     return np.array([float(any(map(has_span, group))) for group in texts])
 

@@ -232,7 +232,7 @@ def test_trace(terminal: Terminal, texts: Texts) -> None:
 
 def test_audit(space: Terminal, texts: Texts) -> None:
     asked = ("audit", "--data", texts.code, "--held-out", texts.code_test, "--threads", "1")
-    few = ("--documents", "6", "--samples", "1", "--prefix-tokens", "4", "--max-new-tokens", "8")
+    few = ("--documents", "6", "--draws", "1", "--prefix-tokens", "4", "--max-new-tokens", "8")
     found = space.json(*asked, *few, "--name", "code")
     assert list(found["models"]) == ["anchor", "merged", "without code"]
     assert set(found["models"]["merged"]) == {"extraction", "membership", "canaries", "found"}

@@ -23,7 +23,7 @@ from flexctl.text import canaries
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCUMENTS, CANARIES = 40, 12
-SMALL: dict[str, Any] = {"samples": 1, "prefix_tokens": 4, "max_new_tokens": 8, "threads": 1}
+SMALL: dict[str, Any] = {"draws": 1, "prefix_tokens": 4, "max_new_tokens": 8, "threads": 1}
 
 
 class Dice:
@@ -98,7 +98,7 @@ def case(tmp_path_factory: pytest.TempPathFactory, anchor: Path, experts: dict[s
 
 @pytest.fixture(scope="module")
 def found(case: Case) -> AuditResult:
-    return case.audit(canaries=case.canaries, recover=4, report=case.folder / "audit.html")
+    return case.audit(planted=case.canaries, recover=4, report=case.folder / "audit.html")
 
 
 def test_what_was_learned_by_heart_is_caught_and_nothing_else(found: AuditResult) -> None:
@@ -160,7 +160,7 @@ def test_a_finished_run_knows_its_canaries(case: Case) -> None:
 
 
 def test_the_expert_alone_and_what_training_held_out(case: Case, anchor: Path) -> None:
-    alone = case.audit(bundle=case.expert, name=None, anchor=anchor, held_out=None, canaries=case.canaries)
+    alone = case.audit(bundle=case.expert, name=None, anchor=anchor, held_out=None, planted=case.canaries)
     assert (list(alone.models), alone.name) == (["anchor", "expert"], "law")
     assert alone.others >= 2
     assert alone.members + alone.others == DOCUMENTS
@@ -170,7 +170,7 @@ def test_the_expert_alone_and_what_training_held_out(case: Case, anchor: Path) -
 
 def test_an_index_finds_spans_of_any_document(case: Case) -> None:
     trace_index(TraceIndexConfig(data=(case.data,), output=case.folder / "law.index"))
-    copied = case.audit(index=case.folder / "law.index", documents=6).models["merged"].extraction.copied
+    copied = case.audit(index=(case.folder / "law.index",), documents=6).models["merged"].extraction.copied
     assert copied is not None
     assert 0 <= copied.value <= 1
 
@@ -181,12 +181,12 @@ def test_an_index_finds_spans_of_any_document(case: Case) -> None:
         ({"name": None}, "name: say which of code, law"),
         ({"name": "news"}, "name: 'news' is not in .*, which holds code, law"),
         ({"name": "public"}, "name: 'public' is not in"),
-        ({"canaries": Path("nowhere")}, "holds no canaries"),
+        ({"planted": Path("nowhere")}, "holds no canaries"),
         ({"held_out": Path("nowhere")}, "held_out: nowhere does not exist"),
         ({"data": (Path("nowhere"),)}, "data: nowhere does not exist"),
         ({"max_new_tokens": 5000}, "data: no document has 5004 tokens"),
         ({"documents": 0}, "documents: 0 is not above 0"),
-        ({"index": Path("nowhere")}, "no such directory"),
+        ({"index": (Path("nowhere"),)}, "no such directory"),
     ],
 )
 def test_settings_that_are_refused(case: Case, settings: dict[str, Any], said: str) -> None:

@@ -120,14 +120,14 @@ def try_model(
     return Trial(continuations=continuations, losses=losses)
 
 
-def audited(trial: Trial, anchor: Trial | None, *, delta: float, index: Index | None) -> Audited:
+def audited(trial: Trial, anchor: Trial | None, *, delta: float, indexes: Sequence[Index]) -> Audited:
     """Return what a trial shows.
 
     Args:
         trial: Of the model.
         anchor: Of the anchor on the same texts; None for the anchor's own.
         delta: Of the guarantee that canaries are held against.
-        index: Where spans of any document are looked for; None looks for none.
+        indexes: Where spans of any document are looked for.
     """
     scores = {kind: found.scores(anchor.losses[kind] if anchor else None) for kind, found in trial.losses.items()}
     best = "calibrated" if anchor else "loss"
@@ -135,7 +135,7 @@ def audited(trial: Trial, anchor: Trial | None, *, delta: float, index: Index | 
     canaries = None
     if "planted" in scores and "left_out" in scores:
         canaries = canary_bound(scores["planted"][best], scores["left_out"][best], delta)
-    extraction = _extraction(trial.continuations, anchor.continuations if anchor else None, index)
+    extraction = _extraction(trial.continuations, anchor.continuations if anchor else None, indexes)
     above = [extraction.above_anchor.low] if extraction.above_anchor else []
     tells = [low - 0.5 for low in [membership[best].auc.low] if low is not None]
     return Audited(
@@ -146,7 +146,7 @@ def audited(trial: Trial, anchor: Trial | None, *, delta: float, index: Index | 
     )
 
 
-def _extraction(made: Continuations, anchors: Continuations | None, index: Index | None) -> Extraction:
+def _extraction(made: Continuations, anchors: Continuations | None, indexes: Sequence[Index]) -> Extraction:
     above = None
     if anchors is not None:
         above = resample_statistic(lambda rows: float(rows.mean()), made.near - anchors.near)
@@ -155,5 +155,5 @@ def _extraction(made: Continuations, anchors: Continuations | None, index: Index
         near=share(made.near),
         exact=share(made.exact),
         above_anchor=above,
-        copied=share(copied(index, made.texts, _COPIED_BYTES)) if index else None,
+        copied=share(copied(indexes, made.texts, _COPIED_BYTES)) if indexes else None,
     )

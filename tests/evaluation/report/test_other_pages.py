@@ -65,7 +65,7 @@ LINEAGE = Lineage(
         Member(name="law", digest="sha256:1", license=None),
     ),
 )
-FACTS = {"members": 200, "others": 150, "prefix_tokens": 32, "max_new_tokens": 64, "samples": 10}
+FACTS = {"members": 200, "others": 150, "prefix_tokens": 32, "max_new_tokens": 64, "draws": 10}
 
 
 def audit_page(recovery: Recovery | None = RECOVERY, claimed: PrivacyInfo | None = CLAIM) -> str:
