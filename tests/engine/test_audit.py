@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import forge_expert
 from conftest import write_jsonl
 
 from flexctl.bundle.expert import open_expert
@@ -166,6 +167,14 @@ def test_the_expert_alone_and_what_training_held_out(case: Case, anchor: Path) -
     assert alone.members + alone.others == DOCUMENTS
     with pytest.raises(UsageError, match="without law this model is the anchor"):
         case.audit(bundle=case.expert, anchor=anchor, recover=2)
+
+
+def test_an_expert_that_does_not_say_what_was_held_out(case: Case, anchor: Path) -> None:
+    """As one that was trained under a privacy guarantee."""
+    silent = forge_expert(case.folder / "silent.st", open_expert(case.expert), training={"steps": 300})
+    with pytest.raises(UsageError, match="held_out: the expert does not say which documents training held out"):
+        case.audit(bundle=silent, anchor=anchor, held_out=None)
+    assert case.audit(bundle=silent, anchor=anchor, documents=4, dry_run=True).members == 4
 
 
 def test_an_index_finds_spans_of_any_document(case: Case) -> None:
