@@ -53,7 +53,7 @@ LETTERS = st.text(alphabet="ab \u00e9\u20ac\U0001f600", min_size=1, max_size=30)
 DOCUMENTS = st.lists(LETTERS.filter(str.strip), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(DOCUMENTS, LETTERS, st.integers(1, 6), st.integers(1, 40))
 def test_spans_are_those_of_a_search_that_tries_all(
     documents: list[str], text: str, least_bytes: int, shard_bytes: int
