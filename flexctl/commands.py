@@ -45,6 +45,7 @@ COMMANDS = (
     Command("init_anchor", "Make the public, frozen model that experts train against."),
     Command("train_expert", "Train one expert on text that stays where it is."),
     Command("import_expert", "Make an expert of a checkpoint fine-tuned elsewhere."),
+    Command("adopt", "Take a stock mixture apart into an anchor and experts.", ("AdoptedExpert",)),
     Command("embed_router", "Make router rows from sample texts, without training.", ("LayerReport",)),
     Command("compress", "Make a small, low-rank copy of an expert."),
     Command("merge", "Merge the anchor and experts into one stock checkpoint.", ("MergedExpert",)),
@@ -61,6 +62,9 @@ COMMANDS = (
     Command("audit", "Attack a model with your text: what does it give away?"),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
+    Command("keygen", "Make a key to sign with."),
+    Command("sign", "Sign a bundle, so that others can see who made it."),
+    Command("check_rights", "Say which experts a purpose rules out.", ("RuledOut",)),
     Command(
         "list",
         "List the workspace's anchor, experts and merged model.",

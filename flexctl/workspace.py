@@ -32,7 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "expanded", "find", "read_toml"]
+__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "expanded", "find", "read_toml", "start"]
 
 FILE_NAME = "flexctl.toml"
 
@@ -89,9 +89,22 @@ def ensure(root: Path) -> Workspace:
         UsageError: There is a flexctl.toml, and it is not valid.
     """
     around = find(root)
-    if not around.file.is_file():
-        around.file.write_text(template(FILE_NAME), encoding="utf-8")
+    start(around.root)
     return around
+
+
+def start(root: Path, defaults: str = "") -> bool:
+    """Write ``root``/flexctl.toml where there is none, and return whether there was none.
+
+    Args:
+        root: Directory of the workspace.
+        defaults: Tables of commands, as they are to stand in the file.
+    """
+    file = root / FILE_NAME
+    is_new = not file.is_file()
+    if is_new:
+        file.write_text(template(FILE_NAME) + defaults, encoding="utf-8")
+    return is_new
 
 
 def _place(root: Path, name: str, value: str) -> Path:

@@ -25,6 +25,7 @@ from flexctl.bundle.merged import CARD_FILE, CONFIG_FILE, INDEX_FILE, Merged, ex
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile
 from flexctl.bundle.seals import known, remember, seal
+from flexctl.bundle.signatures import read_signature, signature_path
 from flexctl.bundle.tensors import Span
 from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Reporter
@@ -82,6 +83,9 @@ def check_bundle(
             f"{len(bundle.manifest.tensors)} have their hash",
         ),
     ]
+    place = signature_path(path)
+    if place.exists():
+        checks.append(_check("signature", _signature_problems(place, bundle), "signs this very bundle"))
     if isinstance(bundle, Merged):
         checks += _merged_checks(bundle, anchor, today)
         checks += [_check(f"absent {name}", *_absence(bundle, name, file)) for name, file in absent.items()]
@@ -151,6 +155,12 @@ def _check(name: str, problems: Iterable[str], fine: str) -> Check:
         found.append(error.message)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return Check(name=name, ok=not found, detail=found[0] + more if found else fine)
+
+
+def _signature_problems(place: Path, bundle: Bundle) -> Iterator[str]:
+    """Whose it is takes a trust file; that it is of this bundle does not."""
+    read_signature(place, bundle.manifest)
+    yield from ()
 
 
 def _tensor_problems(bundle: Bundle, files: Mapping[Path, Mapping[str, Span]], advance: Advance) -> Iterator[str]:

@@ -12,7 +12,7 @@ from flexctl.commands import COMMANDS, PUBLIC, Command
 
 __all__ = ["ROOMS", "reference", "stubs"]
 
-ROOMS = ("evaluation", "model", "routing", "serving", "text", "tracing", "training")
+ROOMS = ("evaluation", "model", "privacy", "routing", "serving", "text", "tracing", "training")
 """Packages inside flexctl whose names are imported on first use, as those of flexctl itself."""
 
 _HEAD = """# Command line

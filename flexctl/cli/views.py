@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +14,10 @@ from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, 
 
 if TYPE_CHECKING:
     from flexctl import (
+        AdoptResult,
         AuditResult,
         ChatResult,
+        CheckRightsResult,
         CompressResult,
         DemoResult,
         DoctorResult,
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
         ImportExpertResult,
         InitAnchorResult,
         InspectResult,
+        KeygenResult,
         ListedAnchor,
         ListedExpert,
         ListedMerged,
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
         RemoveResult,
         ReplaceResult,
         SelectProxyResult,
+        SignResult,
         Span,
         TaskScore,
         TraceFindResult,
@@ -121,12 +126,15 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
     speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
-    amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
+    trained = f"{number(result.tokens)} tokens in " if result.tokens is not None else ""
+    amounts = f"{trained}{number(result.steps)} steps" if result.steps else None
     rank = f"rank {result.rank}" if result.rank is not None else None
     size = amount(result.bytes_written, "bytes") if rank and result.bytes_written else None
     lines = [_sentence(result, f"Trained expert {result.name}: {cell(result.path)}", rank, size, amounts, speed)]
     if result.held_out:
         lines += ["", *_matrix(result.held_out, "held-out loss")]
+    if result.privacy is not None:
+        lines += ["", f"Private to epsilon {result.privacy.epsilon:g}, delta {result.privacy.delta:g} a document."]
     if result.frozen_verified:
         lines += ["", "Everything but the expert is the anchor's, bit for bit."]
     return lines
@@ -141,6 +149,16 @@ def _import_expert(result: ImportExpertResult) -> list[str]:
     if result.frozen_verified:
         return [*lines, "", "Everything but the expert is the anchor's, bit for bit."]
     return [*lines, "", f"{number(len(result.moved))} other tensors had moved and were left behind."]
+
+
+def _adopt(result: AdoptResult) -> list[str]:
+    count = len(result.experts) + 1
+    taken = f"Took a {result.mixture_type} of {count} experts apart: anchor {result.name} in {cell(result.path)}"
+    lines = [_sentence(result, taken, f"{result.model_type} of expert {result.public_expert}")]
+    rows = [[expert.name, expert.index, expert.path, expert.digest] for expert in result.experts]
+    lines += ["", *table(["expert", "was", "file", "digest"], rows)]
+    files, top_k = cell(result.experts[0].path.parent / "*.st"), result.num_experts_per_tok
+    return [*lines, "", f"Merge again: flexctl merge {files} --anchor {cell(result.path)} --top-k {top_k}"]
 
 
 def _embed_router(result: EmbedRouterResult) -> list[str]:
@@ -178,7 +196,12 @@ def _merge(result: MergeResult) -> list[str]:
 def _remove(result: RemoveResult) -> list[str]:
     done = f"Removed {cell(result.removed)}; {cell(result.path)} holds {cell(('public', *result.remaining))}"
     active = f"{result.num_experts_per_tok} active for a token"
-    return [_sentence(result, done, active, None if result.exact else "with a tombstone")]
+    line = _sentence(result, done, active, None if result.exact else "with a tombstone")
+    return [line, *_records(result.records)]
+
+
+def _records(records: tuple[Path, ...]) -> list[str]:
+    return [f"for the owner: {cell(record)}" for record in records]
 
 
 def _replace(result: ReplaceResult) -> list[str]:
@@ -190,7 +213,7 @@ def _replace(result: ReplaceResult) -> list[str]:
         headers = ("bits per byte", "before", "after", "change")
         rows = [[name, b["before"], b["after"], b["after"] - b["before"]] for name, b in result.bits_per_byte.items()]
         lines += ["", *table(headers, rows)]
-    return lines
+    return [*lines, *(["", *_records(result.records)] if result.records else [])]
 
 
 def _evaluate(result: EvaluateResult) -> list[str]:
@@ -306,6 +329,8 @@ def _span(found: Estimate, shown: Callable[[float], str] = number) -> str | None
 
 
 def _inspect(result: InspectResult) -> list[str]:
+    if result.sbom is not None:
+        return [json.dumps(result.sbom, indent=2)]
     manifest = {
         name: value for name, value in result.manifest.items() if name not in ("tensors", "files", "moe_config")
     }
@@ -320,6 +345,36 @@ def _verify(result: VerifyResult) -> list[str]:
     return [*table(["", "", ""], rows)[1:], "", f"{cell(result.path)}: {'ok' if result.ok else 'FAILED'}{digest}"]
 
 
+def _keygen(result: KeygenResult) -> list[str]:
+    pair = f"{cell(result.path)} (private, encrypted) and {cell(result.public_path)}"
+    if result.dry_run:
+        return [f"Dry run, nothing written. Would make {pair}"]
+    entry = [f"key = {result.public_key!r}".replace("'", '"'), 'name = "WHOSE"']
+    return [
+        f"Made {pair}",
+        "",
+        "Those who are to trust it write into their trust file:",
+        "",
+        "[[owners]]",
+        *entry[::-1],
+    ]
+
+
+def _sign(result: SignResult) -> list[str]:
+    by = f"key {result.key_id[:12]}" if result.key_id else "for OpenSSF's tool"
+    count = f"{result.signatures} signatures" if result.signatures > 1 else None
+    return [_sentence(result, f"Signed {cell(result.path)} in {cell(result.signature)}", by, count)]
+
+
+def _check_rights(result: CheckRightsResult) -> list[str]:
+    purpose = f" for {', '.join(result.purpose)}" if result.purpose else ""
+    lines = [f"may be used{purpose}: {cell(result.allowed) or 'public alone'}"]
+    for out in result.ruled_out:
+        lines.append(f"must be left out: {out.name}: {out.reason}{f'; ask {out.contact}' if out.contact else ''}")
+    lines += [f"look at the licenses: {conflict}" for conflict in result.conflicts]
+    return [*lines, "", cell(result.remedy)] if result.remedy else lines
+
+
 def _list(result: ListResult) -> list[str]:
     lines = [f"workspace {cell(result.path)}", ""]
     if result.anchor is None:
@@ -330,11 +385,14 @@ def _list(result: ListResult) -> list[str]:
         lines.append("no merged model yet: flexctl merge EXPERT.st")
     else:
         lines += _listed_merged(result, result.merged)
+    if result.expiring and not result.experts:
+        return [*lines, f"no expert's rights end within {result.expiring}"]
     if not result.experts:
         return [*lines, "no experts yet: flexctl train-expert --data PATH"]
     whole = [expert for expert in result.experts if not expert.error]
     broken = [f"broken: {local(printable(expert.error))}" for expert in result.experts if expert.error]
-    return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *broken]
+    contacts = [f"{e.name}: ask {printable(e.contact)}" for e in whole if result.expiring and e.contact]
+    return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *contacts, *broken]
 
 
 _LISTED = ("expert", "size_bytes", "rank", "license", "expires", "merged")
@@ -580,6 +638,7 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "init_anchor": _init_anchor,
     "train_expert": _train_expert,
     "import_expert": _import_expert,
+    "adopt": _adopt,
     "embed_router": _embed_router,
     "compress": _compress,
     "merge": _merge,
@@ -593,6 +652,9 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "audit": _audit,
     "inspect": _inspect,
     "verify": _verify,
+    "keygen": _keygen,
+    "sign": _sign,
+    "check_rights": _check_rights,
     "list": _list,
     "push": _push,
     "pull": _pull,

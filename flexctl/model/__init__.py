@@ -21,7 +21,7 @@ NAMES = {
         "set_threads",
         "stock_problems",
     ),
-    "configs": ("refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
+    "configs": ("MixtureConfig", "read_mixture", "refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
     "losses": ("training_loss",),
     "lowrank": ("decompose", "expand"),
     "presets": ("PRESETS", "new_model"),

@@ -14,6 +14,8 @@ from flexctl.model.building import quiet_transformers as quiet_transformers
 from flexctl.model.building import route as route
 from flexctl.model.building import set_threads as set_threads
 from flexctl.model.building import stock_problems as stock_problems
+from flexctl.model.configs import MixtureConfig as MixtureConfig
+from flexctl.model.configs import read_mixture as read_mixture
 from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
 from flexctl.model.configs import resolve_moe_config as resolve_moe_config
 from flexctl.model.configs import warn_of_length as warn_of_length

@@ -10,6 +10,7 @@ from typing import Protocol
 from flexctl.bundle import Anchor, Expert
 from flexctl.bundle.checks import Check, check_bundle
 from flexctl.runtime import Reporter
+from flexctl.steps.claims import check_claims
 
 __all__ = ["ProofConfig", "check_all"]
 
@@ -47,10 +48,11 @@ def check_all(
     files = list(path.iterdir()) if path.is_dir() else [path]
     total = sum(file.stat().st_size for file in files if file.is_file())
     with reporter.progress("hashing", total, "bytes") as progress:
-        return check_bundle(
+        digest, checks = check_bundle(
             path,
             anchor=anchor,
             absent=absent or {},
             today=None if config.allow_expired else today or datetime.date.today(),
             advance=progress.advance,
         )
+    return digest, checks + ([] if digest is None else check_claims(path))

@@ -11,6 +11,7 @@ NAMES = {
     "finished": ("asked_for", "before_after", "folder_digest", "refuse_other_request", "say_done"),
     "loop": ("LoopSettings", "Outcome", "train"),
     "pair": ("Pair",),
+    "private": ("PrivateSteps", "gradient_norm", "train_privately"),
     "ranks": ("Factors", "choose_ranks", "expert_matrices"),
     "tuning": ("RouterTuning",),
     "whole": ("WholeSettings", "train_whole"),

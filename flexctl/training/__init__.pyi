@@ -18,6 +18,9 @@ from flexctl.training.loop import LoopSettings as LoopSettings
 from flexctl.training.loop import Outcome as Outcome
 from flexctl.training.loop import train as train
 from flexctl.training.pair import Pair as Pair
+from flexctl.training.private import PrivateSteps as PrivateSteps
+from flexctl.training.private import gradient_norm as gradient_norm
+from flexctl.training.private import train_privately as train_privately
 from flexctl.training.ranks import Factors as Factors
 from flexctl.training.ranks import choose_ranks as choose_ranks
 from flexctl.training.ranks import expert_matrices as expert_matrices

@@ -101,7 +101,7 @@ def passages(own_tokens: int) -> int:
 
 
 def default_lr(hidden_size: int) -> float:
-    """Return the peak learning rate for a model's width."""
+    """Return the peak learning rate of a full expert beside an anchor of a width, where none is given."""
     peak, width = _LR_AT_WIDTH
     return min(max(peak * (width / hidden_size) ** 2, _LEAST_LR), _MOST_LR)
 

@@ -14,15 +14,19 @@ import zstandard
 from builders import make_index, make_world
 
 from flexctl import workspace
+from flexctl.bundle.expert import open_expert
 from flexctl.bundle.index import open_index
 from flexctl.bundle.manifest import write_manifest
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.proxy import ProxyDocument, PublicText, open_proxy, write_proxy
+from flexctl.bundle.signatures import read_signature
 from flexctl.bundle.validation import read_manifest
 from flexctl.evaluation.records import read_results
 from flexctl.evaluation.tasks.files import read_task_file
 from flexctl.text.documents import read_documents
 from flexctl.tracing.spans import longest_spans
+from flexctl.trust.owners import read_trust
+from flexctl.trust.records import read_record
 
 __all__ = ["Reader", "readers"]
 
@@ -65,6 +69,7 @@ def readers(root: Path) -> dict[str, Reader]:
         "task file": _task(root / "task.jsonl"),
         "results": Reader(root / "results.json", b'{"digest":"sha256:0"}', lambda: read_results(root / "results.json")),
     }
+    found |= _signed(root / "signed")
     found |= {f"index, {name}": reader for name, reader in _index(root / "index").items()}
     return found | {f"text, {name}": _text(root / name, data) for name, data in _corpora().items()}
 
@@ -97,6 +102,19 @@ def _toml(folder: Path) -> Reader:
 
 def _task(file: Path) -> Reader:
     return Reader(file, (json.dumps(_ITEM) + "\n").encode() * 2, lambda: read_task_file(file))
+
+
+def _signed(folder: Path) -> dict[str, Reader]:
+    """Return readers of what signs and what trusts, over the files that lie beside this one."""
+    folder.mkdir()
+    names = ("law.st", "law.st.sig", "trust.toml", "of-another-model.json")
+    expert, signature, trust, record = (Path(shutil.copy(Path(__file__).with_name(name), folder)) for name in names)
+    manifest = open_expert(expert).manifest
+    return {
+        "signature": Reader(signature, signature.read_bytes(), lambda: read_signature(signature, manifest)),
+        "trust file": Reader(trust, trust.read_bytes(), lambda: read_trust(trust)),
+        "removal record": Reader(record, record.read_bytes(), lambda: read_record(record)),
+    }
 
 
 def _index(folder: Path) -> dict[str, Reader]:

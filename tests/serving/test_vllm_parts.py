@@ -161,6 +161,23 @@ def test_the_plugin_is_let_in_and_nothing_is_sent_home(model: Served, now: dict[
     assert json.loads(said[VARIABLE])["digest"] == model.digest
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("Engine core initialization failed.\nSee above."), "Engine core initialization failed."),
+        (RuntimeError(), "RuntimeError"),
+        (
+            ValueError(
+                "1 validation error for VllmConfig\n  Value error, V2 needs Triton [type=value_error, input=1]\n"
+            ),
+            "V2 needs Triton",
+        ),
+    ],
+)
+def test_why_vllm_failed_is_one_line(error: BaseException, says: str) -> None:
+    assert launch.reason(error) == says
+
+
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.9+cpu"])
 def test_releases_that_the_tests_ran_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "_installed", lambda: version)

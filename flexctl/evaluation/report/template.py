@@ -8,6 +8,7 @@ from typing import Any
 
 from flexctl.errors import UsageError
 from flexctl.evaluation.report import words
+from flexctl.shipped import template
 
 __all__ = ["fill", "require_jinja"]
 
@@ -44,7 +45,9 @@ def fill(page: str, **values: Any) -> str:
     )
     environment.filters |= {name: getattr(words, name) for name in _FILTERS}
     charts = {name: _marked(Markup, chart) for name, chart in values.pop("charts", {}).items()}
-    return environment.get_template(page).render(style=Markup(_text("page.css")), charts=charts, **values)
+    return environment.get_template(page).render(
+        style=Markup(template("pages.css") + _text("page.css")), charts=charts, **values
+    )
 
 
 def _marked(mark: Any, chart: Any) -> Any:
