@@ -242,7 +242,8 @@ def _expert(runnable: Runnable, name: str | None) -> tuple[str, ExpertManifest]:
 def _read_texts(config: AuditConfig, manifest: ExpertManifest, tokenizer: Any) -> evaluation.Texts:
     folder = text.CanaryFolder(config.planted) if config.planted else None
     paths = [*config.data, *([folder.planted] if folder else [])]
-    seed = manifest.training.get("seed")
+    # Training under a guarantee holds nothing out.
+    seed = manifest.training.get("seed") if manifest.privacy is None else None
     if config.held_out is None and not isinstance(seed, int):
         raise UsageError(
             "the expert does not say which documents training held out", hint="name such text", field="held_out"
@@ -314,10 +315,15 @@ def _attack(run: _Run) -> dict[str, Audited]:
         for name, variant in run.variants.items()
     }
     delta = run.manifest.privacy.delta if run.manifest.privacy else _DELTA
-    return {
-        name: evaluation.audited(trial, None if name == _ANCHOR else trials[_ANCHOR], delta=delta, indexes=run.indexes)
+    anchor = trials.pop(_ANCHOR)
+    first = evaluation.audited(anchor, None, delta=delta, indexes=run.indexes)
+    if first.found:
+        run.reporter.warn("the anchor, which saw neither, tells `data` from `held_out`: they are not of one kind")
+    others = {
+        name: evaluation.audited(trial, anchor, delta=delta, indexes=run.indexes, are_alike=not first.found)
         for name, trial in trials.items()
     }
+    return {_ANCHOR: first, **others}
 
 
 def _recover(run: _Run) -> Recovery:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from builders import forge_expert
-from conftest import write_jsonl
+from conftest import Texts, write_jsonl
 
+from flexctl.bundle.codec import encode
 from flexctl.bundle.expert import open_expert
+from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.engine.audit import AuditConfig, AuditResult, audit
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.trace_index import TraceIndexConfig, trace_index
@@ -212,3 +214,33 @@ def test_a_dry_run_says_what_there_is(case: Case) -> None:
     dry = case.audit(dry_run=True, report=case.folder / "never.html")
     assert (dry.models, dry.members, dry.dry_run) == ({}, DOCUMENTS - 2, True)
     assert not (case.folder / "never.html").exists()
+
+
+def test_others_of_another_kind_show_nothing(case: Case, texts: Texts) -> None:
+    """The anchor tells them from members, so that the expert's doing so says nothing of what it was trained on."""
+    found = case.audit(held_out=texts.public_test, planted=case.canaries)
+    assert found.models["anchor"].found
+    assert not found.models["without law"].found
+    assert not found.models["merged"].found
+    assert found.models["merged"].canaries is not None
+
+
+def test_under_a_guarantee_nothing_was_held_out(case: Case, anchor: Path) -> None:
+    claim = PrivacyInfo(
+        mechanism="dp-sgd",
+        epsilon=8.0,
+        delta=1e-3,
+        unit="document",
+        accountant="pld",
+        noise_multiplier=0.7,
+        sampling_rate=0.1,
+        steps=10,
+        max_grad_norm=1.0,
+    )
+    private = forge_expert(case.folder / "private.st", open_expert(case.expert), privacy=encode(claim))
+    with pytest.raises(UsageError, match="held_out: the expert does not say which documents training held out"):
+        case.audit(bundle=private, anchor=anchor, held_out=None)
+    found = case.audit(bundle=private, anchor=anchor, planted=case.canaries)
+    assert (found.members, found.claimed) == (DOCUMENTS, claim)
+    assert found.models["expert"].canaries is not None
+    assert found.models["expert"].canaries.delta == 1e-3

@@ -73,7 +73,8 @@ class Audited:
         canaries: What they show, where there are some.
         found: Whether an attack finds anything: more is extracted than from the anchor, or the calibrated score tells
             members, each with an interval that leaves chance out. Of the anchor, which never saw the text: whether its
-            loss tells members, so that the two samples are not of one kind.
+            loss tells the two samples apart, either way. Then they are not of one kind, and the score counts for
+            nothing.
     """
 
     extraction: Extraction

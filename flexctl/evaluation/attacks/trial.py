@@ -14,6 +14,7 @@ from flexctl.evaluation.attacks.extraction import Beginning, Continuations, cont
 from flexctl.evaluation.attacks.findings import Audited, Extraction
 from flexctl.evaluation.attacks.membership import Losses, measure_losses, memberships
 from flexctl.evaluation.bootstrap import resample_statistic
+from flexctl.evaluation.figures import Estimate
 from flexctl.runtime import Reporter
 from flexctl.text.tokens import Framed
 from flexctl.tracing.spans import copied
@@ -120,7 +121,9 @@ def try_model(
     return Trial(continuations=continuations, losses=losses)
 
 
-def audited(trial: Trial, anchor: Trial | None, *, delta: float, indexes: Sequence[Index]) -> Audited:
+def audited(
+    trial: Trial, anchor: Trial | None, *, delta: float, indexes: Sequence[Index], are_alike: bool = True
+) -> Audited:
     """Return what a trial shows.
 
     Args:
@@ -128,6 +131,7 @@ def audited(trial: Trial, anchor: Trial | None, *, delta: float, indexes: Sequen
         anchor: Of the anchor on the same texts; None for the anchor's own.
         delta: Of the guarantee that canaries are held against.
         indexes: Where spans of any document are looked for.
+        are_alike: Whether members and others are of one kind; where they are not, telling them apart finds nothing.
     """
     scores = {kind: found.scores(anchor.losses[kind] if anchor else None) for kind, found in trial.losses.items()}
     best = "calibrated" if anchor else "loss"
@@ -136,14 +140,20 @@ def audited(trial: Trial, anchor: Trial | None, *, delta: float, indexes: Sequen
     if "planted" in scores and "left_out" in scores:
         canaries = canary_bound(scores["planted"][best], scores["left_out"][best], delta)
     extraction = _extraction(trial.continuations, anchor.continuations if anchor else None, indexes)
-    above = [extraction.above_anchor.low] if extraction.above_anchor else []
-    tells = [low - 0.5 for low in [membership[best].auc.low] if low is not None]
-    return Audited(
-        extraction=extraction,
-        membership=membership,
-        canaries=canaries,
-        found=any(low is not None and low > 0 for low in (*above, *tells)),
-    )
+    told, more = membership[best].auc, extraction.above_anchor
+    if anchor is None:
+        found = _is_above(told, 0.5) or _is_below(told, 0.5)
+    else:
+        found = (are_alike and _is_above(told, 0.5)) or (more is not None and _is_above(more, 0.0))
+    return Audited(extraction=extraction, membership=membership, canaries=canaries, found=found)
+
+
+def _is_above(found: Estimate, value: float) -> bool:
+    return found.low is not None and found.low > value
+
+
+def _is_below(found: Estimate, value: float) -> bool:
+    return found.high is not None and found.high < value
 
 
 def _extraction(made: Continuations, anchors: Continuations | None, indexes: Sequence[Index]) -> Extraction:

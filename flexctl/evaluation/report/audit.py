@@ -94,7 +94,7 @@ def _summary(
     )
     if models[anchor].found:
         told.append(
-            "Even the anchor tells the two samples apart: they are not of one kind, so read membership with care."
+            "Even the anchor tells the two samples apart: they are not of one kind, and membership counts for nothing."
         )
     bound = models[others[0]].canaries
     if bound:
