@@ -23,6 +23,7 @@ from flexctl.bundle import open_merged, rights_of
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.serve import ServeConfig, serve
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.options import options
 from flexctl.serving.permits import Key, Permits
 from flexctl.serving.refusing import Refused
 from flexctl.serving.vllm import launch, plugin, refusals, web
@@ -638,6 +639,13 @@ def test_without_vllm_the_engine_is_refused(model: Served, monkeypatch: pytest.M
     monkeypatch.setattr(refusals, "_installed", lambda: None)
     with pytest.raises(UsageError, match="vLLM is not installed here"):
         serve(ServeConfig(bundle=Path(model.bundle), engine="vllm", port=0))
+
+
+def test_every_option_is_both_engines_or_refused_by_one() -> None:
+    """Whoever adds one to our own server says what vLLM does about it."""
+    both = {"bundle", "engine_flags", "engine", "host", "port", "name", "api_keys", "anchor", "dtype"}
+    assert both | command._INSTEAD.keys() == {option.field for option in options(ServeConfig)}
+    assert not both & command._INSTEAD.keys()
 
 
 def test_flexctl_that_is_not_installed_is_not_seen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
