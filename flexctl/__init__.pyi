@@ -7,6 +7,9 @@ from flexctl.engine.adopt import AdoptConfig as AdoptConfig
 from flexctl.engine.adopt import AdoptedExpert as AdoptedExpert
 from flexctl.engine.adopt import AdoptResult as AdoptResult
 from flexctl.engine.adopt import adopt as adopt
+from flexctl.engine.audit import AuditConfig as AuditConfig
+from flexctl.engine.audit import AuditResult as AuditResult
+from flexctl.engine.audit import audit as audit
 from flexctl.engine.chat import ChatConfig as ChatConfig
 from flexctl.engine.chat import ChatResult as ChatResult
 from flexctl.engine.chat import ChatSession as ChatSession
@@ -80,6 +83,12 @@ from flexctl.engine.serve import serve as serve
 from flexctl.engine.sign import SignConfig as SignConfig
 from flexctl.engine.sign import SignResult as SignResult
 from flexctl.engine.sign import sign as sign
+from flexctl.engine.trace_find import TraceFindConfig as TraceFindConfig
+from flexctl.engine.trace_find import TraceFindResult as TraceFindResult
+from flexctl.engine.trace_find import trace_find as trace_find
+from flexctl.engine.trace_index import TraceIndexConfig as TraceIndexConfig
+from flexctl.engine.trace_index import TraceIndexResult as TraceIndexResult
+from flexctl.engine.trace_index import trace_index as trace_index
 from flexctl.engine.train_expert import TrainExpertConfig as TrainExpertConfig
 from flexctl.engine.train_expert import TrainExpertResult as TrainExpertResult
 from flexctl.engine.train_expert import train_expert as train_expert
@@ -93,6 +102,11 @@ from flexctl.errors import BundleError as BundleError
 from flexctl.errors import FlexctlError as FlexctlError
 from flexctl.errors import Interrupted as Interrupted
 from flexctl.errors import UsageError as UsageError
+from flexctl.evaluation.attacks.findings import Audited as Audited
+from flexctl.evaluation.attacks.findings import CanaryBound as CanaryBound
+from flexctl.evaluation.attacks.findings import Extraction as Extraction
+from flexctl.evaluation.attacks.findings import Membership as Membership
+from flexctl.evaluation.attacks.findings import Recovery as Recovery
 from flexctl.evaluation.explaining import Piece as Piece
 from flexctl.evaluation.figures import Comparison as Comparison
 from flexctl.evaluation.figures import DomainComparison as DomainComparison
@@ -108,6 +122,9 @@ from flexctl.hub.remote import BundleFile as BundleFile
 from flexctl.runtime import SILENT as SILENT
 from flexctl.runtime import Progress as Progress
 from flexctl.runtime import Reporter as Reporter
+from flexctl.tracing.spans import Place as Place
+from flexctl.tracing.spans import Span as Span
+from flexctl.tracing.spans import Traced as Traced
 from flexctl.workspace import Workspace as Workspace
 
 __version__: str

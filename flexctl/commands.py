@@ -57,6 +57,9 @@ COMMANDS = (
     Command("generate", "Continue a text, and show on request which expert answered."),
     Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
     Command("serve", "Serve a bundle; each request says who may answer."),
+    Command("trace_index", "Index your text, at home, so that spans of it can be found."),
+    Command("trace_find", "Show what of a text or an answer stands in indexes."),
+    Command("audit", "Attack a model with your text: what does it give away?"),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
     Command("keygen", "Make a key to sign with."),
@@ -80,6 +83,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "workspace": ("Workspace",),
     "bundle.checks": ("Check",),
     "bundle.manifest": ("PrivacyInfo", "Tombstone"),
+    "evaluation.attacks.findings": ("Audited", "CanaryBound", "Extraction", "Membership", "Recovery"),
     "evaluation.explaining": ("Piece",),
     "evaluation.figures": (
         "Comparison",
@@ -94,6 +98,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
         "TaskScore",
     ),
     "hub.remote": ("BundleFile",),
+    "tracing.spans": ("Place", "Span", "Traced"),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
 }
 """Module of the package -> the names that it gives to ``flexctl`` itself, imported on first use."""

@@ -60,6 +60,11 @@ def read_manifest(data: bytes, where: str) -> Manifest:
         raise BundleError(
             f"{where}: schema_version is {shown(version)}; this flexctl reads {SCHEMA_VERSION}", hint="update flexctl"
         )
+    if kind == "index":
+        raise UsageError(
+            f"{where}: is the index of an owner's text, which stays with its owner",
+            hint="flexctl trace-find looks in it, flexctl verify checks it",
+        )
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise BundleError(f"{where}: kind is {shown(kind)}; expected one of {', '.join(_CLASSES)}")
     manifest: Manifest = decode(_CLASSES[kind], value, where)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from flexctl import tracing
 from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
         AdoptResult,
+        AuditResult,
         ChatResult,
         CheckRightsResult,
         CompressResult,
@@ -34,11 +36,15 @@ if TYPE_CHECKING:
         MergeResult,
         PullResult,
         PushResult,
+        Recovery,
         RemoveResult,
         ReplaceResult,
         SelectProxyResult,
         SignResult,
+        Span,
         TaskScore,
+        TraceFindResult,
+        TraceIndexResult,
         TrainExpertResult,
         TuneRouterResult,
         VerifyResult,
@@ -56,8 +62,8 @@ def render(command: str, result: Any, *, verbose: bool, colour: bool) -> str:
         verbose: Show every field, digests in full.
         colour: The reader is a terminal that shows colours.
     """
-    if command == "generate":
-        return "\n".join(_generate(result, colour=colour))
+    if command in _COLOURED and (command == "generate" or not verbose):
+        return "\n".join(_COLOURED[command](result, colour))
     if verbose or command not in _VIEWS:
         return "\n".join(_everything(dataclasses.asdict(result)))
     return "\n".join(_VIEWS[command](result))
@@ -450,7 +456,7 @@ def _bundle_line(root: Path, kind: str, bundle: ListedAnchor | ListedMerged, abo
     return f"{kind}  {'' if path == kind else f'{path}: '}{', '.join(map(cell, facts))}"
 
 
-def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
+def _generate(result: GenerateResult, colour: bool) -> list[str]:
     """Return who answered, where that was asked for: a legend to the text's colours, or a table of its pieces.
 
     The text itself was written as it came.
@@ -464,6 +470,96 @@ def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
         return ["", *shares[:2], *closed]
     rows = [[repr(piece.text), names[piece.leader], *map(piece.shares.get, names)] for piece in result.pieces]
     return ["", *table(["piece", "leading", *names], rows), "", *shares]
+
+
+def _audit(result: AuditResult) -> list[str]:
+    tried = f"{number(result.members)} documents of {result.name} and {number(result.others)} like them"
+    if result.dry_run:
+        return [f"Dry run, nothing tried. {cell(result.path)}: {tried}"]
+    near, exact = "nearly as the document", "letter by letter"
+    rows = [
+        [model, _with_span(found.extraction.near), _with_span(found.extraction.exact), "yes" if found.found else "no"]
+        for model, found in result.models.items()
+    ]
+    lines = [f"{cell(result.path)}: {tried}", "", *table(["goes on", near, exact, "anything found"], rows)]
+    told = {
+        model: {score: _with_span(each.auc) for score, each in found.membership.items()}
+        for model, found in result.models.items()
+    }
+    rates = {
+        model: {score: _with_span(each.tpr) for score, each in found.membership.items()}
+        for model, found in result.models.items()
+    }
+    lines += ["", *_matrix(told, "tells members, AUC"), "", *_matrix(rates, "members found, 1 % FPR")]
+    headers = ("canaries", "guesses", "right", "epsilon")
+    bounds = [[m, *(getattr(f.canaries, h) for h in headers)] for m, f in result.models.items() if f.canaries]
+    claimed = f"claimed: epsilon {result.claimed.epsilon:g}" if result.claimed else "no guarantee is claimed"
+    lines += ["", *table(["by canaries", *headers[:3], "epsilon at least"], bounds), claimed] if bounds else []
+    lines += ["", *_recovery(result.recovery)] if result.recovery else []
+    return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _recovery(found: Recovery) -> list[str]:
+    models = list(found.bits_per_byte)
+    rows = [
+        [
+            step,
+            *(found.bits_per_byte[model][at].value for model in models),
+            *(_with_span(difference[at], _signed) for difference in (found.ahead, found.faster)),
+        ]
+        for at, step in enumerate(found.steps)
+    ]
+    return table(["trained on it again, steps", *models, "ahead by", "faster by"], rows)
+
+
+def _with_span(found: Estimate, shown: Callable[[float], str] = number) -> str:
+    span = _span(found, shown)
+    return f"{shown(found.value)} ({span})" if span else shown(found.value)
+
+
+def _trace_index(result: TraceIndexResult) -> list[str]:
+    text = f"{number(result.documents)} documents, {amount(result.text_bytes, 'bytes')} of text"
+    shards = f"{number(result.shards)} shard{'s' if result.shards != 1 else ''}" + (
+        f", {result.kept_shards} kept" if result.kept_shards else ""
+    )
+    facts = (text, shards, amount(result.bytes_written, "bytes")) if result.documents else ()
+    return [_sentence(result, f"Indexed {result.name} in {cell(result.path)}", *facts)]
+
+
+_SPANS_SHOWN, _SPAN_WIDTH = 20, 60
+
+
+def _trace_find(result: TraceFindResult, colour: bool) -> list[str]:
+    """Return the text with each index's spans painted, and a table of them; an answer stands there in any case."""
+    answered = result.prompt is not None and not (colour and any(traced.all for traced in result.indexes))
+    lines = [printable(result.text)] if answered else []
+    for traced in result.indexes:
+        spans = traced.all
+        covered = f"{traced.covered:.0%} of the text" if spans else "nothing of the text"
+        found = f"{cell(traced.path)}, {number(traced.documents)} documents"
+        lines += [*([""] if lines else []), f"{traced.name}: {covered} ({found})"]
+        if spans and colour:
+            lines += ["", *_painted(result.text, spans).split("\n")]
+        if spans:
+            rows = [_span_row(number, span) for number, span in enumerate(spans[:_SPANS_SHOWN], start=1)]
+            lines += ["", *table(("", "span", "match", "times", "document", "from", "to"), rows)]
+        if len(spans) > _SPANS_SHOWN:
+            lines.append(f"and {len(spans) - _SPANS_SHOWN} more: --json, --report")
+    return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _painted(text: str, spans: Sequence[Span]) -> str:
+    pieces = tracing.segments(text, spans)
+    return "".join(
+        printable(piece) if at is None else paint(printable(piece), expert_colour(at + 1)) for piece, at in pieces
+    )
+
+
+def _span_row(at: int, span: Span) -> list[Any]:
+    words = " ".join(span.text.split())
+    shown = words if len(words) <= _SPAN_WIDTH else f"{words[: _SPAN_WIDTH // 2]} ... {words[-_SPAN_WIDTH // 2 + 5 :]}"
+    match, first = "verbatim" if span.similarity == 1 else f"near {span.similarity:.2f}", span.places[0]
+    return [at, shown, match, span.count, f"{first.file}, {first.record}", first.start, first.stop]
 
 
 def _chat(_result: ChatResult) -> list[str]:
@@ -538,6 +634,7 @@ def _demo(result: DemoResult) -> list[str]:
     return [*_matrix(result.bits_per_byte, "bits per byte"), "", *pairs(checks)]
 
 
+_COLOURED: Mapping[str, Callable[[Any, bool], list[str]]] = {"generate": _generate, "trace_find": _trace_find}
 _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "init_anchor": _init_anchor,
     "train_expert": _train_expert,
@@ -552,6 +649,8 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "tune_router": _tune_router,
     "evaluate": _evaluate,
     "chat": _chat,
+    "trace_index": _trace_index,
+    "audit": _audit,
     "inspect": _inspect,
     "verify": _verify,
     "keygen": _keygen,

@@ -59,6 +59,10 @@ class TrainExpertConfig(Config):
         float, flag("SHARE", "Share of public text in each step, from 0 to below 1.", DATA, at_least=0, below=1)
     ] = 0.3
     public: flags.Public = None
+    canaries: Annotated[
+        int | None,
+        flag("N", "Plant about half of so many made-up documents, for audit; NAME.canaries has them.", DATA, above=1),
+    ] = None
     rank: Annotated[
         int | None,
         flag("R", "Train low-rank differences to the public expert: a smaller file, less memory.", TRAINING, above=0),
@@ -228,7 +232,9 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     training.refuse_busy(work_path)
     plan = planned(config, base.anchor)
-    task = _Task(config=replace(config, data=text.pinned(config.data)), base=base, name=name, target=target, plan=plan)
+    canaries = text.CanaryFolder.beside(target)
+    data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
+    task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan)
     if ends:
         return _finished(task, work_path, reporter)
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
@@ -240,6 +246,8 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     with training.working_folder(work_path, reporter) as work:
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
+        if config.canaries:
+            text.plant_canaries(canaries, config.canaries, config.text_field, keep=config.resume)
         return _run(task, work, reporter) if plan is None else _run_privately(task, plan, work, reporter)
 
 

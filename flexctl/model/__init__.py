@@ -22,6 +22,7 @@ NAMES = {
         "stock_problems",
     ),
     "configs": ("MixtureConfig", "read_mixture", "refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
+    "losses": ("training_loss",),
     "lowrank": ("decompose", "expand"),
     "norms": ("fuse_norms",),
     "presets": ("PRESETS", "new_model"),

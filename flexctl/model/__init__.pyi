@@ -19,6 +19,7 @@ from flexctl.model.configs import read_mixture as read_mixture
 from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
 from flexctl.model.configs import resolve_moe_config as resolve_moe_config
 from flexctl.model.configs import warn_of_length as warn_of_length
+from flexctl.model.losses import training_loss as training_loss
 from flexctl.model.lowrank import decompose as decompose
 from flexctl.model.lowrank import expand as expand
 from flexctl.model.norms import fuse_norms as fuse_norms

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from flexctl.bundle import Anchor, Expert
 from flexctl.bundle.checks import Check, check_bundle
+from flexctl.bundle.index import is_index
 from flexctl.runtime import Reporter
 from flexctl.steps.claims import check_claims
 
@@ -55,4 +56,4 @@ def check_all(
             today=None if config.allow_expired else today or datetime.date.today(),
             advance=progress.advance,
         )
-    return digest, checks + ([] if digest is None else check_claims(path))
+    return digest, checks + ([] if digest is None or is_index(path) else check_claims(path))

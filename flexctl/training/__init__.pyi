@@ -3,6 +3,7 @@
 from flexctl.training.batches import EqualShares as EqualShares
 from flexctl.training.batches import Mixture as Mixture
 from flexctl.training.budget import Budget as Budget
+from flexctl.training.budget import default_lr as default_lr
 from flexctl.training.budget import held_out_tokens as held_out_tokens
 from flexctl.training.budget import passages as passages
 from flexctl.training.budget import resolve_budget as resolve_budget

@@ -232,6 +232,37 @@ def test_generate(space: Terminal) -> None:
     assert space.error("generate", code=2) == "generate needs --prompt"
 
 
+def test_trace(terminal: Terminal, texts: Texts) -> None:
+    made = terminal.json("trace-index", "--data", texts.code, "--name", "law")
+    assert (made["path"], made["name"], made["documents"]) == ("law.index", "law", 40)
+    again = terminal.text("trace", "index", "--data", texts.code, "--name", "law", "--overwrite")
+    assert re.match(r"Indexed law in law.index: 40 documents, .* of text, 1 shard, .*, sha256:", again)
+    assert terminal.text("verify", "law.index").splitlines()[-1].startswith("law.index: ok, sha256:")
+    text = next(texts.code.iterdir()).read_text()
+    found = terminal.json("trace-find", "--index", "law.index", "--text", f"See {text}")
+    (index,) = found["indexes"]
+    assert max((span["text"] for span in index["spans"]), key=len) == text
+    shown = terminal.text("trace", "find", "--index", "law.index", "--text", f"See {text}")
+    assert shown.startswith("law: 9")
+    assert "nothing of the text" in terminal.text("trace", "find", "--index", "law.index", "--text", "Nothing at all")
+    assert "give one of --text, --file and --prompt" in terminal.error("trace-find", "--index", "law.index", code=2)
+    assert "stays with its owner" in terminal.error("push", "law.index", "acme/law", code=2)
+
+
+def test_audit(space: Terminal, texts: Texts) -> None:
+    asked = ("audit", "--data", texts.code, "--held-out", texts.code_test, "--threads", "1")
+    few = ("--documents", "6", "--draws", "1", "--prefix-tokens", "4", "--max-new-tokens", "8")
+    found = space.json(*asked, *few, "--name", "code")
+    assert list(found["models"]) == ["anchor", "merged", "without code"]
+    assert set(found["models"]["merged"]) == {"extraction", "membership", "canaries", "found"}
+    assert set(found["models"]["anchor"]["membership"]) == {"loss", "zlib", "min-k"}
+    text = space.text(*asked, *few, "--name", "code", "--report", "audit.html")
+    for corner in ("goes on", "tells members, AUC", "members found, 1 % FPR", "without code"):
+        assert re.search(rf"^{re.escape(corner)}", text, re.MULTILINE)
+    assert Path("audit.html").stat().st_mode & 0o777 == 0o600
+    assert space.error(*asked, code=2) == "--name: say which of code, sums"
+
+
 def test_inspect(space: Terminal, experts: dict[str, Path]) -> None:
     assert space.json("inspect", "merged")["kind"] == "merged"
     assert "frozen verified  yes" in space.text("inspect", experts["code"])

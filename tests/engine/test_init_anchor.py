@@ -13,7 +13,6 @@ import tiny
 import torch
 import transformers
 
-import flexctl.engine.init_anchor as module
 from flexctl.bundle import open_anchor, open_router_file, store
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.init_anchor import InitAnchorConfig, InitAnchorResult, init_anchor
