@@ -3,11 +3,22 @@
 from flexctl.bundle.checks import Check as Check
 from flexctl.bundle.manifest import PrivacyInfo as PrivacyInfo
 from flexctl.bundle.manifest import Tombstone as Tombstone
+from flexctl.engine.adopt import AdoptConfig as AdoptConfig
+from flexctl.engine.adopt import AdoptedExpert as AdoptedExpert
+from flexctl.engine.adopt import AdoptResult as AdoptResult
+from flexctl.engine.adopt import adopt as adopt
+from flexctl.engine.audit import AuditConfig as AuditConfig
+from flexctl.engine.audit import AuditResult as AuditResult
+from flexctl.engine.audit import audit as audit
 from flexctl.engine.chat import ChatConfig as ChatConfig
 from flexctl.engine.chat import ChatResult as ChatResult
 from flexctl.engine.chat import ChatSession as ChatSession
 from flexctl.engine.chat import Turn as Turn
 from flexctl.engine.chat import chat as chat
+from flexctl.engine.check_rights import CheckRightsConfig as CheckRightsConfig
+from flexctl.engine.check_rights import CheckRightsResult as CheckRightsResult
+from flexctl.engine.check_rights import RuledOut as RuledOut
+from flexctl.engine.check_rights import check_rights as check_rights
 from flexctl.engine.compress import CompressConfig as CompressConfig
 from flexctl.engine.compress import CompressResult as CompressResult
 from flexctl.engine.compress import compress as compress
@@ -37,6 +48,9 @@ from flexctl.engine.init_anchor import init_anchor as init_anchor
 from flexctl.engine.inspect import InspectConfig as InspectConfig
 from flexctl.engine.inspect import InspectResult as InspectResult
 from flexctl.engine.inspect import inspect as inspect
+from flexctl.engine.keygen import KeygenConfig as KeygenConfig
+from flexctl.engine.keygen import KeygenResult as KeygenResult
+from flexctl.engine.keygen import keygen as keygen
 from flexctl.engine.list import ListConfig as ListConfig
 from flexctl.engine.list import ListedAnchor as ListedAnchor
 from flexctl.engine.list import ListedExpert as ListedExpert
@@ -66,6 +80,15 @@ from flexctl.engine.select_proxy import select_proxy as select_proxy
 from flexctl.engine.serve import ServeConfig as ServeConfig
 from flexctl.engine.serve import ServeResult as ServeResult
 from flexctl.engine.serve import serve as serve
+from flexctl.engine.sign import SignConfig as SignConfig
+from flexctl.engine.sign import SignResult as SignResult
+from flexctl.engine.sign import sign as sign
+from flexctl.engine.trace_find import TraceFindConfig as TraceFindConfig
+from flexctl.engine.trace_find import TraceFindResult as TraceFindResult
+from flexctl.engine.trace_find import trace_find as trace_find
+from flexctl.engine.trace_index import TraceIndexConfig as TraceIndexConfig
+from flexctl.engine.trace_index import TraceIndexResult as TraceIndexResult
+from flexctl.engine.trace_index import trace_index as trace_index
 from flexctl.engine.train_expert import TrainExpertConfig as TrainExpertConfig
 from flexctl.engine.train_expert import TrainExpertResult as TrainExpertResult
 from flexctl.engine.train_expert import train_expert as train_expert
@@ -79,6 +102,11 @@ from flexctl.errors import BundleError as BundleError
 from flexctl.errors import FlexctlError as FlexctlError
 from flexctl.errors import Interrupted as Interrupted
 from flexctl.errors import UsageError as UsageError
+from flexctl.evaluation.attacks.findings import Audited as Audited
+from flexctl.evaluation.attacks.findings import CanaryBound as CanaryBound
+from flexctl.evaluation.attacks.findings import Extraction as Extraction
+from flexctl.evaluation.attacks.findings import Membership as Membership
+from flexctl.evaluation.attacks.findings import Recovery as Recovery
 from flexctl.evaluation.explaining import Piece as Piece
 from flexctl.evaluation.figures import Comparison as Comparison
 from flexctl.evaluation.figures import DomainComparison as DomainComparison
@@ -94,6 +122,9 @@ from flexctl.hub.remote import BundleFile as BundleFile
 from flexctl.runtime import SILENT as SILENT
 from flexctl.runtime import Progress as Progress
 from flexctl.runtime import Reporter as Reporter
+from flexctl.tracing.spans import Place as Place
+from flexctl.tracing.spans import Span as Span
+from flexctl.tracing.spans import Traced as Traced
 from flexctl.workspace import Workspace as Workspace
 
 __version__: str

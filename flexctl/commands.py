@@ -45,6 +45,7 @@ COMMANDS = (
     Command("init_anchor", "Make the public, frozen model that experts train against."),
     Command("train_expert", "Train one expert on text that stays where it is."),
     Command("import_expert", "Make an expert of a checkpoint fine-tuned elsewhere."),
+    Command("adopt", "Take a stock mixture apart into an anchor and experts.", ("AdoptedExpert",)),
     Command("embed_router", "Make router rows from sample texts, without training.", ("LayerReport",)),
     Command("compress", "Make a small, low-rank copy of an expert."),
     Command("merge", "Merge the anchor and experts into one stock checkpoint.", ("MergedExpert",)),
@@ -56,8 +57,14 @@ COMMANDS = (
     Command("generate", "Continue a text, and show on request which expert answered."),
     Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
     Command("serve", "Serve a bundle; each request says who may answer."),
+    Command("trace_index", "Index your text, at home, so that spans of it can be found."),
+    Command("trace_find", "Show what of a text or an answer stands in indexes."),
+    Command("audit", "Attack a model with your text: what does it give away?"),
     Command("inspect", "Show what a bundle says about itself."),
     Command("verify", "Re-hash and check everything in a bundle."),
+    Command("keygen", "Make a key to sign with."),
+    Command("sign", "Sign a bundle, so that others can see who made it."),
+    Command("check_rights", "Say which experts a purpose rules out.", ("RuledOut",)),
     Command(
         "list",
         "List the workspace's anchor, experts and merged model.",
@@ -76,6 +83,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "workspace": ("Workspace",),
     "bundle.checks": ("Check",),
     "bundle.manifest": ("PrivacyInfo", "Tombstone"),
+    "evaluation.attacks.findings": ("Audited", "CanaryBound", "Extraction", "Membership", "Recovery"),
     "evaluation.explaining": ("Piece",),
     "evaluation.figures": (
         "Comparison",
@@ -90,6 +98,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
         "TaskScore",
     ),
     "hub.remote": ("BundleFile",),
+    "tracing.spans": ("Place", "Span", "Traced"),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
 }
 """Module of the package -> the names that it gives to ``flexctl`` itself, imported on first use."""

@@ -182,7 +182,7 @@ def _string(value: Any, source: _Source) -> str:
 def _path(value: Any, source: _Source) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise _refuse(value, "a path in quotes", source)
-    path = Path(value).expanduser()
+    path = workspace.expanded(value, source.name)
     # An address on the Hub, hf://owner/name, counts from nowhere.
     return path if source.base is None or path.parts[:1] == ("hf:",) else source.base / path
 

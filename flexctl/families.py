@@ -12,7 +12,7 @@ from typing import Any
 
 from flexctl.errors import BundleError
 
-__all__ = ["FAMILIES", "PROJECTIONS", "Family", "family_of", "feed_forward_names"]
+__all__ = ["FAMILIES", "PROJECTIONS", "Family", "family_of", "feed_forward_names", "mixture_families"]
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 """The three matrices of a SwiGLU feed-forward network, in the order that every file keeps them."""
@@ -124,10 +124,29 @@ def family_of(dense_type: str) -> Family:
         if family.dense_type == dense_type:
             return family
     known = ", ".join(family.dense_type for family in FAMILIES)
+    hint = f"use an anchor of one of these families: {known}"
+    if any(family.moe_type == dense_type for family in FAMILIES):
+        hint = "flexctl adopt takes a mixture of experts apart, into an anchor and experts"
     raise BundleError(
         f"config.json: model_type is {dense_type!r}, which no mixture-of-experts class of stock software takes",
-        hint=f"use an anchor of one of these families: {known}",
+        hint=hint,
     )
+
+
+def mixture_families(moe_type: str) -> tuple[Family, ...]:
+    """Return the families whose merged models have a ``model_type``.
+
+    Raises:
+        BundleError: There are none; the message names those that exist.
+    """
+    found = tuple(family for family in FAMILIES if family.moe_type == moe_type)
+    if not found:
+        known = ", ".join(dict.fromkeys(family.moe_type for family in FAMILIES))
+        raise BundleError(
+            f"config.json: model_type is {moe_type!r}; mixtures of these types can be taken apart: {known}",
+            hint="flexctl init-anchor makes an anchor of a dense checkpoint",
+        )
+    return found
 
 
 def feed_forward_names(num_hidden_layers: int) -> Iterator[tuple[int, str, str]]:

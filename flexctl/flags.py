@@ -20,6 +20,7 @@ from flexctl.options import (
     RIGHTS,
     ROUTER,
     TRAINING,
+    TRUST,
     Option,
     argument,
     flag,
@@ -28,6 +29,8 @@ from flexctl.options import (
 
 __all__ = [
     "OWN_COVARIANCE",
+    "Accept",
+    "Admit",
     "AllowExpired",
     "Anchor",
     "BatchTokens",
@@ -43,6 +46,7 @@ __all__ = [
     "Encoder",
     "Expires",
     "ForwardTokens",
+    "Key",
     "Label",
     "License",
     "Lr",
@@ -52,10 +56,14 @@ __all__ = [
     "OutputElsewhere",
     "Overwrite",
     "OwnCovariance",
+    "PassphraseFile",
     "Public",
     "Purpose",
+    "Reason",
+    "RequireSigned",
     "Resume",
     "Router",
+    "Screen",
     "Seed",
     "SeqLen",
     "Source",
@@ -64,7 +72,9 @@ __all__ = [
     "Tether",
     "TextField",
     "Threads",
+    "Tombstone",
     "TopK",
+    "Trust",
     "TrustCache",
     "Without",
     "output",
@@ -187,6 +197,24 @@ Expires = Annotated[
 Label = Annotated[str | None, flag("TEXT", "One line about the data.", RIGHTS, check=_refuse_unwritable)]
 Contact = Annotated[str | None, flag("TEXT", "Whom to ask about the expert.", RIGHTS, check=_refuse_unwritable)]
 AllowExpired = Annotated[bool, switch("Take experts whose rights have expired.", RIGHTS)]
+
+# Whose word counts.
+Trust = Annotated[
+    Path | None, flag("FILE", "Trust file: whose keys count, and how long (docs/security.md, section 2).", TRUST)
+]
+RequireSigned = Annotated[bool, switch("Refuse experts that no key of `trust` has signed.", TRUST)]
+Screen = Annotated[
+    bool, switch("Try experts on public text, each against the model without it; loads the model.", TRUST)
+]
+Accept = Annotated[tuple[str, ...], flag("NAME", "Take this expert whatever is found; repeatable.", TRUST)]
+Admit = Annotated[bool, switch("Refuse an expert that makes a domain of `data` worse.", TRUST)]
+PassphraseFile = Annotated[
+    Path | None,
+    flag("FILE", "File whose first line opens the key (default: FLEXCTL_PASSPHRASE, else asked for).", TRUST),
+]
+Key = Annotated[Path | None, flag("FILE", "Private key, made by keygen, that signs.", TRUST)]
+Tombstone = Annotated[bool, switch("Keep the name and digest of what goes in the manifest and the card.", OUTPUT)]
+Reason = Annotated[str | None, flag("TEXT", "Why, for the record that `key` signs.", OUTPUT, check=_refuse_unwritable)]
 
 # The machine.
 Seed = Annotated[int, flag("N", "Seed of everything random.", HARDWARE)]

@@ -28,11 +28,13 @@ __all__ = [
     "HUB",
     "MODEL",
     "OUTPUT",
+    "PRIVACY",
     "RIGHTS",
     "ROUTER",
     "SECTIONS",
     "SERVER",
     "TRAINING",
+    "TRUST",
     "Config",
     "Option",
     "argument",
@@ -44,14 +46,16 @@ __all__ = [
 
 DATA = "Data"
 TRAINING = "Training"
+PRIVACY = "Privacy"
 ROUTER = "Router"
 MODEL = "Model"
 RIGHTS = "Rights"
+TRUST = "Trust"
 HUB = "Hub"
 HARDWARE = "Hardware"
 SERVER = "Server"
 OUTPUT = "Output"
-SECTIONS = (DATA, TRAINING, ROUTER, MODEL, RIGHTS, HUB, SERVER, HARDWARE, OUTPUT)
+SECTIONS = (DATA, TRAINING, PRIVACY, ROUTER, MODEL, RIGHTS, TRUST, HUB, SERVER, HARDWARE, OUTPUT)
 """The sections of a help page, in order."""
 
 

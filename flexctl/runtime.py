@@ -53,6 +53,9 @@ class Reporter(Protocol):
     def read(self) -> str | None:
         """Return the next line that the user says, without its end; None where there are no more."""
 
+    def ask_secret(self, question: str, /) -> str | None:
+        """Return what the user types after a question, which no screen shows; None where nobody is asked."""
+
     def stoppable(self) -> AbstractContextManager[object]:
         """Let the user stop what runs inside the ``with`` statement, and go on behind it."""
 
@@ -75,6 +78,10 @@ class SilentReporter:
 
     def read(self) -> str | None:
         """Nobody is there."""
+        return None
+
+    def ask_secret(self, _question: str, /) -> str | None:
+        """Nobody is asked."""
         return None
 
     def stoppable(self) -> AbstractContextManager[object]:
@@ -102,6 +109,7 @@ class Parts:
     def __init__(self, reporter: Reporter) -> None:
         self.note, self.warn = reporter.note, reporter.warn
         self.write, self.read, self.stoppable = reporter.write, reporter.read, reporter.stoppable
+        self.ask_secret = reporter.ask_secret
         self._reporter = reporter
         self._total = self._done = 0.0
 

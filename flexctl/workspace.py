@@ -32,7 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "find", "read_toml"]
+__all__ = ["COMMANDS", "FILE_NAME", "Workspace", "ensure", "expanded", "find", "read_toml", "start"]
 
 FILE_NAME = "flexctl.toml"
 
@@ -89,16 +89,45 @@ def ensure(root: Path) -> Workspace:
         UsageError: There is a flexctl.toml, and it is not valid.
     """
     around = find(root)
-    if not around.file.is_file():
-        around.file.write_text(template(FILE_NAME), encoding="utf-8")
+    start(around.root)
     return around
+
+
+def start(root: Path, defaults: str = "") -> bool:
+    """Write ``root``/flexctl.toml where there is none, and return whether there was none.
+
+    Args:
+        root: Directory of the workspace.
+        defaults: Tables of commands, as they are to stand in the file.
+    """
+    file = root / FILE_NAME
+    is_new = not file.is_file()
+    if is_new:
+        file.write_text(template(FILE_NAME) + defaults, encoding="utf-8")
+    return is_new
 
 
 def _place(root: Path, name: str, value: str) -> Path:
     override = os.environ.get(f"FLEXCTL_{name.upper()}")
     if override:
-        return Path(override).expanduser().absolute()
-    return root / Path(value).expanduser()
+        return expanded(override, f"FLEXCTL_{name.upper()}").absolute()
+    return root / expanded(value, f"{root / FILE_NAME}: [workspace] {name}")
+
+
+def expanded(path: str | Path, where: str) -> Path:
+    """Return a path with the home of ``~`` or ``~user`` in its place.
+
+    Args:
+        path: As somebody wrote it.
+        where: What they gave it for, for the message.
+
+    Raises:
+        UsageError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{where} is {str(path)!r}; there is no such user", hint="write ./~ for a folder") from error
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -111,7 +140,7 @@ def read_toml(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is no TOMLDecodeError
         raise UsageError(f"{file}: not valid TOML: {error}") from error
 
 

@@ -28,6 +28,29 @@ _FLAGS = (
 # Chromium reads commands from descriptor 3 and writes answers and events to 4.
 _LAUNCH = "import os, sys; r, w, *c = sys.argv[1:]; os.dup2(int(r), 3); os.dup2(int(w), 4); os.execv(c[0], c)"
 
+LOWEST_CONTRAST = """(() => {
+    const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    const rgba = colour => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+    const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    const light = c => [.2126, .7152, .0722].reduce((sum, part, i) => sum + part * linear(c[i] / 255), 0);
+    const behind = e => { const c = rgba(getComputedStyle(e).backgroundColor); const a = c[3] / 255;
+        if (a === 1 || !e.parentElement) return c;
+        const under = behind(e.parentElement); return under.map((v, i) => a * c[i] + (1 - a) * v); };
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    let lowest = [99, ''];
+    for (let node; (node = walker.nextNode());) {
+        const e = node.parentElement;
+        if (!node.data.trim() || e.closest('svg title, svg desc')) continue;
+        const style = getComputedStyle(e);
+        const above = light(rgba(e.closest('svg') ? style.fill : style.color)), below = light(behind(e));
+        const ratio = (Math.max(above, below) + .05) / (Math.min(above, below) + .05);
+        if (ratio < lowest[0]) lowest = [ratio, node.data];
+    }
+    return lowest;
+})()"""
+"""Returns (ratio, text) of the text that is hardest to read, over whatever lies behind it in HTML. WCAG 2.2, 1.4.3."""
+
 
 class Browser:
     """One page in a browser of its own, with everything that it said and asked for.
@@ -87,6 +110,37 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def set_screen(
+        self, width: int, *, scheme: str = "light", media: str = "screen", motion: str = "no-preference"
+    ) -> None:
+        """Show the page as wide as this, in a theme, on a screen or on paper."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500
+        )
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        named = [{"name": name, "value": value} for name, value in features.items()]
+        self.call("Emulation.setEmulatedMedia", media=media, features=named)
+
+    def until(self, expression: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        until = time.monotonic() + self._wait_s
+        while not self.evaluate(expression):
+            assert time.monotonic() < until, f"{expression} does not become true"
+            time.sleep(0.01)
+
+    def press(self, key: str, code: int, **more: Any) -> None:
+        """Press a key and let go of it."""
+        text = {"text": more.pop("text")} if "text" in more else {}
+        self.call(
+            "Input.dispatchKeyEvent",
+            type="keyDown" if text else "rawKeyDown",
+            key=key,
+            windowsVirtualKeyCode=code,
+            **text,
+            **more,
+        )
+        self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code, **more)
 
     def said(self, method: str) -> list[dict[str, Any]]:
         """Return what events of one kind said since the page was opened."""

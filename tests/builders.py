@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,15 @@ from flexctl.bundle.anchor import write_tensors
 from flexctl.bundle.codec import canonical_json, encode
 from flexctl.bundle.hashing import hash_raw
 from flexctl.bundle.headers import header_bytes
+from flexctl.bundle.index import Index, open_index
 from flexctl.bundle.layout import ROUTER_TENSOR, expert_layout
 from flexctl.bundle.manifest import MANIFEST_KEY, digest_of
 from flexctl.bundle.stock import checkpoint_spans
 from flexctl.bundle.tensors import TensorType, from_float32, size_of, to_float32
 from flexctl.families import family_of
+from flexctl.runtime import SILENT
+from flexctl.text.documents import Record
+from flexctl.tracing.building import build_index
 
 _NORMS = {
     "olmo2": {"self_attn.q_norm": "hidden", "self_attn.k_norm": "hidden", "post_feedforward_layernorm": "hidden"},
@@ -295,6 +299,22 @@ def make_world(root: Path, names: tuple[str, ...] = ("code", "law", "math"), **s
         for name in names
     }
     return World(root, anchor, experts)
+
+
+def make_index(folder: Path, texts: Iterable[str], *, shard_bytes: int = 1 << 20) -> Index:
+    """Return the index of some documents of one file, law.jsonl."""
+    records = [Record("law.jsonl", number, text) for number, text in enumerate(texts, start=1)]
+    with SILENT.progress("", 0, "") as bar:
+        build_index(
+            folder / "an.index",
+            records,
+            name="law",
+            shard_bytes=shard_bytes,
+            folder=folder / "work",
+            overwrite=True,
+            progress=bar,
+        )
+    return open_index(folder / "an.index")
 
 
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"

@@ -176,3 +176,8 @@ def test_text_that_is_not_utf_8_is_refused_and_a_path_is_not(given: dict[str, An
     with pytest.raises(UsageError, match=r"^--\w+ is 'a\\udce9'; expected text in UTF-8"):
         resolve(MergeConfig, "merge", given)
     assert resolve(MergeConfig, "merge", {"output": Path("a\udce9")}).output == Path("a\udce9")
+
+
+def test_a_home_that_is_nobody_s() -> None:
+    with pytest.raises(UsageError, match=r"--output is '~no such user/x'; there is no such user"):
+        resolve(MergeConfig, "merge", {"output": Path("~no such user/x")})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 from conftest import Texts, write_jsonl
 
@@ -55,3 +56,20 @@ def test_smollm2_on_a_tiny_checkpoint_of_its_kind(in_empty_folder: Path, checkpo
     before = (output / "experts" / "code.st").stat().st_mtime_ns
     assert run("smollm2/run.py", *arguments, *sizes).stdout == done.stdout
     assert (output / "experts" / "code.st").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_what_privacy_costs_on_a_tiny_anchor(in_empty_folder: Path, anchor: Path) -> None:
+    data, output = in_empty_folder / "data", in_empty_folder / "run"
+    for domain, kind in (("public", "public"), ("math", "sums"), ("academic", "code")):
+        (data / domain).mkdir(parents=True)
+        write_jsonl(data / domain / "train.jsonl", tiny.make_texts(kind, 60))
+        write_jsonl(data / domain / "test.jsonl", tiny.make_texts(kind, 4, seed=1))
+    asked = ["--anchor", str(anchor), "--data", str(data), "-o", str(output), "--small", "--threads", "1"]
+    done = run("privacy/run.py", *asked)
+    assert done.returncode == 0, done.stderr
+    table = (output / "table.md").read_text().splitlines()
+    assert table[2] == "| documents | form | epsilon | batch | seed | noise | own text | gain kept | public text |"
+    assert len(table) == 4 + 2 + 8 + 4
+    again = run("privacy/run.py", *asked, "--limit", "0")
+    assert (again.returncode, again.stdout) == (0, "\n".join(table) + "\n")

@@ -1,4 +1,4 @@
-"""Memory stays flat: merge and import-expert on checkpoints several times what the process may have."""
+"""Memory stays flat: merge, import-expert and adopt on checkpoints several times what the process may have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from builders import make_anchor, make_checkpoint, write_zeros
 
 from flexctl.bundle import Anchor, RawTensor, RouterInfo, anchor, write_router_file
@@ -68,9 +69,9 @@ def write_rows(path: Path, made: Anchor) -> None:
     write_router_file(path, anchor=made, name="law", rows=rows, router=info, overwrite=False)
 
 
-def peaks(small: Path, large: Path) -> list[int]:
+def peaks(small: Path, large: Path, script: str = MEASURE) -> list[int]:
     """Return the peak resident bytes of a process after the small world, and after the large one under the limit."""
-    command = [sys.executable, "-c", MEASURE, str(small), str(large), str(HEADROOM)]
+    command = [sys.executable, "-c", script, str(small), str(large), str(HEADROOM)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: list[int] = json.loads(done.stdout)
@@ -83,6 +84,27 @@ def test_import_and_merge_of_a_checkpoint_four_times_the_limit(tmp_path: Path, c
     assert size > 4 * HEADROOM
     small, large = peaks(tmp_path / "small", tmp_path / "large")
     assert large - small < 24_000_000, "less than one of its matrices, 33.6 MB"
+
+
+ADOPT = MEASURE.replace(
+    "def import_and_merge(root):\n",
+    """from flexctl.engine.adopt import AdoptConfig, adopt
+
+def import_and_merge(root):
+    adopt(AdoptConfig(mixture=str(root / "moe"), names=("law",), output=root / "w"))
+    return peak_rss_bytes()
+""",
+)
+
+
+@pytest.mark.slow
+def test_adopting_a_checkpoint_twice_the_limit(tmp_path: Path) -> None:
+    """Its experts are packed into tensors of 100 and 50 MB, of which each takes a part."""
+    for name, hidden, inner in (("small", 64, 128), ("large", 2048, 6144)):
+        tiny.make_sparse_mixture(tmp_path / name / "moe", hidden, inner)
+    assert (tmp_path / "large/moe/model.safetensors").stat().st_size > 2 * HEADROOM
+    small, large = peaks(tmp_path / "small", tmp_path / "large", ADOPT)
+    assert large - small < 24_000_000, "less than one of its matrices, 25.2 MB"
 
 
 FRAME = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import tiny
 from builders import fine_tune
 from conftest import Texts
 
@@ -153,6 +154,7 @@ def estimate(cell: str) -> dict[str, float] | None:
 
 def test_life_of_an_expert(folder: Path, texts: Texts, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(checkpoint, "OLMo-2-1B")
+    tiny.make_mixture(Path("their-mixtral"), "mixtral")
     shutil.copytree(texts.code_test, "medicine")
     fine_tune(checkpoint, Path("OLMo-2-1B-medicine"))
     lines = commands(LIFE)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flexctl.bundle import RawTensor
+from flexctl.bundle import RawTensor, TensorType
 from flexctl.families import PROJECTIONS, family_of
 
 VOCAB_SIZE = 320
@@ -147,6 +148,56 @@ def make_golden_model() -> Any:
         for i, parameter in enumerate(model.parameters()):
             parameter.copy_(scrambled(parameter.shape, 100_000 * i, 0.2) + (1 if parameter.ndim == 1 else 0))
     return model
+
+
+MIXTURES = {
+    "flex_olmo": ("olmo2", {}),
+    "mixtral": ("llama", {}),
+    "mixtral-sliding": ("mistral", {"sliding_window": 8}),
+    "qwen3_moe": ("qwen3", {"head_dim": 8, "moe_intermediate_size": 24, "norm_topk_prob": True}),
+}
+"""A kind of stock mixture -> the dense type of its experts, and what its config says more."""
+
+
+def make_mixture(
+    path: Path, kind: str, *, experts: int = 4, packed: bool = False, dtype: str = "float32", **changes: Any
+) -> Any:
+    """Save a stock mixture with random weights, as Transformers saves it, and return the model.
+
+    Args:
+        path: Directory to write.
+        kind: One of ``MIXTURES``.
+        experts: How many; two answer each token unless changes say otherwise.
+        packed: Keep a layer's experts in two tensors, as Transformers 5 has them in memory.
+        dtype: That weights are stored in.
+        **changes: Other fields of its config.
+    """
+    import torch
+    import transformers
+
+    counts = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": 2}
+    config = dense_config(MIXTURES[kind][0]) | counts | MIXTURES[kind][1] | {"model_type": kind.split("-")[0]} | changes
+    model = make_dense(config).to(getattr(torch, dtype))
+    assert isinstance(model, transformers.PreTrainedModel)
+    model.save_pretrained(path, save_original_format=not packed)
+    return model
+
+
+def make_sparse_mixture(path: Path, hidden: int, inner: int) -> None:
+    """Write a packed mixtral of one layer and two experts, BF16, all zeros that take no room on the disk."""
+    import torch
+    import transformers
+    from builders import write_zeros
+
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1}
+    counts = {"num_local_experts": 2, "num_experts_per_tok": 1, "dtype": "bfloat16"}
+    config = transformers.MixtralConfig(**dense_config("llama", **sizes, **counts) | {"model_type": "mixtral"})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    path.mkdir(parents=True)
+    config.save_pretrained(path)
+    types = {name: TensorType("BF16", tuple(value.shape)) for name, value in model.state_dict().items()}
+    write_zeros(path / "model.safetensors", types)
 
 
 def make_weights(

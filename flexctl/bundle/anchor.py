@@ -14,6 +14,7 @@ from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import index_json, stock_head
 from flexctl.bundle.manifest import (
     MANIFEST_FILE,
+    PUBLIC_SAMPLE_FILE,
     AnchorManifest,
     Architecture,
     digest_of,
@@ -50,7 +51,6 @@ __all__ = [
 
 ROUTER_SPACE_FILE = "router-space.safetensors"
 ROUTER_SPACE_PREFIX = "router_space."
-PUBLIC_SAMPLE_FILE = "public-sample.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,19 +92,46 @@ class Anchor:
             if name not in owned and not name.startswith(ROUTER_SPACE_PREFIX)
         }
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether owners can train against it: see the manifest's."""
+        return self.manifest.is_calibrated
+
     def weights(self) -> Weights:
         """Return the anchor as a model of one expert, whose router rows are zero."""
         return dense_weights(self.config, self.manifest.architecture, self.shared(), self.feed_forward())
 
     def router_space(self) -> dict[str, RawTensor]:
-        """Return the tensors of router-space.safetensors by their names there."""
+        """Return the tensors of router-space.safetensors by their names there.
+
+        Raises:
+            BundleError: It was adopted without public text and has none.
+        """
+        self.refuse_uncalibrated()
         prefix = ROUTER_SPACE_PREFIX
         return {n.removeprefix(prefix): span.read() for n, span in self.spans.items() if n.startswith(prefix)}
 
     def public_sample(self) -> dict[str, RawTensor]:
-        """Return the tensors of public-sample.safetensors."""
+        """Return the tensors of public-sample.safetensors.
+
+        Raises:
+            BundleError: It was adopted without public text and has none.
+        """
+        self.refuse_uncalibrated()
         header = read_header(self.path / PUBLIC_SAMPLE_FILE)
         return {name: span.read() for name, span in header.tensors.items()}
+
+    def refuse_uncalibrated(self) -> None:
+        """Refuse an anchor that nothing can be trained against.
+
+        Raises:
+            BundleError: It was adopted without public text.
+        """
+        if not self.is_calibrated:
+            raise BundleError(
+                f"{self.path}: has neither router space nor public sample, as it was adopted without public text",
+                hint="flexctl adopt makes both of `data`; its experts must then come from the same run",
+            )
 
 
 def open_anchor(path: Path) -> Anchor:
@@ -124,10 +151,11 @@ def open_anchor(path: Path) -> Anchor:
         raise BundleError(f"{path / CONFIG_FILE}: its bytes are not those of the manifest", hint="fetch it again")
     weights = checkpoint_spans(path)
     _check_index(path, weights)
-    spans = weights | _router_space_spans(path)
+    spans = weights | (_router_space_spans(path) if manifest.is_calibrated else {})
     check_agreement(spans, manifest.tensors, str(path))
     check_feed_forward(spans, manifest.architecture, path)
-    _check_router_space(spans, manifest.architecture, path)
+    if manifest.is_calibrated:
+        _check_router_space(spans, manifest.architecture, path)
     config = without_pointers(parse_json(config_bytes, str(path / CONFIG_FILE)))
     return Anchor(path=path, manifest=manifest, config=config, spans=spans)
 
@@ -138,8 +166,8 @@ def write_anchor(
     checkpoint: Path,
     name: str,
     moe_config: Mapping[str, Any],
-    router_space: Mapping[str, RawTensor],
-    public_sample: Mapping[str, RawTensor],
+    router_space: Mapping[str, RawTensor] | None,
+    public_sample: Mapping[str, RawTensor] | None,
     overwrite: bool,
     license: str | None = None,
     run: Mapping[str, Any] | None = None,
@@ -154,8 +182,9 @@ def write_anchor(
         name: How people call it; letters, digits, '.', '_' and '-'.
         moe_config: Finished config of the mixture class; counts in it are of no account.
         router_space: ``layers.{i}.mean``, ``.covariance_factor``, ``.covariance_diagonal``, F32; also
-            ``.variety_factor`` and ``.variety_diagonal`` where other kinds of text were measured.
-        public_sample: Tensors of the public sample, written as they are.
+            ``.variety_factor`` and ``.variety_diagonal`` where other kinds of text were measured. None where there was
+            no public text to measure.
+        public_sample: Tensors of the public sample, written as they are; None in the same case.
         overwrite: Whether an anchor that exists may be replaced.
         license: SPDX id or text of the checkpoint; None is unknown.
         run: What no digest covers, for run.json: times, machine, losses. The anchor's digest is added.
@@ -179,11 +208,14 @@ def write_anchor(
         stock = sorted(item.name for item in checkpoint.iterdir() if item.is_file() and is_stock_file(item.name))
         for file in stock:
             _copy_stock(checkpoint / file, folder / file)
-        write_tensors(folder / ROUTER_SPACE_FILE, router_space)
-        write_tensors(folder / PUBLIC_SAMPLE_FILE, public_sample)
-        copied = checkpoint_spans(folder) | _router_space_spans(folder)
+        copied, hashed = checkpoint_spans(folder), list(stock)
+        if router_space is not None and public_sample is not None:
+            write_tensors(folder / ROUTER_SPACE_FILE, router_space)
+            write_tensors(folder / PUBLIC_SAMPLE_FILE, public_sample)
+            copied |= _router_space_spans(folder)
+            hashed.append(PUBLIC_SAMPLE_FILE)
         tensors = hash_weights(copied)
-        files = {file: hash_file(folder / file) for file in sorted([*stock, PUBLIC_SAMPLE_FILE])}
+        files = {file: hash_file(folder / file) for file in sorted(hashed)}
         manifest = AnchorManifest(
             name=name,
             model_type=str(config["model_type"]),

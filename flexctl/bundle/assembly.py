@@ -43,6 +43,7 @@ from flexctl.bundle.merged import (
 )
 from flexctl.bundle.placing import Placed, Site, WeightFile, place
 from flexctl.bundle.seals import known, remember, seal
+from flexctl.bundle.signatures import kept_signature_file
 from flexctl.bundle.store import new_directory, require_space
 from flexctl.bundle.tensors import TensorType, check_agreement, is_finite, size_of
 from flexctl.errors import BundleError
@@ -215,6 +216,9 @@ def _write_small_files(composition: Composition, tensors: Mapping[str, TensorInf
         files={},
         tensors=tensors,
     )
+    for part in composition.parts:
+        if part.signature is not None:
+            (folder / kept_signature_file(part.entry.name)).write_bytes(part.signature)
     texts = {
         CONFIG_FILE: indented_json(config),
         INDEX_FILE: index_json(weight_map, tensors),

@@ -56,6 +56,7 @@ def merged_card(manifest: MergedManifest) -> str:
         top_k=min(manifest.num_experts_per_tok_requested, count),
         count=count,
         license_text="that of each expert, as listed" if each else _plain(manifest.license),
+        contacts=_contacts(manifest),
         removed=_removed(manifest),
         statement=_statement(manifest),
     )
@@ -70,7 +71,7 @@ def anchor_card(manifest: AnchorManifest, repository: str, base_model: str | Non
         base_model: The model on the Hub that it was made from, if there is one.
     """
     sizes = manifest.architecture
-    return template("anchor-card.md").format(
+    return template("anchor-card.md" if manifest.is_calibrated else "adopted-card.md").format(
         license=_license(manifest.license, "unknown"),
         base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
         model_type=manifest.model_type,
@@ -158,6 +159,11 @@ def _row(entry: ExpertEntry) -> str:
 def _plain(text: str) -> str:
     """Return an owner's words as one cell: on one line, without what Markdown or HTML would act on."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _contacts(manifest: MergedManifest) -> str:
+    lines = [f"- {entry.name}: {_plain(entry.contact)}" for entry in manifest.experts if entry.contact]
+    return "\n## Whom to ask\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _removed(manifest: MergedManifest) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import Expert, check_fits
 from flexctl.bundle.hashing import Advance, StoredTensor, check_tensors, hash_file, in_parallel, locked
+from flexctl.bundle.index import is_index, open_index
 from flexctl.bundle.layout import ROUTER_TENSOR, index_json
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED, AnchorManifest, TensorInfo, has_expired
 from flexctl.bundle.merged import CARD_FILE, CONFIG_FILE, INDEX_FILE, Merged, expert_file, weight_files
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile
 from flexctl.bundle.seals import known, remember, seal
+from flexctl.bundle.signatures import read_signature, signature_path
 from flexctl.bundle.tensors import Span
 from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Reporter
@@ -65,6 +67,8 @@ def check_bundle(
     Raises:
         UsageError: There is nothing at the path, or it is no merged model and something shall be absent.
     """
+    if is_index(path):
+        return _check_index(path, absent, advance)
     try:
         bundle = open_bundle(path)
     except BundleError as error:
@@ -79,6 +83,9 @@ def check_bundle(
             f"{len(bundle.manifest.tensors)} have their hash",
         ),
     ]
+    place = signature_path(path)
+    if place.exists():
+        checks.append(_check("signature", _signature_problems(place, bundle), "signs this very bundle"))
     if isinstance(bundle, Merged):
         checks += _merged_checks(bundle, anchor, today)
         checks += [_check(f"absent {name}", *_absence(bundle, name, file)) for name, file in absent.items()]
@@ -87,6 +94,34 @@ def check_bundle(
     else:
         checks += _owner_checks(bundle, anchor, today)
     return bundle.digest, checks
+
+
+def _check_index(path: Path, absent: Mapping[str, Expert | None], advance: Advance) -> tuple[str | None, list[Check]]:
+    if absent:
+        raise UsageError(f"{path} is no merged model but an index", field="absent")
+    try:
+        manifest = open_index(path).manifest
+    except BundleError as error:
+        return None, [Check(name="structure", ok=False, detail=error.message)]
+    return manifest.digest, [
+        Check(name="structure", ok=True, detail="index: manifest, digest and sizes agree"),
+        _check("files", _index_problems(path, manifest.files, advance), f"{len(manifest.files)} have their hash"),
+        _check("nothing else", _unknown_names(path, {MANIFEST_FILE, *manifest.files}, ()), "no unknown file"),
+        _check("private", _open_to_others(path), "nobody but its owner may read it"),
+    ]
+
+
+def _index_problems(path: Path, files: Mapping[str, str], advance: Advance) -> Iterator[str]:
+    for name, sha256 in files.items():
+        if hash_file(path / name) != sha256:
+            yield f"{path / name}: its bytes are not those of the manifest"
+        advance((path / name).stat().st_size)
+
+
+def _open_to_others(path: Path) -> Iterator[str]:
+    for item in sorted(path.iterdir()):
+        if item.stat().st_mode & 0o077:
+            yield f"{item}: others may read it or write to it (chmod 600)"
 
 
 def prove(bundle: Anchor | Expert | Merged, reporter: Reporter) -> None:
@@ -120,6 +155,12 @@ def _check(name: str, problems: Iterable[str], fine: str) -> Check:
         found.append(error.message)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return Check(name=name, ok=not found, detail=found[0] + more if found else fine)
+
+
+def _signature_problems(place: Path, bundle: Bundle) -> Iterator[str]:
+    """Whose it is takes a trust file; that it is of this bundle does not."""
+    read_signature(place, bundle.manifest)
+    yield from ()
 
 
 def _tensor_problems(bundle: Bundle, files: Mapping[Path, Mapping[str, Span]], advance: Advance) -> Iterator[str]:
@@ -163,9 +204,13 @@ def _unknown_files(bundle: Anchor | Merged) -> Iterator[str]:
     if isinstance(bundle, Anchor):
         # An anchor's card is made for the Hub; a download by other means than flexctl has it too.
         known |= {INDEX_FILE, CARD_FILE}
-    for item in sorted(bundle.path.iterdir()):
-        tolerated = item.is_file() and any(fnmatch.fnmatchcase(item.name, pattern) for pattern in TOLERATED)
-        if item.name not in known and not tolerated:
+    yield from _unknown_names(bundle.path, known, TOLERATED)
+
+
+def _unknown_names(path: Path, known: set[str], tolerated: Sequence[str]) -> Iterator[str]:
+    for item in sorted(path.iterdir()):
+        fits = item.is_file() and any(fnmatch.fnmatchcase(item.name, pattern) for pattern in tolerated)
+        if item.name not in known and not fits:
             yield f"{item}: is no part of the bundle"
 
 

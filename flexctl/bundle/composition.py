@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from flexctl.bundle.anchor import PUBLIC_SAMPLE_FILE, Anchor
+from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.expert import Expert, check_fits
 from flexctl.bundle.hashing import StoredTensor
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, feed_forward_keys
+from flexctl.bundle.licenses import conflicts
 from flexctl.bundle.manifest import (
     OTHER_LICENSE,
+    PUBLIC_SAMPLE_FILE,
     AnchorRef,
     Architecture,
     ExpertEntry,
@@ -41,6 +43,8 @@ from flexctl.bundle.merged import (
     weight_files,
 )
 from flexctl.bundle.names import PUBLIC
+from flexctl.bundle.rights import Rights
+from flexctl.bundle.signatures import kept_signature_file, read_signature, signature_path
 from flexctl.bundle.stock import DENSE_PREFIX
 from flexctl.bundle.tensors import RawTensor, Span
 from flexctl.errors import BundleError, UsageError
@@ -74,6 +78,7 @@ class Part:
         feed_forward: By expert tensor name, in the order of expert files.
         rows: Where its router rows lie, a layer each; None are zeros, the public expert's.
         rows_sha256: What the owner's manifest promises of all rows together.
+        signature: The owner's signature, verbatim, where there is one; who made it is not known here.
     """
 
     entry: ExpertEntry
@@ -82,6 +87,7 @@ class Part:
     feed_forward: Mapping[str, StoredTensor | LowRank]
     rows: tuple[Span, ...] | None
     rows_sha256: str | None
+    signature: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +131,11 @@ class Composition:
         same = all((part.entry.license or "").lower() == first.lower() for part in self.parts)
         return first if same else OTHER_LICENSE
 
+    def license_conflicts(self) -> list[str]:
+        """Return what of the inputs' licenses does not go together, as far as their ids tell."""
+        entries = (part.entry for part in self.parts)
+        return conflicts([Rights(entry.name, entry.license, entry.purposes, entry.expires) for entry in entries])
+
     def closed_rows(self) -> dict[str, RawTensor]:
         """Return each closed expert's router rows, as its owner made them, (num_hidden_layers, hidden_size), F32."""
         shape = (self.architecture.num_hidden_layers, self.architecture.hidden_size)
@@ -152,11 +163,11 @@ class Composition:
                 if other.entry.digest == part.entry.digest:
                     raise BundleError(f"{expert.path}: digest is {part.entry.digest}, and so is that of {other.source}")
             parts.append(part)
-        present = {part.entry.name for part in parts}
+        present = {part.entry.digest for part in parts}
         return replace(
             self,
             parts=(parts[0], *sorted(parts[1:], key=lambda part: part.entry.name)),
-            removed=tuple(stone for stone in self.removed if stone.name not in present),
+            removed=tuple(stone for stone in self.removed if stone.digest not in present),
             tuned=None,
         )
 
@@ -211,6 +222,7 @@ class Composition:
             feed_forward=_expert_pieces(expert),
             rows=tuple(span.rows(layer, layer + 1) for layer in range(manifest.architecture.num_hidden_layers)),
             rows_sha256=manifest.tensors[ROUTER_TENSOR].sha256,
+            signature=_signature(signature_path(expert.path), manifest),
         )
 
 
@@ -283,19 +295,27 @@ def _merged_part(merged: Merged, entry: ExpertEntry) -> Part:
         return Part(entry=entry, source=merged.path, manifest=None, feed_forward=pieces, rows=None, rows_sha256=None)
     owner, text = merged.owner_manifest(entry.index)
     where = f"{merged.path}: experts.{entry.index} ({entry.name})"
-    if _entry(owner, text, entry.index) != entry:
+    found = _entry(owner, text, entry.index)
+    # Models of before say nothing of a contact.
+    if entry not in (found, replace(found, contact=None)):
         raise BundleError(f"{where}: is not what the expert's own manifest says", hint="merge the owners' files anew")
     for name, piece in pieces.items():
         if owner.rank is None and owner.tensors[name] != piece.info:
             raise BundleError(f"{where}: tensor {piece.name}: sha256 is not that of the expert's own manifest")
     return Part(
-        entry=entry,
+        entry=found,
         source=merged.path,
         manifest=text,
         feed_forward=pieces,
         rows=merged.rows(entry.index),
         rows_sha256=owner.tensors[ROUTER_TENSOR].sha256,
+        signature=_signature(merged.path / kept_signature_file(entry.name), owner),
     )
+
+
+def _signature(path: Path, manifest: ExpertManifest) -> bytes | None:
+    envelope = read_signature(path, manifest)
+    return None if envelope is None else envelope.data
 
 
 def _entry(manifest: ExpertManifest, text: str, index: int = 0) -> ExpertEntry:
@@ -308,6 +328,7 @@ def _entry(manifest: ExpertManifest, text: str, index: int = 0) -> ExpertEntry:
         purposes=manifest.data.purposes,
         expires=manifest.data.expires,
         privacy=manifest.privacy,
+        contact=manifest.data.contact,
     )
 
 

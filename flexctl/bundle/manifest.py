@@ -18,6 +18,7 @@ __all__ = [
     "MANIFEST_FILE",
     "MANIFEST_KEY",
     "OTHER_LICENSE",
+    "PUBLIC_SAMPLE_FILE",
     "SCHEMA_VERSION",
     "TOLERATED",
     "AnchorManifest",
@@ -42,6 +43,7 @@ __all__ = [
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "flexctl.json"
 MANIFEST_KEY = "flexctl"
+PUBLIC_SAMPLE_FILE = "public-sample.safetensors"
 
 TOLERATED = ("run.json", "results.json", ".gitattributes", "*.sig", "*.sigstore.json")
 """Names of files that may lie beside a bundle although nothing binds them. Anything else unknown is refused."""
@@ -128,7 +130,21 @@ class RouterInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyInfo:
-    """The differential-privacy guarantee that an owner claims; ``unit`` is whom it protects ("document")."""
+    """The differential-privacy guarantee that an owner claims, and all that epsilon is a function of.
+
+    Attributes:
+        mechanism: ``dp-sgd``.
+        epsilon: At most this, with probability of all but ``delta``.
+        delta: Below one over the number of documents.
+        unit: Whom it protects: a ``document``.
+        accountant: What counted.
+        noise_multiplier: Standard deviation of a step's noise, in ``max_grad_norm``.
+        sampling_rate: Probability that a document takes part in a step, by Poisson sampling.
+        steps: Of them.
+        max_grad_norm: Clip of a document's gradient.
+        adjacency: Which corpora are neighbours: ``add or remove one``. None, and not written, in early versions.
+        row_noise_multiplier: Standard deviation of the noise on router rows, in their own clip. Likewise.
+    """
 
     mechanism: str
     epsilon: float
@@ -139,6 +155,8 @@ class PrivacyInfo:
     sampling_rate: float
     steps: int
     max_grad_norm: float
+    adjacency: str | None = field(default=None, metadata=OPTIONAL)
+    row_noise_multiplier: float | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +185,11 @@ class AnchorManifest:
     def ref(self) -> AnchorRef:
         """How others name this anchor."""
         return AnchorRef(digest=self.digest, model_type=self.model_type, name=self.name)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it has a public sample and a router space; one that was adopted without public text has neither."""
+        return PUBLIC_SAMPLE_FILE in self.files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +230,7 @@ class ExpertEntry:
     """One expert of a merged model.
 
     The public expert's ``digest`` and ``manifest_sha256`` are the anchor's, so that they bind its ``moe_config``
-    too. ``manifest_sha256`` is of the manifest's bytes.
+    too. ``manifest_sha256`` is of the manifest's bytes. ``contact`` is written only where an owner gave one.
     """
 
     name: str
@@ -218,6 +241,7 @@ class ExpertEntry:
     purposes: tuple[str, ...]
     expires: str | None
     privacy: PrivacyInfo | None
+    contact: str | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,8 +89,8 @@ def check_file_name(name: str, where: str) -> str:
     return name
 
 
-def name_an_expert(given: str | None, source: str) -> str:
-    """Return the name that a new expert gets: ``given``, or one made of what its text is called.
+def name_an_expert(given: str | None, source: str, field: str = "name") -> str:
+    """Return the name that a new expert gets: ``given`` in a ``field``, or one made of what its text is called.
 
     Raises:
         UsageError: No expert may bear it, or none can be made.
@@ -98,7 +98,7 @@ def name_an_expert(given: str | None, source: str) -> str:
     if given is None:
         return slug(source)
     if fault := _fault_of_expert(given):
-        raise UsageError(fault, hint="take another name", field="name")
+        raise UsageError(fault, hint="take another name", field=field)
     return given
 
 

@@ -15,7 +15,7 @@ from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.names import check_file_name, is_file_name, shown
 from flexctl.bundle.tensors import FLOAT_DTYPES, Span, check_agreement
 from flexctl.errors import BundleError
-from flexctl.families import family_of
+from flexctl.families import FAMILIES, family_of
 
 __all__ = [
     "CARD_FILE",
@@ -33,6 +33,7 @@ __all__ = [
     "indexed_spans",
     "is_data_file",
     "is_stock_file",
+    "is_stock_mixture",
     "left_out",
     "named_code",
     "read_checkpoint",
@@ -139,6 +140,11 @@ def read_dense_config(checkpoint: Path) -> dict[str, Any]:
     config = _read_object(checkpoint / CONFIG_FILE)
     _refuse_ids_beyond(config, checkpoint / CONFIG_FILE)
     return without_pointers(config)
+
+
+def is_stock_mixture(checkpoint: Path) -> bool:
+    """Return whether config.json in a directory is that of a mixture class which merged models have, too."""
+    return _read_object(checkpoint / CONFIG_FILE).get("model_type") in {family.moe_type for family in FAMILIES}
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Span]:

@@ -36,6 +36,7 @@ __all__ = [
     "copy_range",
     "new_directory",
     "new_file",
+    "own_file",
     "place_of_work",
     "require_space",
 ]
@@ -202,6 +203,11 @@ def place_of_work(target: Path, ending: str) -> Path:
     place = Path(os.path.realpath(target))
     inside = os.path.isdir(place) and not _may_have_siblings(place)
     return (place if inside else place.parent) / f".{place.name}.{ending}"
+
+
+def own_file(path: Path) -> BinaryIO:
+    """Return a new file to write that nobody but its owner may read."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def require_space(path: Path, needed: int) -> None:

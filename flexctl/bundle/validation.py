@@ -23,7 +23,7 @@ from flexctl.bundle.manifest import (
     digest_of,
 )
 from flexctl.bundle.names import PUBLIC, check_anchor_name, check_expert_name, check_file_name, shown
-from flexctl.bundle.stock import is_data_file
+from flexctl.bundle.stock import CONFIG_FILE, is_data_file, is_stock_mixture
 from flexctl.bundle.tensors import ITEM_SIZES
 from flexctl.errors import BundleError, UsageError
 
@@ -60,6 +60,11 @@ def read_manifest(data: bytes, where: str) -> Manifest:
         raise BundleError(
             f"{where}: schema_version is {shown(version)}; this flexctl reads {SCHEMA_VERSION}", hint="update flexctl"
         )
+    if kind == "index":
+        raise UsageError(
+            f"{where}: is the index of an owner's text, which stays with its owner",
+            hint="flexctl trace-find looks in it, flexctl verify checks it",
+        )
     if not isinstance(kind, str) or kind not in _CLASSES:
         raise BundleError(f"{where}: kind is {shown(kind)}; expected one of {', '.join(_CLASSES)}")
     manifest: Manifest = decode(_CLASSES[kind], value, where)
@@ -79,6 +84,11 @@ def read_directory_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise UsageError(f"{path}: no such directory", hint="name the directory of a bundle")
     refuse_folder_of_experts(path)
+    if not (path / MANIFEST_FILE).exists() and (path / CONFIG_FILE).is_file() and is_stock_mixture(path):
+        raise BundleError(
+            f"{path / MANIFEST_FILE}: is missing; config.json is that of a mixture of experts",
+            hint=f"flexctl adopt {path} takes one apart that others merged",
+        )
     return read_manifest(read_bytes(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
 
 

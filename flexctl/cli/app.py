@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _joined(list(sys.argv[1:] if argv is None else argv))
     output = Output(json="--json" in arguments)
     try:
         call = _read(arguments)
@@ -97,6 +97,12 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("FLEXCTL_DEBUG"):
             traceback.print_exc()
         return output.error(*_explain(error))
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Return arguments with a command's name of two words as one: ``trace find`` is ``trace-find``."""
+    name = "-".join(arguments[:2])
+    return [name, *arguments[2:]] if len(arguments) > 1 and name in {row.shown for row in COMMANDS} else arguments
 
 
 def _read(arguments: list[str]) -> Call | None:

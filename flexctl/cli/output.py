@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import getpass
 import importlib
 import json
 import math
@@ -161,6 +162,9 @@ class _TextReporter(Reporter):
                     raise
                 _write("\nCtrl-D leaves", sys.stderr)
 
+    def ask_secret(self, question: str, /) -> str | None:
+        return _typed_secret(question)
+
     def stoppable(self) -> AbstractContextManager[object]:
         return suppress(KeyboardInterrupt) if _is_live() else nullcontext()
 
@@ -179,6 +183,9 @@ class _JsonReporter(SilentReporter):
             return input()
         except EOFError:
             return None
+
+    def ask_secret(self, question: str, /) -> str | None:
+        return _typed_secret(question)
 
 
 class _LineReporter(_TextReporter):
@@ -306,6 +313,16 @@ def _write_labelled(label: str, text: str) -> None:
     if _has_colour(sys.stderr):
         shown = paint(shown, {"error": "1;31", "warning": "1;33", "hint": "1"}[label])
     _write(f"{shown} {printable(local(text))}", sys.stderr)
+
+
+def _typed_secret(question: str) -> str | None:
+    """Return what the user types on the terminal without being shown; None where stdin is no terminal."""
+    if not _is_live():
+        return None
+    try:
+        return getpass.getpass(f"{question}: ")
+    except EOFError:
+        return None
 
 
 def _is_live() -> bool:

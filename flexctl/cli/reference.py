@@ -12,12 +12,14 @@ from flexctl.commands import COMMANDS, PUBLIC, Command
 
 __all__ = ["ROOMS", "reference", "stubs"]
 
-ROOMS = ("evaluation", "model", "routing", "serving", "text", "training")
+ROOMS = ("evaluation", "model", "privacy", "routing", "serving", "text", "tracing", "training")
 """Packages inside flexctl whose names are imported on first use, as those of flexctl itself."""
 
 _HEAD = """# Command line
 
 Written by `make docs` from the commands; a test checks that it is current.
+
+A command of two words may be written with a space: `trace find` is `trace-find`.
 
 Every flag may also come from the environment (`--max-tokens` is `FLEXCTL_MAX_TOKENS`) or from `flexctl.toml`
 (`max_tokens` under `[train_expert]`); the order is flag, environment, flexctl.toml, default. Several values in one

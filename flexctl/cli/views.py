@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from flexctl import tracing
 from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
+        AdoptResult,
+        AuditResult,
         ChatResult,
+        CheckRightsResult,
         CompressResult,
         DemoResult,
         DoctorResult,
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
         ImportExpertResult,
         InitAnchorResult,
         InspectResult,
+        KeygenResult,
         ListedAnchor,
         ListedExpert,
         ListedMerged,
@@ -30,10 +36,15 @@ if TYPE_CHECKING:
         MergeResult,
         PullResult,
         PushResult,
+        Recovery,
         RemoveResult,
         ReplaceResult,
         SelectProxyResult,
+        SignResult,
+        Span,
         TaskScore,
+        TraceFindResult,
+        TraceIndexResult,
         TrainExpertResult,
         TuneRouterResult,
         VerifyResult,
@@ -51,8 +62,8 @@ def render(command: str, result: Any, *, verbose: bool, colour: bool) -> str:
         verbose: Show every field, digests in full.
         colour: The reader is a terminal that shows colours.
     """
-    if command == "generate":
-        return "\n".join(_generate(result, colour=colour))
+    if command in _COLOURED and (command == "generate" or not verbose):
+        return "\n".join(_COLOURED[command](result, colour))
     if verbose or command not in _VIEWS:
         return "\n".join(_everything(dataclasses.asdict(result)))
     return "\n".join(_VIEWS[command](result))
@@ -115,12 +126,15 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
     speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
-    amounts = f"{number(result.tokens)} tokens in {number(result.steps)} steps" if result.steps else None
+    trained = f"{number(result.tokens)} tokens in " if result.tokens is not None else ""
+    amounts = f"{trained}{number(result.steps)} steps" if result.steps else None
     rank = f"rank {result.rank}" if result.rank is not None else None
     size = amount(result.bytes_written, "bytes") if rank and result.bytes_written else None
     lines = [_sentence(result, f"Trained expert {result.name}: {cell(result.path)}", rank, size, amounts, speed)]
     if result.held_out:
         lines += ["", *_matrix(result.held_out, "held-out loss")]
+    if result.privacy is not None:
+        lines += ["", f"Private to epsilon {result.privacy.epsilon:g}, delta {result.privacy.delta:g} a document."]
     if result.frozen_verified:
         lines += ["", "Everything but the expert is the anchor's, bit for bit."]
     return lines
@@ -135,6 +149,16 @@ def _import_expert(result: ImportExpertResult) -> list[str]:
     if result.frozen_verified:
         return [*lines, "", "Everything but the expert is the anchor's, bit for bit."]
     return [*lines, "", f"{number(len(result.moved))} other tensors had moved and were left behind."]
+
+
+def _adopt(result: AdoptResult) -> list[str]:
+    count = len(result.experts) + 1
+    taken = f"Took a {result.mixture_type} of {count} experts apart: anchor {result.name} in {cell(result.path)}"
+    lines = [_sentence(result, taken, f"{result.model_type} of expert {result.public_expert}")]
+    rows = [[expert.name, expert.index, expert.path, expert.digest] for expert in result.experts]
+    lines += ["", *table(["expert", "was", "file", "digest"], rows)]
+    files, top_k = cell(result.experts[0].path.parent / "*.st"), result.num_experts_per_tok
+    return [*lines, "", f"Merge again: flexctl merge {files} --anchor {cell(result.path)} --top-k {top_k}"]
 
 
 def _embed_router(result: EmbedRouterResult) -> list[str]:
@@ -172,7 +196,12 @@ def _merge(result: MergeResult) -> list[str]:
 def _remove(result: RemoveResult) -> list[str]:
     done = f"Removed {cell(result.removed)}; {cell(result.path)} holds {cell(('public', *result.remaining))}"
     active = f"{result.num_experts_per_tok} active for a token"
-    return [_sentence(result, done, active, None if result.exact else "with a tombstone")]
+    line = _sentence(result, done, active, None if result.exact else "with a tombstone")
+    return [line, *_records(result.records)]
+
+
+def _records(records: tuple[Path, ...]) -> list[str]:
+    return [f"for the owner: {cell(record)}" for record in records]
 
 
 def _replace(result: ReplaceResult) -> list[str]:
@@ -184,7 +213,7 @@ def _replace(result: ReplaceResult) -> list[str]:
         headers = ("bits per byte", "before", "after", "change")
         rows = [[name, b["before"], b["after"], b["after"] - b["before"]] for name, b in result.bits_per_byte.items()]
         lines += ["", *table(headers, rows)]
-    return lines
+    return [*lines, *(["", *_records(result.records)] if result.records else [])]
 
 
 def _evaluate(result: EvaluateResult) -> list[str]:
@@ -300,6 +329,8 @@ def _span(found: Estimate, shown: Callable[[float], str] = number) -> str | None
 
 
 def _inspect(result: InspectResult) -> list[str]:
+    if result.sbom is not None:
+        return [json.dumps(result.sbom, indent=2)]
     manifest = {
         name: value for name, value in result.manifest.items() if name not in ("tensors", "files", "moe_config")
     }
@@ -314,6 +345,36 @@ def _verify(result: VerifyResult) -> list[str]:
     return [*table(["", "", ""], rows)[1:], "", f"{cell(result.path)}: {'ok' if result.ok else 'FAILED'}{digest}"]
 
 
+def _keygen(result: KeygenResult) -> list[str]:
+    pair = f"{cell(result.path)} (private, encrypted) and {cell(result.public_path)}"
+    if result.dry_run:
+        return [f"Dry run, nothing written. Would make {pair}"]
+    entry = [f"key = {result.public_key!r}".replace("'", '"'), 'name = "WHOSE"']
+    return [
+        f"Made {pair}",
+        "",
+        "Those who are to trust it write into their trust file:",
+        "",
+        "[[owners]]",
+        *entry[::-1],
+    ]
+
+
+def _sign(result: SignResult) -> list[str]:
+    by = f"key {result.key_id[:12]}" if result.key_id else "for OpenSSF's tool"
+    count = f"{result.signatures} signatures" if result.signatures > 1 else None
+    return [_sentence(result, f"Signed {cell(result.path)} in {cell(result.signature)}", by, count)]
+
+
+def _check_rights(result: CheckRightsResult) -> list[str]:
+    purpose = f" for {', '.join(result.purpose)}" if result.purpose else ""
+    lines = [f"may be used{purpose}: {cell(result.allowed) or 'public alone'}"]
+    for out in result.ruled_out:
+        lines.append(f"must be left out: {out.name}: {out.reason}{f'; ask {out.contact}' if out.contact else ''}")
+    lines += [f"look at the licenses: {conflict}" for conflict in result.conflicts]
+    return [*lines, "", cell(result.remedy)] if result.remedy else lines
+
+
 def _list(result: ListResult) -> list[str]:
     lines = [f"workspace {cell(result.path)}", ""]
     if result.anchor is None:
@@ -324,11 +385,14 @@ def _list(result: ListResult) -> list[str]:
         lines.append("no merged model yet: flexctl merge EXPERT.st")
     else:
         lines += _listed_merged(result, result.merged)
+    if result.expiring and not result.experts:
+        return [*lines, f"no expert's rights end within {result.expiring}"]
     if not result.experts:
         return [*lines, "no experts yet: flexctl train-expert --data PATH"]
     whole = [expert for expert in result.experts if not expert.error]
     broken = [f"broken: {local(printable(expert.error))}" for expert in result.experts if expert.error]
-    return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *broken]
+    contacts = [f"{e.name}: ask {printable(e.contact)}" for e in whole if result.expiring and e.contact]
+    return [*lines, "", *(table(_LISTED, map(_listed_expert, whole)) if whole else []), *contacts, *broken]
 
 
 _LISTED = ("expert", "size_bytes", "rank", "license", "expires", "merged")
@@ -392,7 +456,7 @@ def _bundle_line(root: Path, kind: str, bundle: ListedAnchor | ListedMerged, abo
     return f"{kind}  {'' if path == kind else f'{path}: '}{', '.join(map(cell, facts))}"
 
 
-def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
+def _generate(result: GenerateResult, colour: bool) -> list[str]:
     """Return who answered, where that was asked for: a legend to the text's colours, or a table of its pieces.
 
     The text itself was written as it came.
@@ -406,6 +470,96 @@ def _generate(result: GenerateResult, *, colour: bool) -> list[str]:
         return ["", *shares[:2], *closed]
     rows = [[repr(piece.text), names[piece.leader], *map(piece.shares.get, names)] for piece in result.pieces]
     return ["", *table(["piece", "leading", *names], rows), "", *shares]
+
+
+def _audit(result: AuditResult) -> list[str]:
+    tried = f"{number(result.members)} documents of {result.name} and {number(result.others)} like them"
+    if result.dry_run:
+        return [f"Dry run, nothing tried. {cell(result.path)}: {tried}"]
+    near, exact = "nearly as the document", "letter by letter"
+    rows = [
+        [model, _with_span(found.extraction.near), _with_span(found.extraction.exact), "yes" if found.found else "no"]
+        for model, found in result.models.items()
+    ]
+    lines = [f"{cell(result.path)}: {tried}", "", *table(["goes on", near, exact, "anything found"], rows)]
+    told = {
+        model: {score: _with_span(each.auc) for score, each in found.membership.items()}
+        for model, found in result.models.items()
+    }
+    rates = {
+        model: {score: _with_span(each.tpr) for score, each in found.membership.items()}
+        for model, found in result.models.items()
+    }
+    lines += ["", *_matrix(told, "tells members, AUC"), "", *_matrix(rates, "members found, 1 % FPR")]
+    headers = ("canaries", "guesses", "right", "epsilon")
+    bounds = [[m, *(getattr(f.canaries, h) for h in headers)] for m, f in result.models.items() if f.canaries]
+    claimed = f"claimed: epsilon {result.claimed.epsilon:g}" if result.claimed else "no guarantee is claimed"
+    lines += ["", *table(["by canaries", *headers[:3], "epsilon at least"], bounds), claimed] if bounds else []
+    lines += ["", *_recovery(result.recovery)] if result.recovery else []
+    return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _recovery(found: Recovery) -> list[str]:
+    models = list(found.bits_per_byte)
+    rows = [
+        [
+            step,
+            *(found.bits_per_byte[model][at].value for model in models),
+            *(_with_span(difference[at], _signed) for difference in (found.ahead, found.faster)),
+        ]
+        for at, step in enumerate(found.steps)
+    ]
+    return table(["trained on it again, steps", *models, "ahead by", "faster by"], rows)
+
+
+def _with_span(found: Estimate, shown: Callable[[float], str] = number) -> str:
+    span = _span(found, shown)
+    return f"{shown(found.value)} ({span})" if span else shown(found.value)
+
+
+def _trace_index(result: TraceIndexResult) -> list[str]:
+    text = f"{number(result.documents)} documents, {amount(result.text_bytes, 'bytes')} of text"
+    shards = f"{number(result.shards)} shard{'s' if result.shards != 1 else ''}" + (
+        f", {result.kept_shards} kept" if result.kept_shards else ""
+    )
+    facts = (text, shards, amount(result.bytes_written, "bytes")) if result.documents else ()
+    return [_sentence(result, f"Indexed {result.name} in {cell(result.path)}", *facts)]
+
+
+_SPANS_SHOWN, _SPAN_WIDTH = 20, 60
+
+
+def _trace_find(result: TraceFindResult, colour: bool) -> list[str]:
+    """Return the text with each index's spans painted, and a table of them; an answer stands there in any case."""
+    answered = result.prompt is not None and not (colour and any(traced.all for traced in result.indexes))
+    lines = [printable(result.text)] if answered else []
+    for traced in result.indexes:
+        spans = traced.all
+        covered = f"{traced.covered:.0%} of the text" if spans else "nothing of the text"
+        found = f"{cell(traced.path)}, {number(traced.documents)} documents"
+        lines += [*([""] if lines else []), f"{traced.name}: {covered} ({found})"]
+        if spans and colour:
+            lines += ["", *_painted(result.text, spans).split("\n")]
+        if spans:
+            rows = [_span_row(number, span) for number, span in enumerate(spans[:_SPANS_SHOWN], start=1)]
+            lines += ["", *table(("", "span", "match", "times", "document", "from", "to"), rows)]
+        if len(spans) > _SPANS_SHOWN:
+            lines.append(f"and {len(spans) - _SPANS_SHOWN} more: --json, --report")
+    return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _painted(text: str, spans: Sequence[Span]) -> str:
+    pieces = tracing.segments(text, spans)
+    return "".join(
+        printable(piece) if at is None else paint(printable(piece), expert_colour(at + 1)) for piece, at in pieces
+    )
+
+
+def _span_row(at: int, span: Span) -> list[Any]:
+    words = " ".join(span.text.split())
+    shown = words if len(words) <= _SPAN_WIDTH else f"{words[: _SPAN_WIDTH // 2]} ... {words[-_SPAN_WIDTH // 2 + 5 :]}"
+    match, first = "verbatim" if span.similarity == 1 else f"near {span.similarity:.2f}", span.places[0]
+    return [at, shown, match, span.count, f"{first.file}, {first.record}", first.start, first.stop]
 
 
 def _chat(_result: ChatResult) -> list[str]:
@@ -480,10 +634,12 @@ def _demo(result: DemoResult) -> list[str]:
     return [*_matrix(result.bits_per_byte, "bits per byte"), "", *pairs(checks)]
 
 
+_COLOURED: Mapping[str, Callable[[Any, bool], list[str]]] = {"generate": _generate, "trace_find": _trace_find}
 _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "init_anchor": _init_anchor,
     "train_expert": _train_expert,
     "import_expert": _import_expert,
+    "adopt": _adopt,
     "embed_router": _embed_router,
     "compress": _compress,
     "merge": _merge,
@@ -493,8 +649,13 @@ _VIEWS: Mapping[str, Callable[[Any], list[str]]] = {
     "tune_router": _tune_router,
     "evaluate": _evaluate,
     "chat": _chat,
+    "trace_index": _trace_index,
+    "audit": _audit,
     "inspect": _inspect,
     "verify": _verify,
+    "keygen": _keygen,
+    "sign": _sign,
+    "check_rights": _check_rights,
     "list": _list,
     "push": _push,
     "pull": _pull,

@@ -87,7 +87,11 @@ class EvaluateConfig(Config):
     sweep_top_k: Annotated[bool, switch("Also score with every number of experts active for a token.", MODEL)] = False
     samples: Annotated[
         Path | None,
-        flag("FILE.jsonl", "Write figures of each document and task item, without their text.", OUTPUT),
+        flag(
+            "FILE.jsonl",
+            "Write figures of each document and task item, without their text; shares tell its kind.",
+            OUTPUT,
+        ),
     ] = None
     anchor: flags.Anchor = None
     top_k: flags.TopK = None

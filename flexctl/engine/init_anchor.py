@@ -3,47 +3,35 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from flexctl import flags, hub, model, routing, text, training, workspace
+from flexctl import flags, hub, model, text, training, workspace
 from flexctl.bundle import (
-    RawTensor,
     TensorType,
     check_agreement,
     head_differs,
-    left_out,
-    named_code,
     open_anchor,
     read_checkpoint,
     read_dense_config,
-    unread_weights,
     write_anchor,
 )
 from flexctl.bundle.checks import prove
 from flexctl.bundle.manifest import MANIFEST_FILE
-from flexctl.bundle.names import name_an_anchor, shown
+from flexctl.bundle.names import name_an_anchor
 from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
+from flexctl.steps.calibration import calibrate
+from flexctl.steps.checkpoint import warn_of_left_behind
 from flexctl.steps.machine import machine_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 
-_CALIBRATION_TOKENS_A_DIMENSION, _FEWEST_CALIBRATION_TOKENS, _MOST_CALIBRATION_TOKENS = 256, 32_768, 262_144
-"""Half of them are enough for rows, at a width where that was measured: docs/results.md, section 10."""
-
-_CALIBRATION_BATCH = 8
-_CALIBRATION_SEQ_LEN = 256
-_KIND_PASSAGES = 128
 _ANNEAL: dict[str, Any] = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
 
 
@@ -258,13 +246,7 @@ def _refuse_other_tensors(checkpoint: Path) -> None:
 def _warn_of_source(source: Path, config: InitAnchorConfig, reporter: Reporter) -> None:
     """Say what of a checkpoint is not taken, and what other software will take otherwise."""
     dense = read_dense_config(source)
-    for where, code in named_code(source).items():
-        reporter.warn(
-            f"{source}: {where} names code ({shown(code)}), which is neither run nor kept: Transformers' own classes "
-            "stand in for it"
-        )
-    if names := [*unread_weights(source), *left_out(source)]:
-        reporter.warn(f"{source}: {', '.join(names)}: left out, no part of an anchor")
+    warn_of_left_behind(source, reporter)
     if dense.get("tie_word_embeddings"):
         _warn_of_tied_head(source, dense, reporter)
     if config.anneal_tokens:
@@ -378,38 +360,6 @@ def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Calibration:
-    """What is measured on a dense model for its owners to come.
-
-    Attributes:
-        num_parameters: Of the model.
-        sample: The public text that owners mix into training.
-        space: Statistics of router inputs on it.
-        spread: As ``InitAnchorResult.constant_std``.
-    """
-
-    num_parameters: int
-    sample: text.PublicSample
-    space: routing.RouterSpace
-    spread: list[float]
-
-
-def _calibrate(config: InitAnchorConfig, checkpoint: Path, reporter: Reporter) -> _Calibration:
-    reporter.note("drawing the public sample")
-    tokenizer = model.load_tokenizer(checkpoint, special_as_text=config.special_as_text)
-    documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
-    sample = text.draw_sample(documents, config.sample_tokens, config.seed)
-    dense = model.load_dense(checkpoint)
-    num_parameters = dense.num_parameters()
-    machine = machine_of(config, read_checkpoint(checkpoint))
-    routed = model.route(dense.to(machine.dtype)).to(machine.device)
-    statistics = _measure(routed, sample, reporter)
-    space = routing.fit_space(statistics, _measure_kinds(config, routed, tokenizer, reporter))
-    spread = [float(std) for std in routing.constant_spread(space, statistics)]
-    return _Calibration(num_parameters=num_parameters, sample=sample, space=space, spread=spread)
-
-
 def _calibrate_and_write(
     config: InitAnchorConfig,
     checkpoint: Path,
@@ -418,16 +368,25 @@ def _calibrate_and_write(
     asked: Mapping[str, Any],
     reporter: Reporter,
 ) -> InitAnchorResult:
-    found = _calibrate(config, checkpoint, reporter)
+    found = calibrate(
+        checkpoint,
+        data=config.data,
+        text_field=config.text_field,
+        kinds=config.calibrate,
+        sample_tokens=config.sample_tokens,
+        special_as_text=config.special_as_text,
+        seed=config.seed,
+        machine=machine_of(config, read_checkpoint(checkpoint)),
+        reporter=reporter,
+    )
     dense = read_dense_config(checkpoint)
-    sample = found.sample.to_tensors()
     anchor = write_anchor(
         target,
         checkpoint=checkpoint,
         name=_name(config),
         moe_config=model.resolve_moe_config(dense),
-        router_space={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in found.space.to_tensors().items()},
-        public_sample={name: RawTensor(*model.to_bytes(tensor)) for name, tensor in sample.items()},
+        router_space=found.space,
+        public_sample=found.sample,
         run={
             "asked": asked,
             "num_parameters": found.num_parameters,
@@ -451,45 +410,5 @@ def _calibrate_and_write(
         tokens=trained[0],
         loss=trained[1],
         constant_std=found.spread,
-        sample_tokens=len(sample["tokens"]),
+        sample_tokens=found.sample["tokens"].shape[0],
     )
-
-
-def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> routing.InputStatistics:
-    def batches() -> Iterator[Tensor]:
-        import torch
-
-        stream = sample.stream()
-        seq_len = min(_CALIBRATION_SEQ_LEN, len(stream) - 1)
-        count = min(stream.num_sequences(seq_len), _calibration_tokens(routed.config.hidden_size) // seq_len)
-        with reporter.progress("measuring router inputs", count * seq_len, "tokens") as bar:
-            for start in range(0, count, _CALIBRATION_BATCH):
-                rows = [stream.sequence(i, seq_len)[:-1] for i in range(start, min(count, start + _CALIBRATION_BATCH))]
-                yield torch.stack([torch.from_numpy(row) for row in rows])
-                bar.advance(len(rows) * seq_len)
-
-    return routing.measure_inputs(routed, batches())
-
-
-def _calibration_tokens(hidden_size: int) -> int:
-    """Return how many public tokens router inputs are measured on: a covariance of wider ones needs more."""
-    wanted = _CALIBRATION_TOKENS_A_DIMENSION * hidden_size
-    return min(max(wanted, _FEWEST_CALIBRATION_TOKENS), _MOST_CALIBRATION_TOKENS)
-
-
-def _measure_kinds(config: InitAnchorConfig, routed: Any, tokenizer: Any, reporter: Reporter) -> list[Tensor]:
-    """Return how router inputs vary inside passages of each other kind of text, (L, H, H) each.
-
-    Args:
-        config: Says where they are.
-        routed: The model, with routed blocks.
-        tokenizer: Its tokenizer.
-        reporter: Hears of progress.
-    """
-    found = []
-    for path in config.calibrate:
-        passages = text.sample_passages(text.read_documents([path], config.text_field), _KIND_PASSAGES, config.seed)
-        framed = text.frame_passages(tokenizer, passages)
-        with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-            found.append(routing.measure_passages(routed, framed, bar.advance).within)
-    return found

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from flexctl import flags, hub
 from flexctl.bundle.codec import encode
 from flexctl.bundle.manifest import Manifest, MergedManifest
-from flexctl.bundle.opening import read_manifest_of
-from flexctl.options import Config
+from flexctl.bundle.opening import open_bundle, read_manifest_of
+from flexctl.bundle.router import RouterFile
+from flexctl.bundle.sbom import bill_of_materials
+from flexctl.errors import UsageError
+from flexctl.options import OUTPUT, Config, flag
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["InspectConfig", "InspectResult", "inspect"]
@@ -27,9 +30,14 @@ class InspectConfig(Config):
     Examples:
         flexctl inspect experts/law.st
         flexctl inspect hf://acme/law-expert
+        flexctl inspect merged --sbom cyclonedx
     """
 
     path: flags.BundlePath
+    sbom: Annotated[
+        Literal["cyclonedx"] | None,
+        flag("FORMAT", "Print a bill of materials instead: cyclonedx is CycloneDX 1.6 for machine learning.", OUTPUT),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +53,7 @@ class InspectResult:
         num_tensors: How many tensors the manifest lists.
         num_parameters: Their elements.
         manifest: All of it.
+        sbom: The bill of materials, where one was asked for.
     """
 
     path: Path | str
@@ -55,17 +64,21 @@ class InspectResult:
     num_tensors: int
     num_parameters: int
     manifest: Mapping[str, Any]
+    sbom: Mapping[str, object] | None = None
 
 
 def inspect(config: InspectConfig, reporter: Reporter = SILENT) -> InspectResult:
     """Read a bundle's manifest; of one on the Hub, nothing but that is fetched.
 
     Raises:
-        UsageError: There is nothing at the path.
+        UsageError: There is nothing at the path, or a bill of materials is asked for of what has none.
         BundleError: There is no manifest, or it is not valid.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
     del reporter
+    if config.sbom is not None:
+        bill = _bill(config.path)
+        return replace(inspect(InspectConfig(path=config.path)), sbom=bill)
     if hub.is_remote(config.path):
         remote = hub.look(hub.parse(config.path))
         size_bytes = remote.sizes[remote.file] if remote.file else sum(remote.sizes.values())
@@ -73,6 +86,17 @@ def inspect(config: InspectConfig, reporter: Reporter = SILENT) -> InspectResult
     files = list(config.path.iterdir()) if config.path.is_dir() else [config.path]
     manifest = read_manifest_of(config.path)
     return _result(config.path, manifest, sum(file.stat().st_size for file in files if file.is_file()))
+
+
+def _bill(path: Path) -> dict[str, Any]:
+    if hub.is_remote(path):
+        raise UsageError(
+            f"{hub.parse(path)}: a bill is made of what is here", hint="flexctl pull brings it", field="sbom"
+        )
+    bundle = open_bundle(path)
+    if isinstance(bundle, RouterFile):
+        raise UsageError(f"{path}: is a router file and no model", field="sbom")
+    return bill_of_materials(bundle)
 
 
 def _result(path: Path | str, manifest: Manifest, size_bytes: int) -> InspectResult:

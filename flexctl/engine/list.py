@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,19 @@ from typing import Annotated
 from flexctl import workspace
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, MergedManifest, has_expired
 from flexctl.bundle.opening import read_manifest_of
-from flexctl.errors import BundleError
-from flexctl.options import Config, argument
+from flexctl.errors import BundleError, UsageError
+from flexctl.options import RIGHTS, Config, argument, flag
 from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["ListConfig", "ListResult", "ListedAnchor", "ListedExpert", "ListedMerged", "list"]
+
+
+def _days(text: str, field: str) -> int:
+    """Return a number of days, written 30d."""
+    found = re.fullmatch(r"(\d{1,5})d", text)
+    if found is None:
+        raise UsageError(f"is {text!r}; expected days, as 30d", field=field)
+    return int(found[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,9 +33,14 @@ class ListConfig(Config):
 
     Examples:
         flexctl list
+        flexctl list --expiring 30d
     """
 
     path: Annotated[Path | None, argument("PATH", "A workspace; the current one by default.")] = None
+    expiring: Annotated[
+        str | None,
+        flag("DAYS", "Only experts whose rights end within so many days, as 30d, or are over.", RIGHTS, check=_days),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +66,7 @@ class ListedExpert:
         expired: Its rights are over.
         in_merged: This very expert, by digest, is in the merged model.
         other_in_merged: Another of its name is.
+        contact: Whom to ask; None where the owner named nobody.
         error: Why it cannot be read; None where it can.
     """
 
@@ -66,6 +81,7 @@ class ListedExpert:
     expired: bool = False
     in_merged: bool = False
     other_in_merged: bool = False
+    contact: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,12 +112,14 @@ class ListResult:
         anchor: The anchor.
         experts: The experts, by file name.
         merged: The merged model.
+        expiring: The days that experts were chosen by; None where all are listed.
     """
 
     path: Path
     anchor: ListedAnchor | None
     experts: tuple[ListedExpert, ...]
     merged: ListedMerged | None
+    expiring: str | None = None
 
 
 def list(config: ListConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> ListResult:
@@ -119,11 +137,17 @@ def list(config: ListConfig, reporter: Reporter = SILENT, *, today: datetime.dat
     space = workspace.find(config.path)
     merged, inside = _merged(space.merged)
     today = today or datetime.date.today()
+    last = config.expiring and (today + datetime.timedelta(_days(config.expiring, "expiring"))).isoformat()
     return ListResult(
         path=space.root,
         anchor=_anchor(space.anchor),
-        experts=tuple(_expert(*found, inside, today) for found in _expert_files(space.experts)),
+        experts=tuple(
+            expert
+            for expert in (_expert(*found, inside, today) for found in _expert_files(space.experts))
+            if last is None or (expert.expires is not None and expert.expires <= last)
+        ),
         merged=merged,
+        expiring=config.expiring,
     )
 
 
@@ -196,6 +220,7 @@ def _expert(
         expired=has_expired(manifest.data.expires, today),
         in_merged=is_inside,
         other_in_merged=manifest.name in inside and not is_inside,
+        contact=manifest.data.contact,
     )
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from flexctl import flags, workspace
-from flexctl.bundle.anchor import open_anchor
+from flexctl.bundle.anchor import Anchor, open_anchor
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import OTHER_LICENSE
 from flexctl.bundle.merged import open_merged
+from flexctl.bundle.store import check_directory_target
 from flexctl.errors import BundleError
+from flexctl.evaluation.figures import Estimate
 from flexctl.hub import is_remote
 from flexctl.options import MODEL, Config, argument, flag
 from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
+from flexctl.steps.screening import admit, domains_of, refuse_implausible, screen, untrusted
 from flexctl.steps.sources import localise
+from flexctl.steps.trusting import refuse_untrusted, trust_of
 
 __all__ = ["MergeConfig", "MergeResult", "MergedExpert", "merge"]
 
@@ -33,9 +38,14 @@ class MergeConfig(Config):
     bytes in whatever order. A merged model as first argument is added to; no expert at all gives the
     anchor alone.
 
+    Experts whose size or rows are out of proportion are refused. With `trust`, those that no trusted key has signed are
+    tried on public text as well, as `screen` does for all; `admit` tries them on your own.
+
     Examples:
         flexctl merge experts/*.st
         flexctl merge merged experts/news.st -o merged-2
+        flexctl merge experts/*.st --require-signed --trust trust.toml
+        flexctl merge merged news.st -o merged-2 --screen --admit --data law=tests/law
     """
 
     experts: Annotated[
@@ -53,6 +63,18 @@ class MergeConfig(Config):
     ] = None
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
+    trust: flags.Trust = None
+    require_signed: flags.RequireSigned = False
+    screen: flags.Screen = False
+    admit: flags.Admit = False
+    accept: flags.Accept = ()
+    data: flags.Domains = ()
+    text_field: flags.TextField = "text"
+    seq_len: flags.SeqLen = None
+    forward_tokens: flags.ForwardTokens = 8192
+    threads: flags.Threads = None
+    device: flags.Device = "auto"
+    dtype: flags.Dtype = "auto"
     allow_expired: flags.AllowExpired = False
     trust_cache: flags.TrustCache = False
 
@@ -79,9 +101,12 @@ class MergeResult:
         license: What all inputs share, else ``other``.
         bytes_written: Bytes copied or made; after a dry run, what the weights would take.
         expected_routing: Text of whom -> expert -> share of the router's probability that is expected, from router
-            rows alone; None where the anchor is not at hand.
+            rows alone; None where the anchor is not at hand, or was adopted without public text.
         peak_rss_bytes: The process's largest resident size.
         dry_run: Whether nothing was written.
+        screening: Expert -> what it does to public text: its public_share of the router's probability, and its
+            public_cost in nats a token; empty where none was tried.
+        admission: Domain -> expert -> by how many bits per byte the domain is worse with it; empty without data.
     """
 
     path: Path
@@ -94,6 +119,8 @@ class MergeResult:
     expected_routing: Routing | None
     peak_rss_bytes: int
     dry_run: bool
+    screening: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    admission: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
 
 def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> MergeResult:
@@ -108,7 +135,8 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         UsageError: The target exists and may not be replaced, or a setting is out of range.
         BundleError: A bundle is invalid, does not fit, has expired, or its bytes are not those of its manifest.
     """
-    composition, base = _compose(config, reporter)
+    domains = domains_of(config)
+    composition, base, new = _compose(config, reporter)
     target, overwrite = config.output or workspace.find().merged, config.overwrite
     # A merged model on the Hub is added to here, not in the cache that it was fetched into.
     if base is not None and not is_remote(config.experts[0]):
@@ -116,8 +144,18 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         overwrite = overwrite or replaces_own
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
+    refuse_untrusted(config, composition, today)
     _warn(composition, config, reporter)
-    routing = _expected_routing(composition, config, reporter)
+    anchor = _anchor_at_hand(composition, config, reporter)
+    trust = trust_of(config, today)
+    strangers = untrusted(composition, new, trust)
+    refuse_implausible(composition, strangers, anchor, config, reporter)
+    routing = None if anchor is None else expected_between(anchor, composition.closed_rows())
+    warn_of_overlaps(routing or {}, reporter)
+    check_directory_target(target, kind="merged", overwrite=overwrite)
+    tried = new if config.screen else strangers if trust and anchor else []
+    screening = screen(composition, tried, anchor, config, reporter)
+    admission = admit(composition, new, domains, config, reporter) if domains else {}
     digest, written = assemble(
         target,
         composition,
@@ -140,11 +178,13 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         expected_routing=routing,
         peak_rss_bytes=peak_rss_bytes(),
         dry_run=config.dry_run,
+        screening=screening,
+        admission=admission,
     )
 
 
-def _compose(config: MergeConfig, reporter: Reporter) -> tuple[Composition, Path | None]:
-    """Return what to write, and the merged model that is added to, if there is one."""
+def _compose(config: MergeConfig, reporter: Reporter) -> tuple[Composition, Path | None, list[str]]:
+    """Return what to write, the merged model that is added to, if there is one, and who is added."""
     files, base = tuple(localise(file, reporter) for file in config.experts), None
     anchor = config.anchor and localise(config.anchor, reporter)
     if files and files[0].is_dir():
@@ -153,8 +193,10 @@ def _compose(config: MergeConfig, reporter: Reporter) -> tuple[Composition, Path
         composition = _compose_base(base, anchor, reporter)
     else:
         composition = compose_anchor(open_anchor(anchor or workspace.find().anchor))
-    composition = composition.adding(open_expert(file) for file in files)
-    return replace(composition, top_k=config.top_k or composition.top_k), base
+    experts = [open_expert(file) for file in files]
+    composition = composition.adding(experts)
+    new = sorted(expert.manifest.name for expert in experts)
+    return replace(composition, top_k=config.top_k or composition.top_k), base, new
 
 
 def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Composition:
@@ -166,14 +208,12 @@ def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Compos
     return compose_merged(merged)
 
 
-def _expected_routing(composition: Composition, config: MergeConfig, reporter: Reporter) -> Routing | None:
-    """Return who is expected to answer whose text, and warn of experts that will take each other's."""
+def _anchor_at_hand(composition: Composition, config: MergeConfig, reporter: Reporter) -> Anchor | None:
+    """Return the experts' anchor, given or the workspace's; None where that is another, uncalibrated, or not there."""
     path = localise(config.anchor, reporter) if config.anchor else workspace.find().anchor
     if not path.is_dir() or (anchor := open_anchor(path)).digest != composition.anchor.digest:
         return None
-    routing = expected_between(anchor, composition.closed_rows())
-    warn_of_overlaps(routing, reporter)
-    return routing
+    return anchor if anchor.is_calibrated else None
 
 
 def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> None:
@@ -185,3 +225,6 @@ def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> 
     elif composition.license == OTHER_LICENSE:
         listed = ", ".join(f"{part.entry.name}: {part.entry.license or 'unknown'}" for part in composition.parts)
         reporter.warn(f"the inputs have no license in common ({listed}); the merged model's is 'other'")
+    for conflict in (found := composition.license_conflicts())[:1]:
+        more = f" (and {len(found) - 1} more: flexctl check-rights)" if len(found) > 1 else ""
+        reporter.warn(f"licenses that may not go together: {conflict}{more}")

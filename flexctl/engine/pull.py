@@ -11,6 +11,7 @@ from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, Manifest, MergedManifest
 from flexctl.bundle.merged import CARD_FILE
+from flexctl.bundle.signatures import Envelope, read_signature, signature_path
 from flexctl.bundle.store import (
     check_directory_target,
     check_file_target,
@@ -121,7 +122,7 @@ def _address(config: PullConfig) -> hub.Address:
 def _names(remote: hub.Remote, manifest: Manifest) -> list[str]:
     """Return the files to bring. Cards of anchors and experts stay: they are the Hub's, and nothing binds them."""
     if remote.file is not None:
-        return [remote.file]
+        return [remote.file, *([remote.signature] if remote.signature else [])]
     unbound = hub.IGNORED if isinstance(manifest, MergedManifest) else (*hub.IGNORED, CARD_FILE)
     return sorted(set(remote.sizes) - set(unbound))
 
@@ -155,9 +156,24 @@ def _write(
         place = new_file(target, overwrite=config.overwrite)
     with place as temporary:
         fetched = hub.fetch(remote, reporter)
-        for name in names:
-            _copy(fetched / name if is_directory else fetched, temporary / name if is_directory else temporary)
+        signature = None if is_directory else read_signature(signature_path(fetched), manifest)
+        for name in names if is_directory else ():
+            _copy(fetched / name, temporary / name)
+        if not is_directory:
+            _copy(fetched, temporary)
         _verify(temporary, remote, manifest, config, reporter, today)
+    if not is_directory:
+        _place_signature(target, signature)
+
+
+def _place_signature(target: Path, signature: Envelope | None) -> None:
+    """Write what was signed of a file beside it; what signed the one before goes."""
+    place = target.with_name(f"{target.name}.sig")
+    if signature is None:
+        place.unlink(missing_ok=True)
+        return
+    with new_file(place, overwrite=True) as temporary:
+        temporary.write_bytes(signature.data)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from flexctl.bundle.expert import Expert
 from flexctl.bundle.manifest import MANIFEST_FILE, ExpertManifest, Manifest, MergedManifest
 from flexctl.bundle.merged import CARD_FILE, Merged
 from flexctl.bundle.opening import open_bundle
+from flexctl.bundle.signatures import signature_path
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import HUB, Config, argument, flag, switch
 from flexctl.runtime import SILENT, Reporter
@@ -148,6 +149,9 @@ def _files(
         results = bundle.path.with_suffix(".results.json")
         if results.is_file() and not _is_of_another(results, bundle, reporter):
             files["results.json"] = results
+        signature = signature_path(bundle.path)
+        if signature.exists():
+            files[f"{bundle.manifest.name}.st.sig"] = signature
         card = expert_card(bundle.manifest, address.repository, base_model)
         return {CARD_FILE: card.encode("utf-8"), **files}
     files = {item.name: item for item in sorted(bundle.path.iterdir()) if item.name not in hub.IGNORED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from flexctl import flags, workspace
 from flexctl.bundle.composition import Composition, compose_merged
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.errors import UsageError
-from flexctl.options import OUTPUT, Config, argument, switch
+from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Reporter
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
+from flexctl.steps.removal import recorder
 
 __all__ = ["RemoveConfig", "RemoveResult", "remove"]
 
@@ -23,18 +25,21 @@ class RemoveConfig(Config):
     """What to remove.
 
     Works on the workspace's merged model, which is replaced in one step. With `output` the result goes elsewhere.
+    With `tombstone`, `reason` and `key` each owner gets a signed record, NAME.removed.json beside the model.
 
     Examples:
         flexctl remove law
         flexctl remove law news --from merged -o without-law-and-news
+        flexctl remove law --tombstone --reason "withdrawn by its owner" --key coordinator.key
     """
 
     names: Annotated[tuple[str, ...], argument("NAME", "Names of the experts to remove.")]
     source: flags.Source = None
     output: flags.OutputElsewhere = None
-    tombstone: Annotated[
-        bool, switch("Record in the manifest and the card what was removed, by name and digest.", OUTPUT)
-    ] = False
+    tombstone: flags.Tombstone = False
+    reason: flags.Reason = None
+    key: flags.Key = None
+    passphrase_file: flags.PassphraseFile = None
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
     trust_cache: flags.TrustCache = False
@@ -52,6 +57,7 @@ class RemoveResult:
         num_experts_per_tok: As config.json has it: clamped to the number of experts.
         bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
         exact: Whether every byte is what a merge of the remaining experts writes; a tombstone is the one exception.
+        records: Signed records for the owners, where they were asked for.
         dry_run: Whether nothing was written.
     """
 
@@ -63,17 +69,20 @@ class RemoveResult:
     bytes_written: int
     exact: bool
     dry_run: bool
+    records: tuple[Path, ...] = ()
 
 
-def remove(config: RemoveConfig, reporter: Reporter = SILENT) -> RemoveResult:
+def remove(config: RemoveConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> RemoveResult:
     """Remove experts. What is kept is hashed again, and renumbered.
 
     Args:
         config: What to remove.
         reporter: Where progress and warnings go.
+        today: The day that stands in records; the real one if None.
 
     Raises:
-        UsageError: A name is not there or reserved, or the target exists and may not be replaced.
+        UsageError: A name is not there or reserved, the target or a record exists and may not be replaced, or the key
+            cannot be opened.
         BundleError: The merged model is invalid, or a kept tensor's bytes are not those of the manifest.
     """
     if not config.names:
@@ -83,6 +92,7 @@ def remove(config: RemoveConfig, reporter: Reporter = SILENT) -> RemoveResult:
     composition = compose_merged(merged).without(config.names, tombstone=config.tombstone)
     target, replaces_own = place_of_change(source, config.output)
     _say(merged, composition, reporter)
+    recording = recorder(merged, _unique(config.names), target, config, reporter)
     digest, written = assemble(
         target,
         composition,
@@ -91,6 +101,7 @@ def remove(config: RemoveConfig, reporter: Reporter = SILENT) -> RemoveResult:
         dry_run=config.dry_run,
         reporter=reporter,
     )
+    records = recording.write(target, "remove", today or datetime.date.today()) if recording and digest else ()
     return RemoveResult(
         path=target,
         digest=digest,
@@ -100,6 +111,7 @@ def remove(config: RemoveConfig, reporter: Reporter = SILENT) -> RemoveResult:
         bytes_written=written,
         exact=not composition.removed,
         dry_run=config.dry_run,
+        records=records,
     )
 
 

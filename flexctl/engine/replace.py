@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from flexctl import evaluation, flags, model, workspace
+from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.codec import encode
-from flexctl.bundle.composition import compose_merged
+from flexctl.bundle.composition import Composition, compose_merged
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.bundle.manifest import ExpertManifest
 from flexctl.bundle.merged import Merged, open_merged
@@ -20,7 +21,10 @@ from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Parts, Reporter
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.machine import machine_of
+from flexctl.steps.removal import recorder
+from flexctl.steps.screening import admit, domains_of, refuse_implausible, screen, untrusted
 from flexctl.steps.sources import localise
+from flexctl.steps.trusting import refuse_untrusted, trust_of
 
 __all__ = ["Change", "ReplaceConfig", "ReplaceResult", "replace"]
 
@@ -29,7 +33,8 @@ __all__ = ["Change", "ReplaceConfig", "ReplaceResult", "replace"]
 class ReplaceConfig(Config):
     """What to replace.
 
-    With `data` also how each domain's bits per byte changed, scored as evaluate does.
+    With `data` also how each domain's bits per byte changed, scored as evaluate does. With `tombstone`, `reason`
+    and `key` the owner gets a signed record of the version that went, NAME.removed.json beside the model.
 
     Examples:
         flexctl replace law law-2.st
@@ -43,6 +48,15 @@ class ReplaceConfig(Config):
     output: flags.OutputElsewhere = None
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
+    tombstone: flags.Tombstone = False
+    reason: flags.Reason = None
+    key: flags.Key = None
+    passphrase_file: flags.PassphraseFile = None
+    trust: flags.Trust = None
+    require_signed: flags.RequireSigned = False
+    screen: flags.Screen = False
+    admit: flags.Admit = False
+    accept: flags.Accept = ()
     text_field: flags.TextField = "text"
     special_as_text: flags.SpecialAsText = False
     seq_len: flags.SeqLen = None
@@ -77,6 +91,7 @@ class ReplaceResult:
         bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
         dry_run: Whether nothing was written.
         bits_per_byte: Domain -> {before, after} on its test text; empty without data, and after a dry run.
+        records: The signed record for the owner, where it was asked for.
     """
 
     path: Path
@@ -88,6 +103,7 @@ class ReplaceResult:
     bytes_written: int
     dry_run: bool
     bits_per_byte: Mapping[str, Mapping[str, float]]
+    records: tuple[Path, ...] = ()
 
 
 def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> ReplaceResult:
@@ -103,7 +119,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
             a setting or the data is wrong.
         BundleError: The new expert bears another name or does not fit, or bytes are not those of a manifest.
     """
-    domains = _domains(config)
+    domains = domains_of(config)
     source = config.source or workspace.find().merged
     merged = open_merged(source)
     expert = open_expert(localise(config.expert, reporter))
@@ -113,7 +129,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
             hint="an expert is replaced by one of the same name; remove and merge for any other",
         )
     warn_of_tuned(merged, reporter)
-    composition = compose_merged(merged).without([config.name]).adding([expert])
+    composition = compose_merged(merged).without([config.name], tombstone=config.tombstone).adding([expert])
     old = _old_manifest(merged, expert)
     if domains:
         _warn_of_length(config, merged, reporter)
@@ -122,6 +138,9 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     target, replaces_own = place_of_change(source, config.output)
     overwrite = config.overwrite or replaces_own
     check_directory_target(target, kind="merged", overwrite=overwrite)
+    refuse_untrusted(config, composition, today)
+    recording = recorder(merged, [config.name], target, config, reporter)
+    _look_at(config, merged, composition, domains, reporter, today)
     # One model is in memory at a time: the old one is scored and gone before the new one is.
     scoring = Parts(reporter)
     scoring.expect(2 * sum(domain.size_bytes() for domain in domains))
@@ -134,6 +153,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         dry_run=config.dry_run,
         reporter=reporter,
     )
+    records = recording.write(target, "replace", today or datetime.date.today()) if recording and digest else ()
     after = _score(target, domains, config, scoring, "after")
     return ReplaceResult(
         path=target,
@@ -145,16 +165,27 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         bytes_written=written,
         dry_run=config.dry_run,
         bits_per_byte={name: {"before": before[name], "after": after[name]} for name in before},
+        records=records,
     )
 
 
-def _domains(config: ReplaceConfig) -> list[evaluation.Domain]:
-    """Return what to score on, after refusing settings that cannot be scored with."""
-    if not config.data:
-        return []
-
-    machine_of(config)
-    return evaluation.parse_domains(config.data, config.text_field)
+def _look_at(
+    config: ReplaceConfig,
+    merged: Merged,
+    composition: Composition,
+    domains: Sequence[evaluation.Domain],
+    reporter: Reporter,
+    today: datetime.date | None,
+) -> None:
+    """Refuse a new version that is out of proportion, ruins public text, or makes a domain worse than the old one."""
+    own, trust, names = workspace.find().anchor, trust_of(config, today), [config.name]
+    anchor = open_anchor(own) if own.is_dir() else None
+    anchor = anchor if anchor and anchor.digest == composition.anchor.digest else None
+    strangers = untrusted(composition, names, trust)
+    refuse_implausible(composition, strangers, anchor, config, reporter)
+    screen(composition, names if config.screen else strangers if trust and anchor else [], anchor, config, reporter)
+    if config.admit and not config.dry_run:
+        admit(composition, names, domains, config, reporter, before=compose_merged(merged))
 
 
 def _score(

@@ -73,6 +73,7 @@ class ServeConfig(Config):
     ] = None
     max_new_tokens: Annotated[int, flag("N", "Length of an answer at most.", OUTPUT, above=0)] = 1024
     timeout_s: Annotated[float, flag("S", "Seconds that an answer may take.", SERVER, above=0)] = 300.0
+    ui: Annotated[bool, switch("Show a page to try it, at the server's own address.", SERVER)] = False
     explain: Annotated[bool, switch("Tell experts' shares, which say something of a text.", OUTPUT)] = False
     anchor: flags.Anchor = None
     top_k: flags.TopK = None
@@ -151,7 +152,8 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
             speaker = Speaker(runnable, machine)
             model.set_top_k(speaker.net, runnable.active(config.top_k, everybody, reporter))
             service = _service(config, speaker, permits, context, reporter, serving.LOCAL_NAMES if is_local else ())
-            _run(service, found, lambda: reporter.note(f"{name} answers at {address}/v1; Ctrl-C stops it"))
+            page = f", the playground is at {address}/" if config.ui else ""
+            _run(service, found, lambda: reporter.note(f"{name} answers at {address}/v1{page}; Ctrl-C stops it"))
             done = Count(service.metrics.requests, service.batcher.new_tokens)
     return ServeResult(
         path=runnable.path,
@@ -170,6 +172,7 @@ _INSTEAD = {
     "max_context": "--max-model-len",
     "max_new_tokens": None,
     "timeout_s": None,
+    "ui": None,
     "explain": None,
     "top_k": "--hf-overrides",
     "threads": None,
@@ -203,9 +206,10 @@ def _refuse_other_engine_s(config: ServeConfig) -> None:
 
 
 def _name_of(config: ServeConfig, runnable: Runnable) -> str:
-    """Return the last part of the bundle's place, without an ending."""
+    """Return the last part of the bundle's place, without ending and revision."""
     place = runnable.path if config.bundle is not None else workspace.find().merged
-    name = (Path(place).resolve() if isinstance(place, Path) else Path(str(place))).name.removesuffix(".st")
+    last = place.resolve().name if isinstance(place, Path) else place.rsplit("/", 1)[-1].partition("@")[0]
+    name = last.removesuffix(".st")
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} cannot be a model's name", hint="give one with `name`", field="bundle")
     return name
@@ -280,6 +284,7 @@ def _service(
         timeout_s=config.timeout_s,
         reporter=reporter,
         local_names=names,
+        has_page=config.ui,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from flexctl import evaluation, flags, model, text, training, workspace
-from flexctl.bundle import PUBLIC, Anchor, Expert, RawTensor, RouterInfo, open_expert, write_expert
+from flexctl.bundle import PUBLIC, Anchor, DataInfo, Expert, RawTensor, RouterInfo, open_expert, write_expert
 from flexctl.bundle.checks import prove
 from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.lowrank import refuse_useless_rank
@@ -16,10 +16,12 @@ from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
-from flexctl.options import DATA, HARDWARE, TRAINING, Config, flag, switch
+from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.guarantee import Plan, planned
 from flexctl.steps.machine import machine_of
+from flexctl.steps.private_run import PrivateRun
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 from flexctl.steps.terms import data_info, warn_of_expired
 
@@ -57,12 +59,18 @@ class TrainExpertConfig(Config):
         float, flag("SHARE", "Share of public text in each step, from 0 to below 1.", DATA, at_least=0, below=1)
     ] = 0.3
     public: flags.Public = None
+    canaries: Annotated[
+        int | None,
+        flag("N", "Plant about half of so many made-up documents, for audit; NAME.canaries has them.", DATA, above=1),
+    ] = None
     rank: Annotated[
         int | None,
         flag("R", "Train low-rank differences to the public expert: a smaller file, less memory.", TRAINING, above=0),
     ] = None
     max_steps: flags.MaxSteps = None
-    epochs: Annotated[float, flag("N", "Passes over `data`.", TRAINING, above=0)] = 1.0
+    epochs: Annotated[
+        float | None, flag("N", "Passes over `data` (default: 1, and 20 with `dp_epsilon`).", TRAINING, above=0)
+    ] = None
     lr: flags.Lr = None
     warmup_steps: Annotated[
         int | None,
@@ -82,6 +90,28 @@ class TrainExpertConfig(Config):
         float,
         flag("X", "How strongly the expert is held to the public one on public text.", TRAINING, at_least=0),
     ] = 1.0
+    dp_epsilon: Annotated[
+        float | None,
+        flag("E", "Train with differential privacy: what a document may change is bounded by this.", PRIVACY, above=0),
+    ] = None
+    dp_delta: Annotated[
+        float | None, flag("D", "How likely the bound may fail; below 1 / `dp_documents`.", PRIVACY, above=0, below=1)
+    ] = None
+    dp_documents: Annotated[
+        int | None, flag("N", "About how many documents there are, as anybody may know.", PRIVACY, above=0)
+    ] = None
+    dp_max_grad_norm: Annotated[
+        float | None,
+        flag("C", "Clip of a document's gradient (default: measured on public text).", PRIVACY, above=0),
+    ] = None
+    dp_noise_multiplier: Annotated[
+        float | None,
+        flag("S", "Noise of a step, in clips (default: the least that keeps `dp_epsilon`).", PRIVACY, above=0),
+    ] = None
+    dp_row_epsilon: Annotated[
+        float | None,
+        flag("E", "Epsilon of router rows by themselves (default: a quarter of `dp_epsilon`).", PRIVACY, above=0),
+    ] = None
     router: flags.Router = "discriminant"
     encoder: flags.Encoder = None
     own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
@@ -105,22 +135,25 @@ class TrainExpertResult:
     """What ``train_expert`` made.
 
     Attributes:
-        tokens: The owner's tokens trained on; ``public_tokens`` came on top.
+        tokens: The owner's tokens trained on; ``public_tokens`` came on top. None under a guarantee, as all figures
+            of the owner's text are.
         final_loss: Mean training loss over the last steps, nats a token.
         held_out: ``{"own" and "public": {"before", "after"}}``, nats a token on text that was not trained on, of the
             anchor and of the finished pair after rounding. None where nothing was held out.
+        privacy: The guarantee, where there is one.
         tokens_per_s: Own and public tokens a second; None when the run only finished what was there.
         frozen_verified: Every frozen tensor equals the anchor's, bit for bit.
         bias: The router bias of each layer.
         rank: Of a low-rank expert; None of a full one.
         bytes_written: Size of the expert's file.
+        peak_rss_bytes: Most memory that was in use; 0 under a guarantee, as it depends on the owner's text.
     """
 
     path: Path
     digest: str | None
     name: str
     anchor_digest: str
-    tokens: int
+    tokens: int | None
     public_tokens: int
     steps: int
     final_loss: float | None = None
@@ -137,12 +170,13 @@ class TrainExpertResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Task:
-    """What is to be made: the settings, the anchor, the expert's name and its file."""
+    """What is to be made: the settings, the anchor, the expert's name and its file, and its guarantee if it has one."""
 
     config: TrainExpertConfig
     base: Anchored
     name: str
     target: Path
+    plan: Plan | None
 
     def result(self, **figures: Any) -> TrainExpertResult:
         """Return a result with what is known before any training, and these figures."""
@@ -197,17 +231,24 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     training.refuse_busy(work_path)
-    task = _Task(config=replace(config, data=text.pinned(config.data)), base=base, name=name, target=target)
+    plan = planned(config, base.anchor)
+    canaries = text.CanaryFolder.beside(target)
+    data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
+    task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan)
     if ends:
         return _finished(task, work_path, reporter)
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
     warn_of_expired(config, reporter)
+    if plan is not None:
+        reporter.note(str(plan))
     if config.dry_run:
         return task.result(digest=None, tokens=0, public_tokens=0, steps=0, rank=config.rank, dry_run=True)
     with training.working_folder(work_path, reporter) as work:
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
-        return _run(task, work, reporter)
+        if config.canaries:
+            text.plant_canaries(canaries, config.canaries, config.text_field, keep=config.resume)
+        return _run(task, work, reporter) if plan is None else _run_privately(task, plan, work, reporter)
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
@@ -223,7 +264,7 @@ def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertRe
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
-    asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed))
+    asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed) if task.plan is None else None)
     training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
     training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
@@ -236,6 +277,7 @@ def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertRe
         final_loss=about["losses"]["final"],
         held_out=training.before_after(about["losses"]["held_out"]),
         frozen_verified=about["frozen_verified"],
+        privacy=expert.manifest.privacy,
         bias=list(expert.manifest.router.bias),
         rank=expert.manifest.rank,
         bytes_written=target.stat().st_size,
@@ -244,8 +286,8 @@ def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertRe
     )
 
 
-def _asked(task: _Task, digest: str) -> dict[str, Any]:
-    """Return what decides the result; ``digest`` is that of the owner's text."""
+def _asked(task: _Task, digest: str | None) -> dict[str, Any]:
+    """Return what decides the result; ``digest`` is that of the owner's text, None where a guarantee keeps it."""
     config = task.config
     return training.asked_for(
         config,
@@ -258,7 +300,7 @@ def _asked(task: _Task, digest: str) -> dict[str, Any]:
 
 
 def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
-    setup = _set_up(task, work, reporter)
+    config, setup = task.config, _set_up(task, work, reporter)
     asked = _asked(task, setup.corpus.survey.digest)
     before = setup.losses(reporter)
     tensors, outcome = _train(task, setup, work, reporter)
@@ -274,11 +316,58 @@ def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
         tokens_per_s=outcome.tokens_per_s,
         frozen_verified=True,
         bias=list(setup.router.bias),
-        rank=task.config.rank,
+        rank=config.rank,
     )
-    expert = _write(task, setup, tensors, result, asked)
+    survey = setup.corpus.survey
+    expert = _write(
+        task,
+        {**tensors, "router.weight": setup.rows},
+        data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
+        result,
+        asked,
+        settings=_identity(config, setup),
+        router=setup.router,
+        run={
+            "tokens_per_s": result.tokens_per_s,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "duplicates": survey.duplicates,
+        },
+    )
     size = task.target.stat().st_size
     return replace(result, digest=expert.digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
+
+
+def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> TrainExpertResult:
+    config, base = task.config, task.base
+    note_busy_cores(config.threads, reporter)
+    public = _public_sample(config, base)
+    machine = machine_of(config, base.anchor.weights().shared)
+    run = PrivateRun(config, plan, base, public, machine, work, reporter)
+    released = run.train()
+    _refuse_moved(run.reader, base.anchor)
+    result = task.result(
+        digest=None,
+        tokens=None,
+        public_tokens=run.public_tokens,
+        steps=plan.mechanism.steps,
+        held_out=released.held_out,
+        frozen_verified=True,
+        privacy=released.privacy,
+        bias=list(released.router.bias),
+        rank=config.rank,
+    )
+    told = data_info(config, documents=None, tokens=None, num_bytes=None)
+    expert = _write(
+        task,
+        released.tensors,
+        told,
+        result,
+        _asked(task, None),
+        settings=released.settings,
+        router=released.router,
+        run={},
+    )
+    return replace(result, digest=expert.digest, bytes_written=task.target.stat().st_size)
 
 
 def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
@@ -331,7 +420,7 @@ def _public_sample(config: TrainExpertConfig, base: Anchored) -> text.PublicSamp
 def _budget(config: TrainExpertConfig, anchor: Anchor, corpus: text.Corpus) -> training.Budget:
     return training.resolve_budget(
         available_tokens=len(corpus.stream),
-        epochs=config.epochs,
+        epochs=config.epochs or 1.0,
         max_tokens=config.max_tokens,
         public_mix=config.public_mix,
         seq_len=config.seq_len,
@@ -414,34 +503,35 @@ def _refuse_moved(reader: nn.Module, anchor: Anchor) -> None:
 
 
 def _write(
-    task: _Task, setup: _Setup, tensors: Mapping[str, Tensor], result: TrainExpertResult, asked: Mapping[str, Any]
+    task: _Task,
+    tensors: Mapping[str, Tensor],
+    data: DataInfo,
+    result: TrainExpertResult,
+    asked: Mapping[str, Any],
+    *,
+    settings: Mapping[str, Any],
+    router: RouterInfo,
+    run: Mapping[str, Any],
 ) -> Expert:
-    config, survey = task.config, setup.corpus.survey
     return write_expert(
         task.target,
         anchor=task.base.anchor,
         name=task.name,
-        tensors={
-            key: RawTensor(*model.to_bytes(tensor)) for key, tensor in {**tensors, "router.weight": setup.rows}.items()
-        },
-        data=data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
+        tensors={key: RawTensor(*model.to_bytes(tensor)) for key, tensor in tensors.items()},
+        data=data,
         training={
-            **_identity(config, setup),
-            "seed": config.seed,
+            **settings,
             "steps": result.steps,
             "tokens": result.tokens,
             "public_tokens": result.public_tokens,
             "losses": {"final": result.final_loss, "held_out": result.held_out},
             "frozen_verified": True,
-            **({"special_as_text": True} if config.special_as_text else {}),
+            **({"special_as_text": True} if task.config.special_as_text else {}),
         },
-        router=setup.router,
-        run={
-            "tokens_per_s": result.tokens_per_s,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "duplicates": survey.duplicates,
-        },
+        router=router,
+        run=run,
+        privacy=result.privacy,
         asked=asked,
-        overwrite=config.overwrite,
-        rank=config.rank,
+        overwrite=task.config.overwrite,
+        rank=task.config.rank,
     )

@@ -11,13 +11,22 @@ from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import Anchor, open_anchor
 from flexctl.bundle.checks import Check
 from flexctl.bundle.expert import Expert, open_expert
+from flexctl.bundle.merged import Merged
+from flexctl.bundle.opening import open_bundle
+from flexctl.bundle.signatures import Envelope, signature_path
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import MODEL, Config, flag
 from flexctl.runtime import SILENT, Reporter
 from flexctl.steps.proof import check_all
 from flexctl.steps.sources import localise
+from flexctl.steps.trusting import trust_of
+from flexctl.trust.checks import signature_checks
+from flexctl.trust.records import Record, read_record, record_check
+from flexctl.trust.signing import Trust
 
 __all__ = ["VerifyConfig", "VerifyResult", "verify"]
+
+Told = tuple[Record, Envelope]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +38,8 @@ class VerifyConfig(Config):
     Examples:
         flexctl verify merged
         flexctl verify merged --absent law
+        flexctl verify merged --trust trust.toml
+        flexctl verify merged --absent law --record law.removed.json --trust trust.toml
         flexctl verify hf://acme/merged
     """
 
@@ -37,6 +48,10 @@ class VerifyConfig(Config):
         tuple[str, ...],
         flag("NAME", "Prove that this expert, by name or file, is not inside; repeatable.", MODEL),
     ] = ()
+    record: Annotated[
+        Path | None, flag("FILE", "A removal record (NAME.removed.json), which must be true of this model.", MODEL)
+    ] = None
+    trust: flags.Trust = None
     anchor: flags.Anchor = None
     allow_expired: flags.AllowExpired = False
 
@@ -72,20 +87,28 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
         today: The day that rights are compared with; the real one if None.
 
     Raises:
-        UsageError: There is nothing at a path.
+        UsageError: There is nothing at a path, or the trust file or the record does not fit what is asked.
+        BundleError: The record is none.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
     path = localise(config.path, reporter)
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
+    trust = trust_of(config, today)
+    told = _record(config, trust)
     digest, checks = check_all(
         path,
         config,
         reporter,
         today=today,
         anchor=_anchor(config, path, reporter),
-        absent=dict(_absent(name, reporter) for name in config.absent),
+        absent=_absents(config, told, reporter),
     )
+    if digest is not None and trust is not None:
+        if told is None or signature_path(path).exists():
+            checks += signature_checks(path, trust)
+        if told is not None:
+            checks.append(_recorded(path, config.record, told, trust))
     shown = str(hub.parse(config.path)) if hub.is_remote(config.path) else path
     return VerifyResult(
         path=shown,
@@ -100,6 +123,35 @@ def _anchor(config: VerifyConfig, path: Path, reporter: Reporter) -> Anchor | No
         return open_anchor(localise(config.anchor, reporter))
     own = workspace.find().anchor
     return open_anchor(own) if own.is_dir() and not own.samefile(path) else None
+
+
+def _record(config: VerifyConfig, trust: Trust | None) -> Told | None:
+    """Return the record to check, if there is one."""
+    if config.record is None:
+        return None
+    if trust is None:
+        raise UsageError("is signed: say whose keys count", hint="give `trust`", field="record")
+    told = read_record(config.record)
+    name = told[0].expert.name
+    if config.absent and name not in config.absent:
+        raise UsageError(
+            f"{config.record} is about {name}", hint=f"flexctl verify PATH --absent {name}", field="record"
+        )
+    return told
+
+
+def _absents(config: VerifyConfig, told: Told | None, reporter: Reporter) -> dict[str, Expert | None]:
+    """Return who must not be inside; one that was replaced is there under its name, and looked for by its record."""
+    names = [*config.absent, *([told[0].expert.name] if told else [])]
+    replaced = told[0].expert.name if told and told[0].act == "replace" else None
+    return dict(_absent(name, reporter) for name in dict.fromkeys(names) if name != replaced)
+
+
+def _recorded(path: Path, file: Path | None, told: Told, trust: Trust) -> Check:
+    bundle = open_bundle(path)
+    if file is None or not isinstance(bundle, Merged):
+        raise UsageError(f"{path} is no merged model but an {bundle.manifest.kind}", field="record")
+    return record_check(bundle, file, *told, trust)
 
 
 def _under(check: Check, path: Path, shown: Path | str) -> Check:

@@ -5,15 +5,22 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
+    "attacks.extraction": ("Beginning", "beginnings"),
+    "attacks.findings": ("Recovery",),
+    "attacks.trial": ("Effort", "Texts", "audited", "try_model"),
     "baselines": ("Baselines", "Ingredients", "find_ingredients"),
+    "bootstrap": ("Resampled", "gained_more", "resample"),
     "domains": ("Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"),
     "measuring": ("Measured",),
     "passes": ("Passes", "Variant", "every_top_k", "one_left_out", "public_alone"),
     "records": ("read_results", "write_results", "write_samples"),
+    "report.audit": ("render_audit",),
     "report": ("Excerpt", "render"),
     "report.charts": ("require_matplotlib",),
     "report.excerpts": ("take_excerpt",),
-    "scoring": ("Score", "held_out_losses"),
+    "report.template": ("require_jinja",),
+    "report.trace": ("render_trace",),
+    "scoring": ("Score", "held_out_losses", "score_documents"),
     "tasks": ("refuse_without_harness",),
     "tasks.harness": ("Task", "TaskRun", "read_tasks", "run_task"),
     "tasks.model": ("HarnessModel",),

@@ -1,8 +1,18 @@
 # Written by `make docs`; a test checks that it is current.
 
+from flexctl.evaluation.attacks.extraction import Beginning as Beginning
+from flexctl.evaluation.attacks.extraction import beginnings as beginnings
+from flexctl.evaluation.attacks.findings import Recovery as Recovery
+from flexctl.evaluation.attacks.trial import Effort as Effort
+from flexctl.evaluation.attacks.trial import Texts as Texts
+from flexctl.evaluation.attacks.trial import audited as audited
+from flexctl.evaluation.attacks.trial import try_model as try_model
 from flexctl.evaluation.baselines import Baselines as Baselines
 from flexctl.evaluation.baselines import Ingredients as Ingredients
 from flexctl.evaluation.baselines import find_ingredients as find_ingredients
+from flexctl.evaluation.bootstrap import Resampled as Resampled
+from flexctl.evaluation.bootstrap import gained_more as gained_more
+from flexctl.evaluation.bootstrap import resample as resample
 from flexctl.evaluation.domains import Content as Content
 from flexctl.evaluation.domains import Domain as Domain
 from flexctl.evaluation.domains import parse_domains as parse_domains
@@ -20,10 +30,14 @@ from flexctl.evaluation.records import write_results as write_results
 from flexctl.evaluation.records import write_samples as write_samples
 from flexctl.evaluation.report import Excerpt as Excerpt
 from flexctl.evaluation.report import render as render
+from flexctl.evaluation.report.audit import render_audit as render_audit
 from flexctl.evaluation.report.charts import require_matplotlib as require_matplotlib
 from flexctl.evaluation.report.excerpts import take_excerpt as take_excerpt
+from flexctl.evaluation.report.template import require_jinja as require_jinja
+from flexctl.evaluation.report.trace import render_trace as render_trace
 from flexctl.evaluation.scoring import Score as Score
 from flexctl.evaluation.scoring import held_out_losses as held_out_losses
+from flexctl.evaluation.scoring import score_documents as score_documents
 from flexctl.evaluation.tasks import refuse_without_harness as refuse_without_harness
 from flexctl.evaluation.tasks.harness import Task as Task
 from flexctl.evaluation.tasks.harness import TaskRun as TaskRun

@@ -7,7 +7,7 @@ document is the unit because its tokens depend on each other. Seeded: the same f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from flexctl.evaluation.figures import Estimate
 
-__all__ = ["RESAMPLES", "Resampled", "resample"]
+__all__ = ["RESAMPLES", "Resampled", "gained_more", "resample", "resample_statistic"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 RESAMPLES = 1000
@@ -61,6 +61,35 @@ def resample(per_document: Array) -> Resampled:
     value = nll / math.log(2) / num_bytes if num_bytes else math.nan
     draws = _bits_per_byte(_resampled(per_document)) if len(per_document) > 1 else np.zeros(0)
     return Resampled(value=value, draws=draws)
+
+
+def gained_more(ours: tuple[Resampled, Resampled], theirs: tuple[Resampled, Resampled]) -> Estimate:
+    """Return by how much more one model came down than another, with a 95 % interval.
+
+    Args:
+        ours: A model before and after, on the same documents.
+        theirs: The other before and after, on these documents too.
+    """
+    (before, after), (other_before, other_after) = ours, theirs
+    return _estimate(
+        before.value - after.value - (other_before.value - other_after.value),
+        before.draws - after.draws - (other_before.draws - other_after.draws),
+    )
+
+
+def resample_statistic(statistic: Callable[..., float], *groups: Array) -> Estimate:
+    """Return a figure of some groups of documents with its 95 % interval; each group is drawn from by itself.
+
+    Args:
+        statistic: Called with as many arrays as there are groups.
+        groups: Figures of documents, one a row; what is in one row stays together.
+    """
+    value = statistic(*groups)
+    if any(len(group) < 2 for group in groups):
+        return Estimate(value=value)
+    rng = np.random.default_rng(SEED)
+    drawn = [[group[rng.integers(len(group), size=len(group))] for group in groups] for _ in range(RESAMPLES)]
+    return _estimate(value, np.array([statistic(*draw) for draw in drawn]))
 
 
 def _estimate(value: float, draws: Array) -> Estimate:

@@ -60,6 +60,12 @@ class Remote:
             raise BundleError(f"{self.address}: holds {len(experts)} experts", hint=f"name one: {self.address}/NAME.st")
         return experts[0]
 
+    @property
+    def signature(self) -> str | None:
+        """The signature beside the expert's file that is meant; None where there is none."""
+        name = f"{self.file}.sig"
+        return name if name in self.sizes else None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleFile:

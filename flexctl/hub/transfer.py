@@ -40,7 +40,8 @@ def fetch(remote: Remote, reporter: Reporter = SILENT) -> Path:
 
     folder, address = remote.folder, remote.address
     if folder is None:
-        names = [address.file] if address.file else sorted(remote.sizes)
+        beside = [remote.signature] if remote.signature else []
+        names = [address.file, *beside] if address.file else sorted(remote.sizes)
         total = sum(remote.sizes[name] for name in names)
         with reporter.progress(f"fetching {address}", total, "bytes") as progress, explained(address), quiet_hub():
             count = _Count(progress)

@@ -14,9 +14,12 @@ from flexctl.model.building import quiet_transformers as quiet_transformers
 from flexctl.model.building import route as route
 from flexctl.model.building import set_threads as set_threads
 from flexctl.model.building import stock_problems as stock_problems
+from flexctl.model.configs import MixtureConfig as MixtureConfig
+from flexctl.model.configs import read_mixture as read_mixture
 from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
 from flexctl.model.configs import resolve_moe_config as resolve_moe_config
 from flexctl.model.configs import warn_of_length as warn_of_length
+from flexctl.model.losses import training_loss as training_loss
 from flexctl.model.lowrank import decompose as decompose
 from flexctl.model.lowrank import expand as expand
 from flexctl.model.norms import fuse_norms as fuse_norms

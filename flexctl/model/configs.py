@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flexctl.errors import BundleError
-from flexctl.families import family_of
+from flexctl.families import Family, family_of, mixture_families
 from flexctl.runtime import Reporter
 
-__all__ = ["refuse_other_architecture", "resolve_moe_config", "warn_of_length"]
+__all__ = ["MixtureConfig", "read_mixture", "refuse_other_architecture", "resolve_moe_config", "warn_of_length"]
 
 _PRIVATE = ("architectures", "model_type", "transformers_version", "_name_or_path")
 # What may differ between two checkpoints whose layers compute the same: files, generation, training, the longest text.
@@ -25,6 +27,27 @@ _IMMATERIAL = {
 }
 # A trainer that turns the router's load-balancing loss on then adds nothing by it; it would move owners' rows.
 _NO_BALANCING = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
+# What of a mixture's config says nothing of what its layers compute once they are trained.
+_TRAINING_OF_MIXTURES = {*_NO_BALANCING, "router_jitter_noise"}
+_COUNTS = ("num_experts", "num_local_experts")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_experts_per_tok",
+    "num_hidden_layers",
+    "vocab_size",
+    *_COUNTS,
+)
+_SIZES_OR_NULL = ("head_dim", "num_key_value_heads", "sliding_window")
+_SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
+_WHY_NOT = {
+    "decoder_sparse_step": "layers without experts cannot be taken apart",
+    "mlp_only_layers": "layers without experts cannot be taken apart",
+    "norm_topk_prob": "it decides whether the kept experts' weights are divided by their sum",
+}
 _GENERIC_KEPT = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
 
@@ -42,6 +65,7 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     import transformers
 
     family = family_of(str(dense_config.get("model_type")))
+    _refuse_no_numbers(dense_config, "config.json")
     _refuse_unsupported(dense_config, family.required)
     dense = transformers.AutoConfig.for_model(**dict(dense_config))
     resolved = {key: value for key, value in dense.to_dict().items() if key not in _PRIVATE}
@@ -54,12 +78,69 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     resolved["model_type"] = family.moe_type
     resolved["dtype"] = str(dense.dtype).removeprefix("torch.") if dense.dtype is not None else "float32"
     moe = transformers.AutoConfig.for_model(**resolved)
-    generic = set(transformers.PretrainedConfig().to_dict()) - set(_GENERIC_KEPT)
+    generic = _generic_fields()
     finished = {key: value for key, value in moe.to_dict().items() if key not in generic}
     finished |= {"model_type": family.moe_type, "architectures": [family.moe_architecture]}
     finished[family.count_field] = finished.pop("num_local_experts", 1)
     finished |= _older_rope_fields(finished["rope_parameters"])
     return dict(sorted(finished.items()))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig:
+    """What config.json of a stock mixture of experts comes to.
+
+    Attributes:
+        family: The one whose merged models compute the same.
+        dense: config.json of one of its experts as a dense model.
+        num_experts: How many there are.
+        num_experts_per_tok: How many answer each token.
+    """
+
+    family: Family
+    dense: Mapping[str, Any]
+    num_experts: int
+    num_experts_per_tok: int
+
+
+def read_mixture(config: Mapping[str, Any], where: str) -> MixtureConfig:
+    """Return what the config of a stock mixture comes to; of several dense types, the first that says all of it.
+
+    Both it and what would be merged again go through the mixture's Transformers class, and every field that decides
+    what layers compute must be the same.
+
+    Args:
+        config: config.json.
+        where: Its file, for messages.
+
+    Raises:
+        BundleError: Its type has no family, or a field has a value that no merged model has.
+    """
+    import transformers
+
+    candidates = mixture_families(str(config.get("model_type")))
+    _refuse_no_numbers(config, where)
+    _refuse_what_cannot_be_parted(config, where)
+    # Transformers writes into what it is given.
+    stock = transformers.AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()
+    problems = []
+    for family in candidates:
+        dense = _dense_fields(stock, family)
+        problems = _differences(stock, dense, family)
+        if not problems:
+            break
+    else:
+        name, found, wanted = problems[0]
+        raise BundleError(
+            f"{where}: {name} is {found!r}; a mixture that can be taken apart has {wanted!r}",
+            hint=_WHY_NOT.get(name),
+        )
+    return MixtureConfig(
+        family=family,
+        dense=dense,
+        num_experts=next(stock[name] for name in reversed(_COUNTS) if name in stock),
+        num_experts_per_tok=stock["num_experts_per_tok"],
+    )
 
 
 def refuse_other_architecture(config: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
@@ -95,6 +176,60 @@ def warn_of_length(
     longest = config.get("max_position_embeddings")
     if tokens is not None and longest is not None and tokens > longest:
         reporter.warn(f"{what} {tokens} tokens; the model is made for {longest} (max_position_embeddings)")
+
+
+def _refuse_no_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that are none, which the Transformers class would refuse in several lines, or not at all."""
+    for name in (*_SIZES, *_SIZES_OR_NULL):
+        value = config.get(name, 1)
+        if (value is not None or name in _SIZES) and (type(value) is not int or value < 1):
+            raise BundleError(f"{where}: {name} is {value!r}; expected a whole number above 0")
+    eps = config.get("rms_norm_eps", 1e-6)
+    if type(eps) not in (int, float) or not eps > 0:
+        raise BundleError(f"{where}: rms_norm_eps is {eps!r}; expected a number above 0")
+
+
+def _refuse_what_cannot_be_parted(config: Mapping[str, Any], where: str) -> None:
+    if config.get("quantization_config") is not None:
+        raise BundleError(f"{where}: quantization_config is set; experts are F32, BF16 or F16", hint="dequantise it")
+    for name in _SHARED_EXPERTS:
+        if config.get(name):
+            raise BundleError(
+                f"{where}: {name} is {config[name]!r}; a shared expert runs on every token, beside all others",
+                hint="such a mixture cannot be taken apart into a public expert and closed ones",
+            )
+
+
+def _dense_fields(stock: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the config of one expert as a dense model: what its class knows of the mixture's fields."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = AutoConfig.for_model(family.dense_type).to_dict().keys() - _generic_fields() - set(_PRIVATE) | {"head_dim"}
+    kept = {name: value for name, value in stock.items() if name in known and (name != "head_dim" or value)}
+    kept |= {dense: stock[name] for name, dense in family.copied.items()}
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.dense_type]
+    return dict(sorted({**kept, "model_type": family.dense_type, "architectures": [architecture]}.items()))
+
+
+def _differences(stock: Mapping[str, Any], dense: Mapping[str, Any], family: Family) -> list[tuple[str, Any, Any]]:
+    """Return (field, its value, the value of a merged model) where a mixture is not what its parts merge into."""
+    wanted = {name: value for name, value in family.required.items() if name in stock}
+    if all(stock[name] == value for name, value in wanted.items()):
+        wanted = resolve_moe_config(dense)
+    free = _IMMATERIAL | _TRAINING_OF_MIXTURES | {*_PRIVATE, *_COUNTS, "num_experts_per_tok", *family.copied.values()}
+    found = dict(stock)
+    if "head_dim" in stock:
+        found["head_dim"] = stock["head_dim"] or stock["hidden_size"] // stock["num_attention_heads"]
+    names = sorted((wanted.keys() & found.keys()) - free)
+    return [(name, found[name], wanted[name]) for name in names if found[name] != wanted[name]]
+
+
+def _generic_fields() -> set[str]:
+    """Return the fields that every config of Transformers has, but for those that a model's own config keeps."""
+    import transformers
+
+    return set(transformers.PretrainedConfig().to_dict()) - set(_GENERIC_KEPT)
 
 
 def _older_rope_fields(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
+    "noised_rows": ("private_rows", "shift_norm"),
     "proxies": ("PASSAGES_A_FOLD", "Ranking", "listed_documents", "public_reader", "rank_public"),
     "rows": ("Rows", "row_logits"),
     "space": (

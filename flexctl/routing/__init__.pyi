@@ -1,5 +1,7 @@
 # Written by `make docs`; a test checks that it is current.
 
+from flexctl.routing.noised_rows import private_rows as private_rows
+from flexctl.routing.noised_rows import shift_norm as shift_norm
 from flexctl.routing.proxies import PASSAGES_A_FOLD as PASSAGES_A_FOLD
 from flexctl.routing.proxies import Ranking as Ranking
 from flexctl.routing.proxies import listed_documents as listed_documents

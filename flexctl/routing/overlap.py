@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LayerSpace", "Overlap", "Routing", "expected_routing", "overlaps"]
+__all__ = ["LayerSpace", "Overlap", "Routing", "expected_routing", "overlaps", "taken_of_public"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Routing = dict[str, dict[str, float]]
@@ -89,6 +89,27 @@ def expected_routing(names: Sequence[str], rows: Array, space: Iterable[LayerSpa
     return {
         text: dict(zip(everyone, map(float, line), strict=True)) for text, line in zip(everyone, shares, strict=True)
     }
+
+
+def taken_of_public(rows: Array, space: Iterable[LayerSpace]) -> Array:
+    """Return the share of the router's probability on public text that each expert takes beside the public one alone.
+
+    Args:
+        rows: Router rows, (N, L, H), float64.
+        space: The anchor's, layer by layer, float64.
+
+    Returns:
+        (N,), mean over draws and layers.
+    """
+    draws = np.random.default_rng(0).standard_normal(_DRAWS)
+    total = np.zeros(len(rows))
+    for layer, (mean, factor, diagonal) in enumerate(space):
+        row = rows[:, layer]
+        spread = np.sqrt(np.square(row @ factor.T).sum(axis=1) + np.square(row) @ diagonal)
+        logits = (row @ mean)[:, None] + spread[:, None] * draws
+        total += (0.5 + 0.5 * np.tanh(logits / 2)).mean(axis=1)
+    shares: Array = total / rows.shape[1]
+    return shares
 
 
 def _layer_shares(rows: Array, space: LayerSpace, draws: Array) -> Array:

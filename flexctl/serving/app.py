@@ -21,6 +21,7 @@ from flexctl.serving.exchange import Coming, Stream, body_of, events_of, unless_
 from flexctl.serving.hosts import check_host
 from flexctl.serving.jobs import Busy, Event, Job
 from flexctl.serving.listing import Listing
+from flexctl.serving.playground import playground
 from flexctl.serving.protocol import Query, read_chat, read_completion
 from flexctl.serving.refusing import Refused
 
@@ -39,6 +40,7 @@ def make_app(service: Service) -> ASGIApp:
         Route("/v1/models/{model:path}", endpoints.model),
         Route("/v1/completions", endpoints.completions, methods=["POST"]),
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        *(playground() if service.has_page else ()),
     ]
     handlers: dict[Any, Callable[..., Awaitable[Response]]] = {
         Refused: _refusal,
@@ -93,7 +95,9 @@ class _Endpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._listing = Listing(service.permits, service.account.digest, service.account.explains)
+        self._listing = Listing(
+            service.permits, service.account.digest, service.account.explains, service.encoder.has_template
+        )
         # One thread beside the scheduler's: texts are cut into tokens without holding up who is under way.
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
 

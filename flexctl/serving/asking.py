@@ -55,6 +55,7 @@ class Service:
         timeout_s: How long an answer may take.
         reporter: Hears of what broke.
         local_names: Names in the Host header that are answered; empty is any.
+        has_page: Whether the playground is at the server's own address.
     """
 
     batcher: Batcher
@@ -69,6 +70,7 @@ class Service:
     timeout_s: float
     reporter: Reporter
     local_names: tuple[str, ...] = ()
+    has_page: bool = False
 
 
 def prepare(service: Service, query: Query, grant: Grant) -> tuple[Reply, tuple[Ask, ...]]:

@@ -79,7 +79,7 @@ class Batcher:
 
     Args:
         net: As from ``model.build_model``; nobody else may use it from here on.
-        tokenizer: Turns its tokens into text; nobody else may use it either.
+        tokenizer: Turns its tokens into text; it is only read.
         slots: Answers under way at once.
         queue: Answers that may wait.
         context: The most tokens that prompt and answer may have.

@@ -20,10 +20,11 @@ class Listing:
         permits: Its experts and their rights.
         digest: Of the bundle.
         explains: Whether experts' shares are told.
+        chat: Whether there is a chat template; None is not known.
     """
 
-    def __init__(self, permits: Permits, digest: str, explains: bool) -> None:
-        self._permits, self._digest, self._explains = permits, digest, explains
+    def __init__(self, permits: Permits, digest: str, explains: bool, chat: bool | None) -> None:
+        self._permits, self._digest, self._explains, self._chat = permits, digest, explains, chat
 
     def all(self) -> dict[str, Any]:
         """Return the name with all experts, and the one with each closed expert left out."""
@@ -50,6 +51,7 @@ class Listing:
             "rights": {entry.name: entry._asdict() for entry in permits.rights if entry.name not in without},
             "form": f"{permits.name}-without-A+B leaves out A and B",
             "explains": self._explains,
+            "chat": self._chat,
         }
         name = model_name(permits.name, without)
         return {"id": name, "object": "model", "created": 0, "owned_by": "flexctl", "flexctl": about}

@@ -60,8 +60,9 @@ def open_anchored(config: AnchorConfig, reporter: Reporter) -> Anchored:
 
     Raises:
         UsageError: There is none.
-        BundleError: It is not valid.
+        BundleError: It is not valid, or was adopted without public text.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
     anchor = open_anchor(localise(config.anchor or workspace.find().anchor, reporter))
+    anchor.refuse_uncalibrated()
     return Anchored(anchor=anchor, special_as_text=config.special_as_text)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from flexctl.bundle import Anchor, RawTensor
 from flexctl.bundle.tensors import to_float32
-from flexctl.routing.overlap import LayerSpace, Routing, expected_routing, overlaps
+from flexctl.routing.overlap import LayerSpace, Routing, expected_routing, overlaps, taken_of_public
 from flexctl.runtime import Reporter
 
-__all__ = ["expected_between", "warn_of_overlaps"]
+__all__ = ["expected_between", "public_shares", "warn_of_overlaps"]
 
 _PARTS = ("mean", "covariance_factor", "covariance_diagonal")
+
+
+def public_shares(anchor: Anchor, rows: Mapping[str, RawTensor]) -> dict[str, float]:
+    """Return what share of public text each expert is expected to take, alone beside the public one.
+
+    Args:
+        anchor: The experts' anchor.
+        rows: Closed expert -> its router rows, (num_hidden_layers, hidden_size), F32.
+    """
+    shares = taken_of_public(_every_row(anchor, rows), _space(anchor))
+    return dict(zip(rows, map(float, shares), strict=True))
 
 
 def expected_between(anchor: Anchor, rows: Mapping[str, RawTensor]) -> Routing:
@@ -23,15 +34,20 @@ def expected_between(anchor: Anchor, rows: Mapping[str, RawTensor]) -> Routing:
         anchor: The experts' anchor.
         rows: Closed expert -> its router rows, (num_hidden_layers, hidden_size), F32.
     """
-    sizes, space = anchor.manifest.architecture, anchor.router_space()
-    layers = (
-        LayerSpace(*(_numbers(space[f"layers.{layer}.{part}"]) for part in _PARTS))
-        for layer in range(sizes.num_hidden_layers)
-    )
+    return expected_routing(list(rows), _every_row(anchor, rows), _space(anchor))
+
+
+def _space(anchor: Anchor) -> Iterator[LayerSpace]:
+    space = anchor.router_space()
+    for layer in range(anchor.manifest.architecture.num_hidden_layers):
+        yield LayerSpace(*(_numbers(space[f"layers.{layer}.{part}"]) for part in _PARTS))
+
+
+def _every_row(anchor: Anchor, rows: Mapping[str, RawTensor]) -> np.ndarray:
+    """Return all rows, (experts, num_hidden_layers, hidden_size), float64."""
+    sizes = anchor.manifest.architecture
     every_row = np.array([_numbers(tensor) for tensor in rows.values()])
-    return expected_routing(
-        list(rows), every_row.reshape(len(rows), sizes.num_hidden_layers, sizes.hidden_size), layers
-    )
+    return every_row.reshape(len(rows), sizes.num_hidden_layers, sizes.hidden_size)
 
 
 def warn_of_overlaps(routing: Routing, reporter: Reporter) -> list[str]:

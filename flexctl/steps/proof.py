@@ -9,7 +9,9 @@ from typing import Protocol
 
 from flexctl.bundle import Anchor, Expert
 from flexctl.bundle.checks import Check, check_bundle
+from flexctl.bundle.index import is_index
 from flexctl.runtime import Reporter
+from flexctl.steps.claims import check_claims
 
 __all__ = ["ProofConfig", "check_all"]
 
@@ -47,10 +49,11 @@ def check_all(
     files = list(path.iterdir()) if path.is_dir() else [path]
     total = sum(file.stat().st_size for file in files if file.is_file())
     with reporter.progress("hashing", total, "bytes") as progress:
-        return check_bundle(
+        digest, checks = check_bundle(
             path,
             anchor=anchor,
             absent=absent or {},
             today=None if config.allow_expired else today or datetime.date.today(),
             advance=progress.advance,
         )
+    return digest, checks + ([] if digest is None or is_index(path) else check_claims(path))

@@ -42,12 +42,12 @@ def warn_of_expired(config: TermsConfig, reporter: Reporter) -> None:
         reporter.warn(f"`expires`: {config.expires} is past; merge will refuse the expert")
 
 
-def data_info(config: TermsConfig, *, documents: int, tokens: int, num_bytes: int) -> DataInfo:
+def data_info(config: TermsConfig, *, documents: int | None, tokens: int | None, num_bytes: int | None) -> DataInfo:
     """Return the manifest's account of a text.
 
     Args:
         config: The terms that it comes under.
-        documents: How many there are.
+        documents: How many there are. None, as of the next two, where a guarantee keeps it.
         tokens: In all of them.
         num_bytes: Of their text in UTF-8.
     """

@@ -5,10 +5,14 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
-    "corpus": ("Corpus", "prepare_corpus", "text_digest"),
+    "canaries": ("CanaryFolder", "plant_canaries"),
+    "corpus": ("Corpus", "prepare_corpus", "split_of", "text_digest"),
     "documents": (
+        "Record",
         "pinned",
         "read_documents",
+        "read_records",
+        "sample_documents",
         "sample_halves",
         "sample_passages",
         "size_bytes",

@@ -1,10 +1,16 @@
 # Written by `make docs`; a test checks that it is current.
 
+from flexctl.text.canaries import CanaryFolder as CanaryFolder
+from flexctl.text.canaries import plant_canaries as plant_canaries
 from flexctl.text.corpus import Corpus as Corpus
 from flexctl.text.corpus import prepare_corpus as prepare_corpus
+from flexctl.text.corpus import split_of as split_of
 from flexctl.text.corpus import text_digest as text_digest
+from flexctl.text.documents import Record as Record
 from flexctl.text.documents import pinned as pinned
 from flexctl.text.documents import read_documents as read_documents
+from flexctl.text.documents import read_records as read_records
+from flexctl.text.documents import sample_documents as sample_documents
 from flexctl.text.documents import sample_halves as sample_halves
 from flexctl.text.documents import sample_passages as sample_passages
 from flexctl.text.documents import size_bytes as size_bytes

@@ -20,7 +20,7 @@ from flexctl.text.documents import read_documents
 from flexctl.text.sample import draw_sample
 from flexctl.text.tokens import Framed, TokenStream, frame_documents, pack
 
-__all__ = ["Corpus", "Split", "Survey", "prepare_corpus", "text_digest"]
+__all__ = ["Corpus", "Split", "Survey", "prepare_corpus", "split_of", "text_digest"]
 
 Array = np.ndarray[Any, Any]
 
@@ -152,6 +152,11 @@ def text_digest(paths: Sequence[Path], text_field: str, seed: int) -> str:
     """Return the digest that ``Survey`` has of the same text, after one pass over it."""
     survey, _ = _survey(read_documents(paths, text_field), seed)
     return survey.digest
+
+
+def split_of(documents: Iterable[str], seed: int) -> Split:
+    """Return which of some documents training with this seed holds out, as ``prepare_corpus`` does."""
+    return _survey(documents, seed)[1]
 
 
 def _packed(file: Path, mark: Path, identity: str) -> TokenStream | None:

@@ -11,7 +11,7 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path, PurePath, PurePosixPath
@@ -23,14 +23,27 @@ from flexctl import hub
 from flexctl.errors import UsageError
 from flexctl.text.tables import missing_field, read_csv, read_parquet
 
-__all__ = ["pinned", "read_documents", "sample_halves", "sample_passages", "size_bytes", "source_name", "text_files"]
+__all__ = [
+    "Record",
+    "pinned",
+    "read_documents",
+    "read_records",
+    "sample_documents",
+    "sample_halves",
+    "sample_passages",
+    "size_bytes",
+    "source_name",
+    "text_files",
+]
 
 PASSAGE_CHARACTERS = 1000
 
 _JSONL = (".jsonl", ".ndjson")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _PACKED = (".gz", ".zst")
-_READ_BYTES = 65_536
+_PACKED_BYTES = 512  # that unpack at once: zstandard makes up to 30,000 bytes of one
+_MOST_TIMES = 100
+_LEAST_UNPACKED = 1 << 26
 _CHOSEN_FROM = 4096
 _FORMATS = "give a folder, a text file, .jsonl, .csv, .parquet or hf://datasets/OWNER/NAME"
 _BINARY = frozenset(
@@ -38,6 +51,15 @@ _BINARY = frozenset(
     .npz .o .pdf .pickle .pkl .png .pt .pth .pyc .safetensors .so .sqlite .st .tar .tiff .ttf .wav .webp .whl
     .woff .woff2 .xz .zip""".split()  # noqa: SIM905
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document and where it stands: the file, here or on the Hub, and its number in it, from 1."""
+
+    file: str
+    number: int
+    text: str
 
 
 def text_files(paths: Iterable[Path], field: str = "data") -> list[Path | hub.DataFile]:
@@ -92,7 +114,11 @@ def _pinned(path: Path) -> Path:
 
 def size_bytes(paths: Iterable[Path]) -> int:
     """Return the size of the files behind ``paths``, packed ones and tables as they are."""
-    return sum(file.stat().st_size if isinstance(file, Path) else file.size for file in text_files(paths))
+    return sum(map(_size, text_files(paths)))
+
+
+def _size(file: Path | hub.DataFile) -> int:
+    return file.stat().st_size if isinstance(file, Path) else file.size
 
 
 def source_name(path: Path) -> str:
@@ -120,11 +146,16 @@ def _is_text_name(relative: PurePath) -> bool:
 
 
 def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[str]:
-    """Yield each document's text: a row of a table, a record of a .jsonl or .json file, or a whole file otherwise.
+    """Yield each document's text, as ``read_records`` does."""
+    return (record.text for record in read_records(paths, text_field))
+
+
+def read_records(paths: Sequence[Path], text_field: str = "text") -> Iterator[Record]:
+    """Yield each document: a row of a table, a record of a .jsonl or .json file, or a whole file otherwise.
 
     A .json file that was found in a folder and has no such field, as a package.json, is a whole file too. Empty
-    documents are left out. Memory holds one document, or a few rows, at a time; of a .json file that is one list,
-    all of it.
+    documents are left out, and counted. Memory holds one document, or a few rows, at a time; of a .json file that is
+    one list, all of it.
 
     Args:
         paths: Folders, files, and ``hf://datasets/...``, which is fetched while it is read.
@@ -138,9 +169,9 @@ def read_documents(paths: Sequence[Path], text_field: str = "text") -> Iterator[
     for file in text_files(paths):
         must_be_records = isinstance(file, hub.DataFile) or file in named
         try:
-            for text in _read_file(file, text_field, must_be_records=must_be_records):
+            for number, text in enumerate(_read_file(file, text_field, must_be_records=must_be_records), start=1):
                 if text and not text.isspace():
-                    yield text
+                    yield Record(str(file), number, text)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(f"{file}: cannot be read: {error}") from error
 
@@ -226,10 +257,10 @@ def _opened(file: Path | hub.DataFile) -> Iterator[io.BufferedIOBase]:
     suffix = PurePath(file.name).suffix.lower()
     with file.open("rb") as packed:
         if suffix == ".gz":
-            with gzip.open(packed) as unpacked:
+            with gzip.open(packed) as inside, io.BufferedReader(_Bounded(inside, _size(file))) as unpacked:
                 yield _after_mark(unpacked)
         elif suffix == ".zst":
-            with io.BufferedReader(_Unzstd(packed)) as unpacked:
+            with io.BufferedReader(_Bounded(_Unzstd(packed), _size(file))) as unpacked:
                 yield _after_mark(unpacked)
         else:
             yield _after_mark(packed)
@@ -242,13 +273,32 @@ def _after_mark(stream: Any) -> Any:
     return stream
 
 
+class _Bounded(io.RawIOBase):
+    """Unpacked bytes, up to far more than any text packs to: a small file cannot fill the memory."""
+
+    def __init__(self, unpacked: Any, packed_bytes: int) -> None:
+        self._unpacked = unpacked
+        self._left = max(_LEAST_UNPACKED, _MOST_TIMES * packed_bytes)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._unpacked.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(f"it unpacks to more than {_MOST_TIMES} times its size, as no text does")
+        buffer[: len(data)] = data
+        return len(data)
+
+
 class _Unzstd(io.RawIOBase):
     """A .zst file's unpacked bytes, frame after frame; the library takes a file that was cut short for a whole one."""
 
     def __init__(self, packed: io.BufferedIOBase) -> None:
         self._file = packed
         self._frame: Any = None
-        self._packed, self._unpacked = b"", b""
+        self._packed, self._unpacked = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -261,14 +311,14 @@ class _Unzstd(io.RawIOBase):
         return count
 
     def _unpack(self) -> bool:
-        packed = self._packed or self._file.read(_READ_BYTES)
+        packed = self._packed or self._file.read(_PACKED_BYTES)
         if not packed:
             if self._frame is not None:
                 raise EOFError("it ends inside a zstandard frame")
             return False
         if self._frame is None:
             self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._packed, self._unpacked = b"", self._frame.decompress(packed)
+        self._packed, self._unpacked = b"", memoryview(self._frame.decompress(packed))
         if self._frame.eof:
             self._packed, self._frame = self._frame.unused_data, None
         return True
@@ -303,6 +353,16 @@ def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str
     of a passage count as often as they come.
     """
     return heapq.nsmallest(count, _passages(documents), key=partial(_rank, seed))
+
+
+def sample_documents(documents: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return at most ``count`` documents, each text once, chosen and ordered by a seeded hash of it."""
+    first: dict[bytes, str] = {}
+    for text in documents:
+        first[hashlib.sha256(f"{seed}\2{text}".encode()).digest()] = text
+        if len(first) > 2 * count:
+            first = dict(heapq.nsmallest(count, first.items()))
+    return [text for _, text in heapq.nsmallest(count, first.items())]
 
 
 def sample_halves(documents: Iterable[str], count: int, seed: int) -> tuple[list[str], list[str]]:

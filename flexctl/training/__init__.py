@@ -6,11 +6,12 @@ from flexctl.faces import face
 
 NAMES = {
     "batches": ("EqualShares", "Mixture"),
-    "budget": ("Budget", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"),
+    "budget": ("Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"),
     "checkpoints": ("Checkpoints",),
     "finished": ("asked_for", "before_after", "folder_digest", "refuse_other_request", "say_done"),
     "loop": ("LoopSettings", "Outcome", "train"),
     "pair": ("Pair",),
+    "private": ("PrivateSteps", "gradient_norm", "train_privately"),
     "ranks": ("Factors", "choose_ranks", "expert_matrices"),
     "tuning": ("RouterTuning",),
     "whole": ("WholeSettings", "train_whole"),

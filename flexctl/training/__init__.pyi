@@ -3,6 +3,7 @@
 from flexctl.training.batches import EqualShares as EqualShares
 from flexctl.training.batches import Mixture as Mixture
 from flexctl.training.budget import Budget as Budget
+from flexctl.training.budget import default_lr as default_lr
 from flexctl.training.budget import held_out_tokens as held_out_tokens
 from flexctl.training.budget import passages as passages
 from flexctl.training.budget import resolve_budget as resolve_budget
@@ -17,6 +18,9 @@ from flexctl.training.loop import LoopSettings as LoopSettings
 from flexctl.training.loop import Outcome as Outcome
 from flexctl.training.loop import train as train
 from flexctl.training.pair import Pair as Pair
+from flexctl.training.private import PrivateSteps as PrivateSteps
+from flexctl.training.private import gradient_norm as gradient_norm
+from flexctl.training.private import train_privately as train_privately
 from flexctl.training.ranks import Factors as Factors
 from flexctl.training.ranks import choose_ranks as choose_ranks
 from flexctl.training.ranks import expert_matrices as expert_matrices

@@ -15,9 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from flexctl.text.documents import read_documents
 from tests.benchmarks.serving import bench_serving
 from tests.benchmarks.showing import show
 from tests.builders import make_anchor, make_expert
@@ -179,6 +183,44 @@ def bench_inference() -> None:
             )
 
 
+def write_words(path: Path, size_bytes: int) -> None:
+    """Write documents of made-up words, as unequally common as words are, one a line."""
+    rng = np.random.default_rng(0)
+    letters = np.frombuffer(b"etaoinshrdlucmfwygpbvk", np.uint8)
+    words = [bytes(rng.choice(letters, rng.integers(2, 11))).decode() for _ in range(50_000)]
+    chances = 1 / np.arange(1, len(words) + 1)
+    chances /= chances.sum()
+    written = 0
+    with path.open("w") as file:
+        while written < size_bytes:
+            drawn = rng.choice(len(words), (1000, 300), p=chances)
+            lines = [json.dumps({"text": " ".join(words[i] for i in row)}) + "\n" for row in drawn]
+            file.writelines(lines)
+            written += sum(map(len, lines))
+
+
+def bench_trace(root: Path, size_bytes: int = 100_000_000) -> None:
+    """Time, size and memory of an index against reading and hashing the same text; time to trace an answer."""
+    text, index = root / "text.jsonl", root / "text.index"
+    write_words(text, size_bytes)
+    started = time.perf_counter()
+    for document in read_documents([text]):
+        hashlib.sha256(document.encode())
+    read = time.perf_counter() - started
+    command = ["trace-index", "--data", str(text), "-o", str(index), "--json"]
+    started = time.perf_counter()
+    peak = peak_bytes(command)
+    took = time.perf_counter() - started
+    size = sum(file.stat().st_size for file in index.iterdir())
+    amount = f"{size_bytes / 1e6:.0f} MB"
+    show(f"trace-index of {amount} / (read + hash)", f"{took / read:.1f}", f"{read:.1f} s, {took:.0f} s in all")
+    show(f"trace-index of {amount}: size / text", f"{size / size_bytes:.2f}", f"{size / 1e6:.0f} MB")
+    show(f"trace-index of {amount}: peak resident", f"{peak / 1e6:.0f} MB", "bounded by --shard-bytes")
+    answer = "\n".join(list(islice(read_documents([text]), 3)))[900:2900]
+    find = ["trace-find", "--index", str(index), "--text", answer, "--json"]
+    show(f"trace-find, 2,000 bytes in {amount}", f"{seconds(lambda: run(find)):.2f} s", "whole process")
+
+
 SECTIONS = {
     "merge": bench_merge,
     "steps": lambda _root: bench_steps(),
@@ -186,6 +228,7 @@ SECTIONS = {
     "inference": lambda _root: bench_inference(),
     "text": bench_text,
     "serving": bench_serving,
+    "trace": bench_trace,
 }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from conftest import Texts
+from signers import cheap_keys, make_trust
 
 from flexctl.cli.app import main
 from flexctl.engine.evaluate import EvaluateResult
@@ -94,6 +97,22 @@ def test_train_expert(terminal: Terminal, anchor: Path, texts: Texts) -> None:
     wrong = ("--data", texts.code, *flags, "--name", "third", "--public", "nowhere")
     assert terminal.error("train-expert", *wrong, code=2) == "--public: nowhere does not exist"
     assert "--lr is 'fast'" in terminal.error("train-expert", "--data", texts.code, "--lr", "fast", code=2)
+
+
+def test_adopt(terminal: Terminal) -> None:
+    tiny.make_mixture(Path("moe"), "mixtral", experts=3)
+    made = terminal.json("adopt", "moe", "--names", "law,code", "--license", "MIT", "--threads", "1")
+    assert {"path", "digest", "name", "mixture_digest", "num_experts_per_tok"} <= set(made)
+    assert [(expert["name"], expert["index"]) for expert in made["experts"]] == [("law", 1), ("code", 2)]
+    assert "[merge]\ntop_k = 2" in Path("flexctl.toml").read_text()
+    assert "exists" in terminal.error("adopt", "moe", "--names", "law,code", code=2)
+    text = terminal.text("adopt", "moe", "--names", "law,code", "--overwrite")
+    assert text.startswith("Took a mixtral of 3 experts apart: anchor moe in anchor: llama of expert 0, sha256:")
+    assert text.endswith("Merge again: flexctl merge experts/*.st --anchor anchor --top-k 2\n")
+    assert terminal.error("adopt", "moe", code=2).startswith("--names: 0 for 2 experts")
+    assert "law" in terminal.text("list")
+    assert "adopted" in terminal.text("inspect", "experts/law.st")
+    assert "public" in terminal.text("merge", "experts/law.st")
 
 
 def test_embed_router(terminal: Terminal, anchor: Path, experts: dict[str, Path], texts: Texts) -> None:
@@ -213,6 +232,37 @@ def test_generate(space: Terminal) -> None:
     assert space.error("generate", code=2) == "generate needs --prompt"
 
 
+def test_trace(terminal: Terminal, texts: Texts) -> None:
+    made = terminal.json("trace-index", "--data", texts.code, "--name", "law")
+    assert (made["path"], made["name"], made["documents"]) == ("law.index", "law", 40)
+    again = terminal.text("trace", "index", "--data", texts.code, "--name", "law", "--overwrite")
+    assert re.match(r"Indexed law in law.index: 40 documents, .* of text, 1 shard, .*, sha256:", again)
+    assert terminal.text("verify", "law.index").splitlines()[-1].startswith("law.index: ok, sha256:")
+    text = next(texts.code.iterdir()).read_text()
+    found = terminal.json("trace-find", "--index", "law.index", "--text", f"See {text}")
+    (index,) = found["indexes"]
+    assert max((span["text"] for span in index["spans"]), key=len) == text
+    shown = terminal.text("trace", "find", "--index", "law.index", "--text", f"See {text}")
+    assert shown.startswith("law: 9")
+    assert "nothing of the text" in terminal.text("trace", "find", "--index", "law.index", "--text", "Nothing at all")
+    assert "give one of --text, --file and --prompt" in terminal.error("trace-find", "--index", "law.index", code=2)
+    assert "stays with its owner" in terminal.error("push", "law.index", "acme/law", code=2)
+
+
+def test_audit(space: Terminal, texts: Texts) -> None:
+    asked = ("audit", "--data", texts.code, "--held-out", texts.code_test, "--threads", "1")
+    few = ("--documents", "6", "--draws", "1", "--prefix-tokens", "4", "--max-new-tokens", "8")
+    found = space.json(*asked, *few, "--name", "code")
+    assert list(found["models"]) == ["anchor", "merged", "without code"]
+    assert set(found["models"]["merged"]) == {"extraction", "membership", "canaries", "found"}
+    assert set(found["models"]["anchor"]["membership"]) == {"loss", "zlib", "min-k"}
+    text = space.text(*asked, *few, "--name", "code", "--report", "audit.html")
+    for corner in ("goes on", "tells members, AUC", "members found, 1 % FPR", "without code"):
+        assert re.search(rf"^{re.escape(corner)}", text, re.MULTILINE)
+    assert Path("audit.html").stat().st_mode & 0o777 == 0o600
+    assert space.error(*asked, code=2) == "--name: say which of code, sums"
+
+
 def test_inspect(space: Terminal, experts: dict[str, Path]) -> None:
     assert space.json("inspect", "merged")["kind"] == "merged"
     assert "frozen verified  yes" in space.text("inspect", experts["code"])
@@ -251,3 +301,32 @@ def test_demo_refuses_a_directory_that_is_not_its_own(terminal: Terminal) -> Non
     Path("demo").mkdir()
     assert "demo exists" in terminal.error("demo", code=2)
     assert "no earlier demo" in terminal.error("demo", "--overwrite", code=2)
+
+
+def test_keygen_sign_and_trust(space: Terminal, experts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_keys(monkeypatch)
+    made = space.json("keygen", "-o", "acme.key")
+    assert Path(made["path"]).is_file()
+    assert "exists already" in space.error("keygen", "-o", "acme.key", code=2)
+    make_trust(f'[[owners]]\nname = "Acme"\nkey = "{made["public_key"]}"\n')
+    expert = Path(shutil.copy(experts["code"], "code.st"))
+    signed = space.json("sign", expert, "--key", "acme.key")
+    assert (signed["key_id"], signed["signatures"]) == (made["key_id"], 1)
+    assert space.text("sign", "merged", "--key", "acme.key").startswith("Signed merged in merged/flexctl.sig: key ")
+    assert "no such file" in space.error("sign", expert, "--key", "none.key", code=2)
+    assert re.search(
+        r"^ok +signed +by Acme \(trusted without end\)$", space.text("verify", "merged", "--trust", "trust.toml"), re.M
+    )
+    assert "FAILED  signed" in space.text("verify", experts["sums"], "--trust", "trust.toml", code=3)
+    gone = space.json("remove", "code", "--tombstone", "--reason", "asked for", "--key", "acme.key")
+    assert [Path(path).name for path in gone["records"]] == ["code.removed.json"]
+    record = ("--record", "code.removed.json", "--trust", "trust.toml")
+    assert space.json("verify", "merged", "--absent", "code", *record)["ok"]
+    assert "say whose keys count" in space.error("verify", "merged", "--record", "code.removed.json", code=2)
+
+
+def test_check_rights(space: Terminal) -> None:
+    found = space.json("check-rights", "--purpose", "anything")
+    assert (found["allowed"], found["ruled_out"], found["remedy"]) == (["code", "sums"], [], None)
+    assert space.text("check-rights", "merged") == "may be used: code, sums\n"
+    assert "no such file" in space.error("check-rights", "nowhere", code=2)

@@ -100,7 +100,7 @@ def test_a_page_has_the_flags_of_most_people_first_and_the_others_in_sections(
     assert main(["train-expert", "--help"]) == 0
     page = capsys.readouterr().out
     titles = re.findall(r"^([A-Z][a-z ]+):$", page, re.MULTILINE)
-    assert titles == ["Most used", "Data", "Training", "Router", "Rights", "Hardware", "Output", "Examples"]
+    assert titles == ["Most used", "Data", "Training", "Privacy", "Router", "Rights", "Hardware", "Output", "Examples"]
     first = page.split("Most used:\n")[1].split("\n\n")[0]
     assert re.findall(r"--[a-z-]+(?= [A-Z])", first) == ["--data", "--name", "--anchor", "--max-tokens", "--output"]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from conftest import Texts
 
 from flexctl import TrainExpertConfig, flags
@@ -23,11 +25,23 @@ Commands = dict[str, list[str]]
 
 
 @pytest.fixture
-def commands(checkpoint: Path, anchor: Path, experts: dict[str, Path], merged: Path, texts: Texts) -> Commands:
+def commands(
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoint: Path,
+    anchor: Path,
+    experts: dict[str, Path],
+    merged: Path,
+    texts: Texts,
+) -> Commands:
     """A call of every command that writes, complete but for where to, that would do its work."""
     code, public, base = str(texts.code), str(texts.public), ["--anchor", str(anchor)]
     old, sums = str(experts["code"]), str(experts["sums"])
+    mixture = tmp_path_factory.mktemp("mixture") / "moe"
+    tiny.make_mixture(mixture, "flex_olmo", experts=2)
+    for file in checkpoint.glob("tokenizer*"):
+        shutil.copy(file, mixture)
     return {
+        "adopt": ["adopt", str(mixture), "--names", "law", "--data", public],
         "init-anchor": ["init-anchor", str(checkpoint), "--data", public],
         "train-expert": ["train-expert", "--data", code, *base],
         "import-expert": ["import-expert", str(checkpoint), "--data", code, *base],
@@ -46,6 +60,7 @@ def commands(checkpoint: Path, anchor: Path, experts: dict[str, Path], merged: P
 
 WITHOUT_DRY_RUN = ("evaluate", "generate", "chat", "doctor", "demo")
 WITH_THREADS = (
+    "adopt",
     "init-anchor",
     "train-expert",
     "import-expert",
@@ -90,7 +105,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("command", ["init-anchor", "train-expert", "import-expert"])
+@pytest.mark.parametrize("command", ["init-anchor", "adopt", "train-expert", "import-expert"])
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -102,7 +117,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_words_that_no_manifest_can_hold(
     commands: Commands, command: str, text: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--license"] if command == "init-anchor" else ["--license", "--label", "--contact", "--purpose"]
+    given = ["--license"] if command in ("init-anchor", "adopt") else ["--license", "--label", "--contact", "--purpose"]
     for flag in given:
         line = refused(capsys, [*commands[command], flag, text])
         assert line.startswith((f"error: {flag}: ", f"error: {flag} is "))

@@ -13,7 +13,6 @@ import tiny
 import torch
 import transformers
 
-import flexctl.engine.init_anchor as module
 from flexctl.bundle import open_anchor, open_router_file, store
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.init_anchor import InitAnchorConfig, InitAnchorResult, init_anchor
@@ -23,6 +22,7 @@ from flexctl.model import presets
 from flexctl.model.building import load_tokenizer
 from flexctl.routing.space import RouterSpace, fit_space, measure_inputs
 from flexctl.runtime import SilentReporter
+from flexctl.steps import calibration
 from flexctl.text.documents import read_documents
 from flexctl.text.sample import PublicSample
 from flexctl.training import whole
@@ -464,4 +464,4 @@ def test_an_empty_folder_becomes_the_anchor(
 
 @pytest.mark.parametrize(("hidden_size", "tokens"), [(64, 32_768), (128, 32_768), (576, 147_456), (2048, 262_144)])
 def test_wider_anchors_are_calibrated_on_more_text(hidden_size: int, tokens: int) -> None:
-    assert module._calibration_tokens(hidden_size) == tokens
+    assert calibration._tokens(hidden_size) == tokens

@@ -54,6 +54,7 @@ def test_a_workspace_is_listed_from_wherever_one_stands_in_it(world: World) -> N
         "expired": False,
         "in_merged": True,
         "other_in_merged": False,
+        "contact": None,
         "error": None,
     }
     assert (law.license, law.in_merged, law.other_in_merged) == ("MIT", False, False)

@@ -349,7 +349,7 @@ def test_low_rank_matrices_that_overflow_are_refused(tmp_path: Path) -> None:
         tensors[name] = RawTensor("F16", tensors[name].shape, large.reshape(-1).view(np.uint8))
     forged = forge_expert(tmp_path / "x/low.st", expert, tensors)
     with refused(r"low.st: tensor layers.0.mlp.gate_proj.weight.lora_B: expanded, overflows F16"):
-        merge(MergeConfig(experts=(forged,), anchor=anchor.path, output=Path("out")))
+        merge(MergeConfig(experts=(forged,), anchor=anchor.path, output=Path("out"), accept=("low",)))
 
 
 @pytest.mark.parametrize("missing", [1, 5000, 100_000])

@@ -125,7 +125,7 @@ def test_missing_and_unknown_files_are_found(world: World) -> None:
                 for detail in failures(verify(VerifyConfig(path=path))).values()
             )
         path = copy_of(world, kind)
-        for tolerated in ("run.json", "results.json", ".gitattributes", "flexctl.sig"):
+        for tolerated in ("run.json", "results.json", ".gitattributes"):
             (path / tolerated).write_text("x")
         assert failures(verify(VerifyConfig(path=path))) == {}
         for unknown in ("notes.txt", "model-expert-x.safetensors", ".hidden", "pytorch_model.bin"):

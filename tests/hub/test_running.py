@@ -9,6 +9,7 @@ import pytest
 from conftest import Texts
 from hub.server import Hub
 from hub.terminal import Terminal
+from serving.running import a_server
 
 from flexctl.engine.push import PushConfig, push
 
@@ -50,6 +51,17 @@ def test_generate(published: Hub, merged: Path, terminal: Terminal) -> None:
     there = terminal.json("generate", "hf://acme/merged", *asked)
     assert (there["path"], there["tokens"]) == ("hf://acme/merged", 4)
     assert figures(there) == figures(terminal.json("generate", merged, *asked))
+
+
+def test_serve(published: Hub, anchor: Path) -> None:
+    assert published.repositories
+    with a_server(Path("hf://acme/merged@main")) as server, server.client() as client:
+        assert [model.id for model in client.models.list()][:2] == ["merged", "merged-without-code"]
+        assert client.completions.create(model="merged", prompt="def", max_tokens=2).usage
+    assert server.result is not None
+    assert server.result.path == "hf://acme/merged@main"
+    with a_server(Path("hf://acme/code"), anchor=anchor) as server:
+        assert server.said[0].startswith("code answers at")
 
 
 def test_verify(published: Hub, merged: Path, terminal: Terminal) -> None:

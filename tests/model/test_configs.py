@@ -12,7 +12,7 @@ import transformers
 
 from flexctl.errors import BundleError
 from flexctl.families import FAMILIES, family_of
-from flexctl.model.configs import resolve_moe_config
+from flexctl.model.configs import read_mixture, resolve_moe_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,6 +191,8 @@ def test_what_survives_is_computed_with(model_type: str, changes: dict[str, Any]
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "layer_types has ['sliding_attention']"),
         ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "llama", "rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"model_type": "llama", "num_key_value_heads": 2.5}, "num_key_value_heads is 2.5"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
         ({"model_type": "flex_olmo"}, "model_type is 'flex_olmo'"),
         ({}, "model_type"),
@@ -201,6 +203,38 @@ def test_refusals_name_the_field(config: dict[str, Any], field: str) -> None:
         resolve_moe_config(config)
     assert field in caught.value.message
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_mixture_s_config_leads_back_to_its_dense_type(model_type: str) -> None:
+    """With every field of it, and then to the same mixture again."""
+    more = {"mistral": {"sliding_window": 11}}.get(model_type, {})
+    moe_config = resolve_moe_config({"model_type": model_type, **UNUSUAL, **more})
+    family = family_of(model_type)
+    merged = family.merged_config(moe_config, 5, 3)
+    found = read_mixture(merged, "config.json")
+    assert (found.family, found.num_experts, found.num_experts_per_tok) == (family, 5, 3)
+    assert resolve_moe_config(found.dense) == moe_config
+    assert found.dense["architectures"] == [transformers.AutoModelForCausalLM._model_mapping[
+        type(transformers.AutoConfig.for_model(model_type))].__name__]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rope_scaling", "torch_dtype"])
+def test_older_spellings_of_a_mixture_are_read(field: str) -> None:
+    older = {
+        "rope_theta": 4321.0,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        "torch_dtype": "bfloat16",
+    }
+    base = {"model_type": "mixtral", **UNUSUAL}
+    del base["rope_parameters"], base["dtype"]
+    found = resolve_moe_config(read_mixture({**base, field: older[field]}, "config.json").dense)
+    if field == "torch_dtype":
+        assert found["dtype"] == "bfloat16"
+    elif field == "rope_theta":
+        assert found["rope_parameters"]["rope_theta"] == 4321.0
+    else:
+        assert (found["rope_parameters"]["rope_type"], found["rope_parameters"]["factor"]) == ("yarn", 4.0)
 
 
 @pytest.mark.parametrize("padding", [None, -1, 0, 49])

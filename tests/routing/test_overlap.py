@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexctl.routing.overlap import NOTEWORTHY, OWN_SPREAD, LayerSpace, Routing, expected_routing, overlaps
+from flexctl.routing.overlap import (
+    NOTEWORTHY,
+    OWN_SPREAD,
+    LayerSpace,
+    Routing,
+    expected_routing,
+    overlaps,
+    taken_of_public,
+)
 
 LAYERS, HIDDEN, RANK = 3, 8, 4
 
@@ -88,3 +96,17 @@ def test_the_same_rows_give_the_same_figures() -> None:
     space = make_space(2)
     rows = discriminant_rows(space, np.random.default_rng(0).normal(size=(2, LAYERS, HIDDEN)))
     assert routing_of(["a", "b"], rows, space) == routing_of(["a", "b"], rows, space)
+
+
+def test_what_is_taken_of_public_text_alone_is_what_the_pair_says() -> None:
+    rng = np.random.default_rng(3)
+    layers, size = 2, 6
+    space = [
+        LayerSpace(rng.normal(size=size), rng.normal(size=(3, size)), rng.uniform(0.5, 1, size)) for _ in range(layers)
+    ]
+    rows = rng.normal(size=(4, layers, size))
+    shares = taken_of_public(rows, space)
+    for index in range(4):
+        pair = expected_routing(["x"], rows[index : index + 1], space)
+        assert shares[index] == pytest.approx(pair["public"]["x"], abs=0.03)
+    assert taken_of_public(rows * 0, space) == pytest.approx([0.5] * 4)

@@ -227,6 +227,25 @@ def test_where_it_listens_and_what_it_warns_of(chatty: Path) -> None:
         assert server.get("/health", host="flexctl.example")[0] == 200
 
 
+@pytest.mark.usefixtures("slow_passes")
+def test_a_first_word_to_stop_refuses_new_requests_and_a_second_stops_at_once(chatty: Path) -> None:
+    with a_server(chatty, max_batch=1) as server, server.client() as client:
+        running = client.completions.create(**ASK, max_tokens=100, stream=True)
+        next(iter(running))
+        with server.connect() as waiting:
+            waiting.sendall(request(ASK))
+            until(lambda: server.batcher.waiting == 1)
+            server.listener.finish()
+            answer = read_all(waiting)
+        assert (status_of(answer), b'"code":"stopping"' in answer) == (503, True)
+        assert server.batcher.running == 1
+        server.listener.finish()
+        until(lambda: server.result is not None)
+        running.close()
+    assert server.result is not None
+    assert 0 < server.result.new_tokens < 60
+
+
 def start(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "flexctl", "serve", "--port", "0", "--threads", "1", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())

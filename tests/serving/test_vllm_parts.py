@@ -23,6 +23,7 @@ from flexctl.bundle import open_merged, rights_of
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.serve import ServeConfig, serve
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.options import options
 from flexctl.serving.permits import Key, Permits
 from flexctl.serving.refusing import Refused
 from flexctl.serving.vllm import launch, plugin, refusals, web
@@ -159,6 +160,23 @@ def test_the_plugin_is_let_in_and_nothing_is_sent_home(model: Served, now: dict[
     assert said.get("VLLM_PLUGINS") == plugins
     assert said["VLLM_NO_USAGE_STATS"] == "1"
     assert json.loads(said[VARIABLE])["digest"] == model.digest
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("Engine core initialization failed.\nSee above."), "Engine core initialization failed."),
+        (RuntimeError(), "RuntimeError"),
+        (
+            ValueError(
+                "1 validation error for VllmConfig\n  Value error, V2 needs Triton [type=value_error, input=1]\n"
+            ),
+            "V2 needs Triton",
+        ),
+    ],
+)
+def test_why_vllm_failed_is_one_line(error: BaseException, says: str) -> None:
+    assert launch.reason(error) == says
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.9+cpu"])
@@ -621,6 +639,13 @@ def test_without_vllm_the_engine_is_refused(model: Served, monkeypatch: pytest.M
     monkeypatch.setattr(refusals, "_installed", lambda: None)
     with pytest.raises(UsageError, match="vLLM is not installed here"):
         serve(ServeConfig(bundle=Path(model.bundle), engine="vllm", port=0))
+
+
+def test_every_option_is_both_engines_or_refused_by_one() -> None:
+    """Whoever adds one to our own server says what vLLM does about it."""
+    both = {"bundle", "engine_flags", "engine", "host", "port", "name", "api_keys", "anchor", "dtype"}
+    assert both | command._INSTEAD.keys() == {option.field for option in options(ServeConfig)}
+    assert not both & command._INSTEAD.keys()
 
 
 def test_flexctl_that_is_not_installed_is_not_seen_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

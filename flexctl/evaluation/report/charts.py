@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flexctl.errors import UsageError
+from flexctl.evaluation.attacks.findings import Recovery
 from flexctl.evaluation.figures import Comparison, Estimate, Figures
 from flexctl.evaluation.report.svg import COLOURS, embed
 from flexctl.evaluation.report.words import bits, interval, share, short, signed
@@ -20,7 +21,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ablation", "baselines", "before_and_after", "contrasts", "layers", "require_matplotlib", "tasks", "top_k"]
+__all__ = [
+    "ablation",
+    "baselines",
+    "before_and_after",
+    "contrasts",
+    "layers",
+    "recovery",
+    "require_matplotlib",
+    "shares",
+    "tasks",
+    "top_k",
+]
 
 _WIDE, _PANEL = 420, 340
 _ROW, _TALL_ROW, _CELL = 30, 42, 76
@@ -210,6 +222,45 @@ def baselines(figures: Figures, domain: str, name: str) -> str:
         return finish(f"Bits per byte on {domain}, this model and simpler ways", told + ".")
 
 
+def shares(rows: Mapping[str, Estimate], name: str, title: str, *, chance: float | None = None) -> str:
+    """Return shares from 0 to 1 with their intervals, one on a line, and a line at what guessing gets."""
+    with _drawing(name, _WIDE, _ROW * len(rows) + 40) as (figure, finish):
+        axes = _axes(figure, left=132, right=14, top=8, bottom=32)
+        if chance is not None:
+            axes.axvline(chance, color=COLOURS["muted"], linewidth=1)
+        for y, found in zip(_rows(axes, list(rows), 17), rows.values(), strict=True):
+            clear = chance is None or found.low is None or found.low > chance
+            colour = COLOURS["accent" if clear else "muted"]
+            _interval(axes, found, y, colour)
+            _mark(axes, found.value, y, colour, hollow=not clear)
+        axes.set_xlim(0, 1)
+        axes.grid(axis="x", linewidth=1)
+        told = [f"{row} {bits(found.value)} ({interval(found)})" for row, found in rows.items()]
+        return finish(title, "; ".join(told) + ".")
+
+
+def recovery(found: Recovery, name: str) -> str:
+    """Return held-out bits per byte over steps of training on removed text, a line and its interval a model."""
+    with _drawing(name, _WIDE, 240) as (figure, finish):
+        axes = _axes(figure, left=56, right=118, top=14, bottom=44)
+        places = list(range(len(found.steps)))
+        told = []
+        colours = (COLOURS["accent"], COLOURS["muted"])
+        for colour, (model, curve) in zip(colours, found.bits_per_byte.items(), strict=True):
+            values = [_drawable(point.value) for point in curve]
+            lows, highs = ([_drawable_end(getattr(point, end)) for point in curve] for end in ("low", "high"))
+            axes.fill_between(places, lows, highs, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(places, values, color=colour, linewidth=2, marker="o", markersize=5)
+            side = 1 if values[-1] >= max(other[-1].value for other in found.bits_per_byte.values()) else -1
+            _note(axes, model, (places[-1], values[-1]), away=(8, 7 * side), va="center", fontsize=12)
+            told.append(f"{model}: " + ", ".join(f"{s} {bits(v)}" for s, v in zip(found.steps, values, strict=True)))
+        axes.set_xticks(places, [str(step) for step in found.steps])
+        axes.set_xlabel("steps of training on the removed text", color=COLOURS["muted"])
+        axes.locator_params(axis="y", nbins=5)
+        axes.grid(axis="y", linewidth=1)
+        return finish("Held-out bits per byte while removed text is trained on again", "; ".join(told) + ".")
+
+
 class _Finish:
     """Writes a figure as the page's svg element."""
 
@@ -301,6 +352,10 @@ def _tiles(axes: Axes, cells: Sequence[Sequence[tuple[str, float]]]) -> None:
 def _largest(values: Sequence[float]) -> float:
     """Return the largest number among values, to divide by; not each is one where a model fails to score a text."""
     return max((value for value in values if math.isfinite(value) and value > 0), default=1.0)
+
+
+def _drawable_end(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _drawable(value: float) -> float:

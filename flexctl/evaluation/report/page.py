@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from typing import Any
 
 from flexctl.bundle.names import PUBLIC
 from flexctl.evaluation.explaining import Piece
 from flexctl.evaluation.figures import Figures
 from flexctl.evaluation.report import charts, words
+from flexctl.evaluation.report.template import fill
 
 __all__ = ["Excerpt", "render"]
 
@@ -47,33 +46,15 @@ def render(figures: Figures, excerpts: Sequence[Excerpt] = ()) -> str:
         UsageError: matplotlib is not installed.
     """
     charts.require_matplotlib()
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_fit
-    )
-    environment.filters |= {
-        "bits": words.bits,
-        "signed": words.signed,
-        "percent": words.percent,
-        "share": words.share,
-        "count": words.count,
-        "digest": words.digest,
-        "interval": words.interval,
-        "visible": words.visible,
-    }
     styles = {name: style_of(index) for index, name in enumerate(figures.experts)}
-    # Charts are our own markup, their texts escaped where they were made; the style is a file of ours.
-    drawn = {name: _marked(Markup, chart) for name, chart in _charts(figures).items()}
-    return environment.from_string(_text("page.html")).render(
+    return fill(
+        "page.html",
         figures=figures,
         lineage=figures.lineage,
-        style=Markup(_text("page.css")),
         summary=words.summary(figures),
         settings=words.settings(figures),
         who_differs=words.who_differs(figures.lineage, figures.compare.lineage) if figures.compare else "",
-        charts=drawn,
+        charts=_charts(figures),
         guessed=any(task.chance for task in figures.tasks.values()),
         styles=styles,
         excerpts=[(excerpt, _tokens(excerpt, styles), _leading(excerpt)) for excerpt in excerpts],
@@ -87,14 +68,6 @@ def style_of(index: int) -> str:
         return "e0"
     rounds, colour = divmod(index - 1, _COLOURS)
     return f"e{colour + 1} again" if rounds else f"e{colour + 1}"
-
-
-def _fit(value: Any) -> Any:
-    return words.plain(value) if type(value) is str else value
-
-
-def _text(name: str) -> str:
-    return (files("flexctl.evaluation.report") / name).read_text(encoding="utf-8")
 
 
 def _charts(figures: Figures) -> dict[str, str | dict[str, str]]:
@@ -114,10 +87,6 @@ def _charts(figures: Figures) -> dict[str, str | dict[str, str]]:
         places = enumerate(figures.perplexity if measured else ())
         drawn[chart] = {name: draw(figures, name, f"{chart.replace('_', '-')}-{i}") for i, name in places}
     return drawn
-
-
-def _marked(mark: Any, chart: str | Mapping[str, str]) -> Any:
-    return mark(chart) if isinstance(chart, str) else {name: mark(panel) for name, panel in chart.items()}
 
 
 def _tokens(excerpt: Excerpt, styles: Mapping[str, str]) -> list[_Token]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ from flexctl.serving.vllm.check import check_masks
 from flexctl.serving.vllm.masks import Served
 from flexctl.serving.vllm.refusals import PLUGIN, refuse_config
 
-__all__ = ["Count", "command_line", "environment", "run_vllm"]
+__all__ = ["Count", "command_line", "environment", "reason", "run_vllm"]
 
 
 def environment(model: Served, now: Mapping[str, str]) -> dict[str, str]:
@@ -123,11 +124,19 @@ def run_vllm(
         try:
             new_tokens = uvloop.run(_serve(arguments, model, experts, found, reporter))
         except (RuntimeError, ValueError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise FlexctlError(f"vLLM failed: {first}", hint="what it said itself is above") from error
+            raise FlexctlError(f"vLLM failed: {reason(error)}", hint="what it said itself is above") from error
     from flexctl.serving.vllm.web import Masks
 
     return Count(Masks.requests, new_tokens)
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line why vLLM failed: an error's first, or what pydantic's count of errors is about."""
+    text = str(error).strip()
+    inside = re.search(r"^ *(?:Value error, )?(.+?)(?: \[type=.*)?$", text.partition("\n")[2], re.MULTILINE)
+    if re.match(r"\d+ validation error", text) and inside:
+        return inside[1]
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

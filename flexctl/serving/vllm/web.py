@@ -53,7 +53,7 @@ class Masks:
         keys = read_keys(Path(model.api_keys), experts) if model.api_keys else ()
         self._app, self._model = app, model
         self._permits = Permits(model.name, experts, rights_of(merged), keys)
-        self._listing = Listing(self._permits, model.digest, explains=False)
+        self._listing = Listing(self._permits, model.digest, explains=False, chat=None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or let vLLM do so."""

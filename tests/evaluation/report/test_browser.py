@@ -9,7 +9,7 @@ import base64
 from collections.abc import Iterator
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, LOWEST_CONTRAST, Browser
 from reports import draw
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -26,12 +26,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     browser.open((folder / "report.html").as_uri())
     yield browser
     browser.close()
-
-
-def set_screen(page: Browser, width: int, *, scheme: str = "light", media: str = "screen") -> None:
-    page.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    page.call("Emulation.setEmulatedMedia", media=media, features=features)
 
 
 def test_nothing_is_logged_and_nothing_is_fetched(page: Browser) -> None:
@@ -59,7 +53,7 @@ def test_the_policy_holds(page: Browser) -> None:
 
 @pytest.mark.parametrize("width", [320, 390, 800, 1400])
 def test_charts_are_seen_and_nothing_sticks_out(page: Browser, width: int) -> None:
-    set_screen(page, width)
+    page.set_screen(width)
     sizes = page.evaluate("""[...document.querySelectorAll('svg')].map(svg => {
         const box = svg.getBoundingClientRect();
         return [box.width, box.height, svg.querySelectorAll('path, use').length]})""")
@@ -69,7 +63,7 @@ def test_charts_are_seen_and_nothing_sticks_out(page: Browser, width: int) -> No
 
 
 def test_text_in_charts_has_the_page_s_font_and_stays_inside(page: Browser) -> None:
-    set_screen(page, 1000)
+    page.set_screen(1000)
     fonts = page.evaluate("""[...new Set([document.body, ...document.querySelectorAll('svg text')].map(
         text => getComputedStyle(text).fontFamily))]""")
     assert len(fonts) == 1
@@ -85,28 +79,8 @@ def test_text_in_charts_has_the_page_s_font_and_stays_inside(page: Browser) -> N
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_is_readable(page: Browser, scheme: str) -> None:
     """Contrast by WCAG 2.2, 1.4.3: at least 4.5, for every piece of text over whatever lies behind it in HTML."""
-    set_screen(page, 1000, scheme=scheme)
-    lowest = page.evaluate("""(() => {
-        const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-        const rgba = colour => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour;
-            canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
-        const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-        const light = c => [.2126, .7152, .0722].reduce((sum, part, i) => sum + part * linear(c[i] / 255), 0);
-        const behind = e => { const c = rgba(getComputedStyle(e).backgroundColor); const a = c[3] / 255;
-            if (a === 1 || !e.parentElement) return c;
-            const under = behind(e.parentElement); return under.map((v, i) => a * c[i] + (1 - a) * v); };
-        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-        let lowest = [99, ''];
-        for (let node; (node = walker.nextNode());) {
-            const e = node.parentElement;
-            if (!node.data.trim() || e.closest('svg title, svg desc')) continue;
-            const style = getComputedStyle(e);
-            const above = light(rgba(e.closest('svg') ? style.fill : style.color)), below = light(behind(e));
-            const ratio = (Math.max(above, below) + .05) / (Math.min(above, below) + .05);
-            if (ratio < lowest[0]) lowest = [ratio, node.data];
-        }
-        return lowest;
-    })()""")
+    page.set_screen(1000, scheme=scheme)
+    lowest = page.evaluate(LOWEST_CONTRAST)
     assert lowest[0] >= 4.5, lowest
 
 
@@ -114,16 +88,16 @@ def test_dark_and_print_have_their_own_colours(page: Browser) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     found = []
     for scheme, media in (("light", "screen"), ("dark", "screen"), ("dark", "print")):
-        set_screen(page, 1000, scheme=scheme, media=media)
+        page.set_screen(1000, scheme=scheme, media=media)
         found.append(page.evaluate(paper))
     assert found == ["rgb(253, 253, 251)", "rgb(21, 23, 26)", "rgb(255, 255, 255)"]
-    set_screen(page, 1000)
+    page.set_screen(1000)
     printed = base64.b64decode(page.call("Page.printToPDF")["data"])
     assert printed.startswith(b"%PDF")
 
 
 def test_a_screen_reader_finds_everything_by_name(page: Browser) -> None:
-    set_screen(page, 1000)
+    page.set_screen(1000)
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     names: dict[str, list[str]] = {}
     for node in nodes:
@@ -144,7 +118,7 @@ def test_a_screen_reader_finds_everything_by_name(page: Browser) -> None:
 
 
 def test_the_keyboard_reaches_everything(page: Browser) -> None:
-    set_screen(page, 390)
+    page.set_screen(390)
     page.evaluate("document.activeElement.blur()")
     reached = []
     for _ in range(60):

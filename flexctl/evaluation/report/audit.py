@@ -1,0 +1,106 @@
+"""The page of an audit: what attacks found, model by model, beside what the expert claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flexctl.bundle.manifest import PrivacyInfo
+from flexctl.evaluation.attacks.findings import Audited, Recovery
+from flexctl.evaluation.figures import Lineage
+from flexctl.evaluation.report import charts
+from flexctl.evaluation.report.template import fill
+from flexctl.evaluation.report.words import joined, share
+
+__all__ = ["render_audit"]
+
+_ATTACKS = {
+    "loss": "the model's loss",
+    "zlib": "loss over what zlib makes of the text",
+    "min-k": "loss of the hardest fifth of tokens",
+    "calibrated": "how much lower the loss is than the anchor's",
+}
+
+
+def render_audit(
+    name: str,
+    models: Mapping[str, Audited],
+    recovery: Recovery | None,
+    *,
+    lineage: Lineage,
+    digest: str,
+    claimed: PrivacyInfo | None,
+    facts: Mapping[str, int],
+) -> str:
+    """Return the page.
+
+    Args:
+        name: The expert whose text it is about.
+        models: Model -> what attacks found, the anchor first.
+        recovery: What comes back after removal.
+        lineage: Who is in the model.
+        digest: Of the bundle.
+        claimed: The guarantee that the expert claims.
+        facts: How hard it was tried, as ``AuditResult`` has it.
+
+    Raises:
+        UsageError: matplotlib or jinja2 is not installed.
+    """
+    charts.require_matplotlib()
+    anchor = next(iter(models))
+    best = {model: found.membership["loss" if model == anchor else "calibrated"].auc for model, found in models.items()}
+    return fill(
+        "audit.html",
+        name=name,
+        models=models,
+        recovery=recovery,
+        lineage=lineage,
+        digest_of_model=digest,
+        claimed=claimed,
+        facts=facts,
+        attacks=_ATTACKS,
+        has_copied=any(found.extraction.copied for found in models.values()),
+        has_canaries=any(found.canaries for found in models.values()),
+        summary=" ".join(_summary(name, models, recovery, claimed)),
+        charts={
+            "extraction": charts.shares(
+                {model: found.extraction.near for model, found in models.items()},
+                "extraction",
+                "Share of documents that a model goes on with nearly as they do",
+            ),
+            "membership": charts.shares(
+                best, "membership", "How well a model's loss tells what was trained on", chance=0.5
+            ),
+            "recovery": charts.recovery(recovery, "recovery") if recovery else "",
+        },
+    )
+
+
+def _summary(
+    name: str, models: Mapping[str, Audited], recovery: Recovery | None, claimed: PrivacyInfo | None
+) -> list[str]:
+    """Return what was found, a sentence each."""
+    anchor, *others = models
+    found = [model for model in others if models[model].found]
+    clean = [model for model in others if not models[model].found]
+    told = []
+    if found:
+        told.append(f"Attacks find something of {name} in {joined(found)}.")
+    if clean:
+        told.append(f"They find nothing in {joined(clean)}." if found else f"Attacks find nothing in {joined(clean)}.")
+    whole = models[others[0]].extraction
+    told.append(
+        f"The {others[0]} model goes on with {share(whole.near.value)} of the documents nearly as they do; the anchor, "
+        f"which never saw them, with {share(models[anchor].extraction.near.value)}."
+    )
+    if models[anchor].found:
+        told.append(
+            "Even the anchor tells the two samples apart: they are not of one kind, and membership counts for nothing."
+        )
+    bound = models[others[0]].canaries
+    if bound:
+        beside = f", beside the {claimed.epsilon:g} that is claimed" if claimed else "; no guarantee is claimed"
+        told.append(f"By its canaries, epsilon is at least {bound.epsilon:.2f}{beside}.")
+    if recovery:
+        faster = "comes back faster than it comes" if recovery.comes_back else "comes back no faster than it comes"
+        told.append(f"After removal the text {faster} to the anchor.")
+    return told

@@ -1,0 +1,118 @@
+"""What an anchor carries for its owners to come: a public sample, and the router inputs that a model has on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import model, routing, text
+from flexctl.bundle import RawTensor
+from flexctl.runtime import Reporter
+from flexctl.steps.machine import Machine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Calibration", "calibrate"]
+
+_TOKENS_A_DIMENSION, _FEWEST_TOKENS, _MOST_TOKENS = 256, 32_768, 262_144
+"""Half of them are enough for rows, at a width where that was measured: docs/results.md, section 10."""
+
+_BATCH = 8
+_SEQ_LEN = 256
+_KIND_PASSAGES = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What was measured on a dense model.
+
+    Attributes:
+        num_parameters: Of the model.
+        sample: Tensors of the public text that owners mix into training.
+        space: Tensors of the statistics of router inputs on it.
+        spread: Standard deviation of u . x on public text in each layer; its mean is 1.
+    """
+
+    num_parameters: int
+    sample: Mapping[str, RawTensor]
+    space: Mapping[str, RawTensor]
+    spread: list[float]
+
+
+def calibrate(
+    checkpoint: Path,
+    *,
+    data: Sequence[Path],
+    text_field: str,
+    kinds: Sequence[Path],
+    sample_tokens: int,
+    special_as_text: bool,
+    seed: int,
+    machine: Machine,
+    reporter: Reporter,
+) -> Calibration:
+    """Draw a public sample and measure a dense model's router inputs on it.
+
+    Args:
+        checkpoint: Directory of the model.
+        data: Public text.
+        text_field: Column or .jsonl field that holds it.
+        kinds: Text of other kinds, measured only, one kind each.
+        sample_tokens: Tokens of public text to keep.
+        special_as_text: Whether special tokens that stand in text are plain text.
+        seed: Of the draw.
+        machine: What the model runs on.
+        reporter: Hears of progress.
+    """
+    reporter.note("drawing the public sample")
+    tokenizer = model.load_tokenizer(checkpoint, special_as_text=special_as_text)
+    documents = text.frame_documents(tokenizer, text.read_documents(data, text_field))
+    sample = text.draw_sample(documents, sample_tokens, seed)
+    dense = model.load_dense(checkpoint)
+    num_parameters = dense.num_parameters()
+    routed = model.route(dense.to(machine.dtype)).to(machine.device)
+    statistics = _measure(routed, sample, reporter)
+    found = [_within(path, text_field, seed, routed, tokenizer, reporter) for path in kinds]
+    space = routing.fit_space(statistics, found)
+    return Calibration(
+        num_parameters=num_parameters,
+        sample=_raw(sample.to_tensors()),
+        space=_raw(space.to_tensors()),
+        spread=[float(std) for std in routing.constant_spread(space, statistics)],
+    )
+
+
+def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
+    return {name: RawTensor(*model.to_bytes(tensor)) for name, tensor in tensors.items()}
+
+
+def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> routing.InputStatistics:
+    def batches() -> Iterator[Tensor]:
+        import torch
+
+        stream = sample.stream()
+        seq_len = min(_SEQ_LEN, len(stream) - 1)
+        count = min(stream.num_sequences(seq_len), _tokens(routed.config.hidden_size) // seq_len)
+        with reporter.progress("measuring router inputs", count * seq_len, "tokens") as bar:
+            for start in range(0, count, _BATCH):
+                rows = [stream.sequence(i, seq_len)[:-1] for i in range(start, min(count, start + _BATCH))]
+                yield torch.stack([torch.from_numpy(row) for row in rows])
+                bar.advance(len(rows) * seq_len)
+
+    return routing.measure_inputs(routed, batches())
+
+
+def _tokens(hidden_size: int) -> int:
+    """Return how many public tokens router inputs are measured on: a covariance of wider ones needs more."""
+    return min(max(_TOKENS_A_DIMENSION * hidden_size, _FEWEST_TOKENS), _MOST_TOKENS)
+
+
+def _within(path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any, reporter: Reporter) -> Tensor:
+    """Return how router inputs vary inside passages of another kind of text, (L, H, H)."""
+    passages = text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed)
+    framed = text.frame_passages(tokenizer, passages)
+    with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
+        return routing.measure_passages(routed, framed, bar.advance).within

@@ -1,0 +1,37 @@
+"""Whether experts' guarantees of differential privacy are what their own figures make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flexctl import privacy
+from flexctl.bundle import Expert, Merged, PrivacyInfo, open_bundle
+from flexctl.bundle.checks import Check
+
+__all__ = ["check_claims"]
+
+
+def check_claims(path: Path) -> list[Check]:
+    """Recompute epsilon of every expert in a bundle that claims one; no check where none does.
+
+    What cannot be recomputed for want of the ``privacy`` extra is said and does not fail.
+    """
+    claims = list(_claims(path))
+    if not claims:
+        return []
+    if not privacy.is_installed():
+        return [Check(name="privacy", ok=True, detail="claimed, not recomputed: pip install 'flexctl[privacy]'")]
+    problems = [f"{path}: {field}.{found}" for field, info in claims if (found := privacy.refutation(info)) is not None]
+    fine = ", ".join(f"epsilon {info.epsilon:g} at delta {info.delta:g}" for _, info in claims)
+    return [Check(name="privacy", ok=not problems, detail=problems[0] if problems else f"recomputed: {fine}")]
+
+
+def _claims(path: Path) -> Iterator[tuple[str, PrivacyInfo]]:
+    bundle = open_bundle(path)
+    if isinstance(bundle, Expert) and bundle.manifest.privacy is not None:
+        yield "privacy", bundle.manifest.privacy
+    elif isinstance(bundle, Merged):
+        for entry in bundle.manifest.experts:
+            if entry.privacy is not None:
+                yield f"experts.{entry.index}.privacy", entry.privacy

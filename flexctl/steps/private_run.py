@@ -1,0 +1,262 @@
+"""Training an expert under a guarantee, from documents to the tensors that are released.
+
+Every place that reads the owner's text is in here: documents are written into the working folder, their mean goes into
+router rows with noise, and their clipped gradients into the steps with noise. Nothing else of them is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexctl import evaluation, privacy, routing, text, training
+from flexctl.bundle import PUBLIC, PrivacyInfo, RouterInfo
+from flexctl.errors import UsageError
+from flexctl.runtime import Reporter
+from flexctl.steps.anchored import Anchored
+from flexctl.steps.guarantee import Plan, PrivateConfig
+from flexctl.steps.machine import Machine
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["PrivateRun", "Released"]
+
+_PUBLIC_DOCUMENTS = 64
+_ROW_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Released:
+    """What comes out of a private run.
+
+    Attributes:
+        tensors: The expert's, rounded as they are stored, with its router rows.
+        router: How the rows came about.
+        privacy: The claim.
+        settings: Resolved ones, for the manifest.
+        held_out: Loss on held-out public text before and after, nats a token.
+    """
+
+    tensors: dict[str, Tensor]
+    router: RouterInfo
+    privacy: PrivacyInfo
+    settings: dict[str, Any]
+    held_out: dict[str, dict[str, float]]
+
+
+class PrivateRun:
+    """One run: what it reads and what it goes by.
+
+    Args:
+        config: The command's.
+        plan: The guarantee.
+        base: The anchor.
+        public: Public text.
+        machine: What it runs on.
+        work: Its working folder.
+        reporter: Hears of progress, and nothing of documents.
+    """
+
+    def __init__(
+        self,
+        config: PrivateConfig,
+        plan: Plan,
+        base: Anchored,
+        public: text.PublicSample,
+        machine: Machine,
+        work: Path,
+        reporter: Reporter,
+    ) -> None:
+        self._config, self._plan, self._base, self._public = config, plan, base, public
+        self._machine, self._work, self._reporter = machine, work, reporter
+        self.reader = self._built()
+        self._loop = training.LoopSettings(
+            steps=plan.mechanism.steps,
+            lr=plan.lr,
+            warmup_steps=training.warmup_steps(plan.mechanism.steps, config.warmup_steps),
+            micro_batch=plan.micro_batch,
+            autocast=machine.autocast,
+        )
+        if not public.to_train_on:
+            raise UsageError("the public sample is a single document", hint="give more of it with `public`")
+        stream = text.PublicSample(public.to_train_on).stream()
+        self._sequences = training.EqualShares(
+            {PUBLIC: stream}, seq_len=plan.seq_len, batch_size=plan.public_batch, seed=config.seed
+        )
+
+    def _built(self) -> nn.Module:
+        return self._machine.build(self._base.anchor.weights())
+
+    def train(self) -> Released:
+        """Train the expert and return what may leave the house.
+
+        Raises:
+            UsageError: There is no document, or what is to be gone on with is another run's.
+            FlexctlError: Training failed.
+        """
+        config, plan, reporter = self._config, self._plan, self._reporter
+        framed = text.frame_documents(self._base.tokenizer, text.read_documents(config.data, config.text_field))
+        documents = privacy.Documents.write(self._work / "own.tokens", framed)
+        ledger = privacy.open_ledger(
+            self._work / "ledger.json",
+            resume=config.resume,
+            started=any(self._work.glob("checkpoints/*")),
+            clips=self._clips,
+        )
+        before = self._losses()
+        reporter.note(f"router rows: {config.router}, with noise")
+        rows = self._rows(documents, ledger)
+        checkpoints = self._checkpoints(documents, ledger)
+        pair = self._pair(self.reader, rows.rows)
+        training.train_privately(
+            self.reader,
+            pair.groups(),
+            documents,
+            self._sequences if config.public_mix else None,
+            self._steps(ledger.max_grad_norm),
+            self._loop,
+            secret=ledger.secret,
+            match=pair.match if config.public_match and config.public_mix else None,
+            checkpoints=checkpoints,
+            reporter=reporter,
+        )
+        pair.close()
+        anchor = self._base.anchor
+        tensors = pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC])
+        after = self._losses()
+        return Released(
+            tensors={**tensors, "router.weight": rows.rows},
+            router=self._router_info(rows),
+            privacy=plan.info(ledger.max_grad_norm),
+            settings=self._settings(),
+            held_out={part: {"before": before[part], "after": after[part]} for part in before},
+        )
+
+    @property
+    def public_tokens(self) -> int:
+        """Public tokens of all steps."""
+        plan = self._plan
+        return plan.mechanism.steps * plan.public_batch * plan.seq_len if self._config.public_mix else 0
+
+    def _clips(self) -> tuple[float, float]:
+        """Return how long a document's gradient and its share in the rows may be, by public documents."""
+        config, plan = self._config, self._plan
+        documents = self._public.to_train_on[:_PUBLIC_DOCUMENTS]
+        row_norm = routing.shift_norm(self.reader, self._base.space, self._beside(documents, _ROW_TOKENS))
+        if config.dp_max_grad_norm is not None:
+            return config.dp_max_grad_norm, row_norm
+        self._reporter.note("measuring the clip on public text")
+        reader = self._built()
+        pair = self._pair(reader, self._base.space.mean.new_zeros(self._base.space.mean.shape))
+        norm = training.gradient_norm(
+            reader,
+            pair.groups(),
+            self._sequences,
+            list(self._beside(documents, plan.seq_len)),
+            self._loop,
+            pair.match if config.public_match else None,
+        )
+        pair.close()
+        return float(f"{norm:.3g}"), row_norm
+
+    def _beside(self, documents: Sequence[text.Framed], seq_len: int) -> Iterator[privacy.Padded]:
+        size = self._plan.micro_batch
+        for first in range(0, len(documents), size):
+            some = [document.tokens[: seq_len + 1] for document in documents[first : first + size]]
+            yield privacy.padded(some, len(some))
+
+    def _pair(self, reader: nn.Module, rows: Tensor) -> training.Pair:
+        config = self._config
+        return training.Pair(reader, rows, public_match=config.public_match, rank=config.rank, seed=config.seed)
+
+    def _rows(self, documents: privacy.Documents, ledger: privacy.Ledger) -> routing.Rows:
+        plan, order = self._plan, documents.shortest_first()
+        size = plan.micro_batch
+
+        def batches() -> Iterator[privacy.Padded]:
+            for first in range(0, len(order), size):
+                some = [documents.window(int(index), _ROW_TOKENS) for index in order[first : first + size]]
+                yield privacy.padded(some, size)
+
+        return routing.private_rows(
+            self._config.router,
+            self.reader,
+            self._base.space,
+            batches(),
+            documents=plan.documents,
+            clip=ledger.row_norm,
+            noise_multiplier=plan.mechanism.row_noise_multiplier,
+            stream=ledger.secret.stream("rows"),
+        )
+
+    def _router_info(self, rows: routing.Rows) -> RouterInfo:
+        return RouterInfo(
+            kind=self._config.router,
+            samples=self._plan.documents,
+            encoder=None,
+            trained=False,
+            bias=tuple(float(bias) for bias in rows.bias),
+            own_covariance=0.0 if self._config.router == "discriminant" else None,
+        )
+
+    def _steps(self, max_grad_norm: float) -> training.PrivateSteps:
+        plan = self._plan
+        return training.PrivateSteps(
+            sampling_rate=plan.mechanism.sampling_rate,
+            batch_size=plan.batch_size,
+            seq_len=plan.seq_len,
+            max_grad_norm=max_grad_norm,
+            noise_multiplier=plan.mechanism.noise_multiplier,
+            public_share=self._config.public_mix,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """Return every resolved setting that decides the result, but the guarantee's."""
+        config, plan = self._config, self._plan
+        return {
+            "lr": plan.lr,
+            "steps": plan.mechanism.steps,
+            "warmup_steps": self._loop.warmup_steps,
+            "seq_len": plan.seq_len,
+            "batch_size": plan.batch_size,
+            "micro_batch": plan.micro_batch,
+            "public_mix": config.public_mix,
+            "public_match": config.public_match,
+            "seed": config.seed,
+            "dtype": config.dtype,
+        }
+
+    def _checkpoints(self, documents: privacy.Documents, ledger: privacy.Ledger) -> training.Checkpoints:
+        config, plan = self._config, self._plan
+        identity = {
+            **self._settings(),
+            "anchor": self._base.anchor.digest,
+            "data": ledger.sealed(documents.digest),
+            "public": self._public.digest,
+            "rank": config.rank,
+            "epsilon": plan.epsilon,
+            "delta": plan.delta,
+            "documents": plan.documents,
+            "noise_multiplier": plan.mechanism.noise_multiplier,
+            "row_noise_multiplier": plan.mechanism.row_noise_multiplier,
+            "max_grad_norm": ledger.max_grad_norm,
+        }
+        return training.Checkpoints(
+            self._work / "checkpoints",
+            identity,
+            every_steps=config.checkpoint_steps,
+            resume=config.resume,
+            reporter=self._reporter,
+        )
+
+    def _losses(self) -> dict[str, float]:
+        """Return the model's loss on held-out public text, nats a token; the owner's is never looked at."""
+        held_out = self._public.held_out
+        if not held_out:
+            return {}
+        most = training.held_out_tokens(self._plan.documents * self._plan.seq_len)
+        parts = {PUBLIC: text.leading(held_out, most)}
+        return evaluation.held_out_losses(self.reader, parts, seq_len=self._plan.seq_len, reporter=self._reporter)
