@@ -166,6 +166,23 @@ def bench_text(root: Path) -> None:
         show(f"train-expert, documents: {name}", f"{trained / 1e6:.0f} MB", "peak resident; limit 1000 MB")
 
 
+def bench_inference() -> None:
+    """A merged model's forward pass and greedy answers against stock Transformers', on one thread."""
+    import torch
+
+    from tests.benchmarks.inference import EXPERTS, TOP_K, measure
+    from tests.benchmarks.shapes import CPU
+
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        for row in measure(CPU, torch.device("cpu"), dtype):
+            show(
+                f"{row['name']}, {row['dtype']}",
+                f"{row['forward_tokens_per_s']:.0f} tokens/s",
+                f"{row['generate_tokens_per_s']:.0f} tokens/s of answers; {EXPERTS} experts, {TOP_K} a token",
+            )
+
+
 def write_words(path: Path, size_bytes: int) -> None:
     """Write documents of made-up words, as unequally common as words are, one a line."""
     rng = np.random.default_rng(0)
@@ -208,6 +225,7 @@ SECTIONS = {
     "merge": bench_merge,
     "steps": lambda _root: bench_steps(),
     "scoring": bench_scoring,
+    "inference": lambda _root: bench_inference(),
     "text": bench_text,
     "serving": bench_serving,
     "trace": bench_trace,

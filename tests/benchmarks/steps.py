@@ -220,16 +220,17 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int, repe
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     best = 0.0
     for _ in range(repeats + 2):
-        _wait(device)
+        wait(device)
         started = clock()
         for _ in range(4):
             a @ b
-        _wait(device)
+        wait(device)
         best = max(best, 4 * 2 * size**3 / (clock() - started))
     return best
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait until a card has done what it was told to."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
