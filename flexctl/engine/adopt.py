@@ -31,8 +31,7 @@ from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
     from flexctl.bundle.hashing import Advance
-    from flexctl.bundle.manifest import MANIFEST_FILE
-from flexctl.bundle.mixture import Mixture, MixtureHashes
+    from flexctl.bundle.mixture import Mixture, MixtureHashes
 
 __all__ = ["AdoptConfig", "AdoptResult", "AdoptedExpert", "adopt"]
 
