@@ -56,7 +56,7 @@ class _Protocol(H11Protocol):
         elif self._head is None:
             self._head = self.loop.call_later(_HEAD_S, self.transport.abort)
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, _: str) -> None:
         """Say that this is no HTTP, unless an answer was already given."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(Refused(400, "this is not a valid HTTP request").body).encode()
