@@ -204,7 +204,9 @@ def _of_class(fields: Mapping[str, Any], where: str) -> Any:
 
     try:
         # Transformers writes into what it is given.
-        return transformers.AutoConfig.for_model(**copy.deepcopy(dict(fields)))
+        made = transformers.AutoConfig.for_model(**copy.deepcopy(dict(fields)))
+        made.to_dict()  # some fields are looked at here only
+        return made
     except (StrictDataclassError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         named = _NAMED.match(str(error))
         if named and named[1] in fields:
