@@ -225,12 +225,20 @@ def dense_shapes(dense_config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every weight that the dense Transformers class of a config has; computes nothing.
 
     A tied head is not among them, as it is the embedding.
+
+    Raises:
+        BundleError: The class makes no model of it.
     """
     import transformers
 
     config = transformers.AutoConfig.for_model(**dict(dense_config))
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        message = f"config.json: no {config.model_type} model can be made of it ({said})"
+        raise BundleError(message, hint="look at its rope_parameters or rope_scaling") from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
