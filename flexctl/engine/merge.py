@@ -70,6 +70,7 @@ class MergeConfig(Config):
     accept: flags.Accept = ()
     data: flags.Domains = ()
     text_field: flags.TextField = "text"
+    special_as_text: flags.SpecialAsText = False
     seq_len: flags.SeqLen = None
     forward_tokens: flags.ForwardTokens = 8192
     threads: flags.Threads = None

@@ -63,6 +63,10 @@ class ScreenConfig(MachineConfig, Protocol):
         """The column or field that holds the text."""
 
     @property
+    def special_as_text(self) -> bool:
+        """Whether special tokens that stand in the text are plain text."""
+
+    @property
     def seq_len(self) -> int | None:
         """Window length."""
 
@@ -213,7 +217,7 @@ def admit(
     parts = Parts(reporter)
     ways: list[list[str]] = [[], *([name] for name in names)] if before is None else [[]]
     parts.expect((len(ways) + (before is not None)) * sum(domain.size_bytes() for domain in domains))
-    tokenizer = model.load_tokenizer(_tokenizer_folder(composition))
+    tokenizer = model.load_tokenizer(_tokenizer_folder(composition), special_as_text=config.special_as_text)
     trial = _trial(composition, config)
     drawn = [{domain.name: _drawn(trial, tokenizer, domain, way, parts) for domain in domains} for way in ways]
     if before is not None:

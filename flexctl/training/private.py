@@ -205,7 +205,7 @@ def _public_gradients(
     batch = public.batch(step).to(device)
     with autocasting(device, settings.autocast):
         loss = training_loss(model, batch[:, :-1], batch[:, 1:], settings.z_loss)
-        penalised = loss if match is None else loss + match(public.is_public(step).to(device))
+        penalised = loss if match is None else loss + match(public.is_public(step))
     count = batch[:, 1:].numel()
     (penalised * (steps.public_share / count)).backward()
     return float(loss.detach()) / count

@@ -485,7 +485,7 @@ class TestResults:
         text = found.results.read_text()
         results = json.loads(text)
         assert results["digest"] == open_merged(Path("merged")).digest
-        assert results["settings"] == {"seq_len": 64, "device": "cpu", "dtype": "float32"}
+        assert results["settings"] == {"seq_len": 64, "device": "cpu", "dtype": "float32", "special_as_text": False}
         assert results["software"]["torch"]
         assert results["data"] == found.data
         assert results["perplexity"]["code"] == dataclasses.asdict(found.perplexity["code"])

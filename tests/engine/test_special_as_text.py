@@ -49,7 +49,10 @@ def test_a_special_token_in_text_is_one_token_or_its_letters(checkpoint: Path) -
 
 
 def test_every_command_that_reads_a_text_field_has_it() -> None:
+    """But for an index, which is of bytes, and an audit, which reads text as the expert's training did."""
     for command in COMMANDS:
+        if command.name in ("trace_index", "audit"):
+            continue
         names = {option.field for option in options(getattr(flexctl, command.config))}
         assert ("text_field" in names) == ("special_as_text" in names), command
 
