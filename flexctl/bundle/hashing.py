@@ -149,7 +149,7 @@ def hash_weights(spans: Mapping[str, Span], advance: Advance = silent) -> dict[s
         inside = {name: span for name, span in spans.items() if span.path == path}
         for name, info, finite in hash_spans(path, inside, counted):
             if not finite:
-                raise BundleError(f"{path.name}: tensor {name}: holds NaN or infinity")
+                raise BundleError(f"{path}: tensor {name}: holds NaN or infinity")
             found[name] = info
         return found
 

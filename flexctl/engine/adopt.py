@@ -31,8 +31,7 @@ from flexctl.steps.machine import machine_of
 
 if TYPE_CHECKING:
     from flexctl.bundle.hashing import Advance
-    from flexctl.bundle.manifest import MANIFEST_FILE
-from flexctl.bundle.mixture import Mixture, MixtureHashes
+    from flexctl.bundle.mixture import Mixture, MixtureHashes
 
 __all__ = ["AdoptConfig", "AdoptResult", "AdoptedExpert", "adopt"]
 
@@ -156,8 +155,11 @@ def adopt(config: AdoptConfig, reporter: Reporter = SILENT) -> AdoptResult:
         reporter.note("no `data`: the parts can be merged, removed and run; nothing can be trained against the anchor")
     if config.dry_run:
         return plan
+    # A number that is none is found here, before anything is written.
+    with reporter.progress("hashing", source.mixture.size, "bytes") as bar:
+        hashes = hash_mixture(source.mixture, bar.advance)
     with training.working_folder(place_of_work(plan.path, "work"), reporter) as work:
-        result = _make(config, source, plan, work, reporter)
+        result = _make(config, source, plan, hashes, work, reporter)
     _say_how_to_merge(config, result, reporter)
     return result
 
@@ -243,10 +245,10 @@ def _refuse_bad_settings(config: AdoptConfig, source: _Source, plan: AdoptResult
     require_space(plan.path, source.mixture.size + source.mixture.size_of_dense(config.public_expert))
 
 
-def _make(config: AdoptConfig, source: _Source, plan: AdoptResult, work: Path, reporter: Reporter) -> AdoptResult:
+def _make(
+    config: AdoptConfig, source: _Source, plan: AdoptResult, hashes: MixtureHashes, work: Path, reporter: Reporter
+) -> AdoptResult:
     mixture = source.mixture
-    with reporter.progress("hashing", mixture.size, "bytes") as bar:
-        hashes = hash_mixture(mixture, bar.advance)
     anchor, calibration = _write_anchor(config, source, plan, work, reporter)
     closed = mixture.size - mixture.size_of_dense(config.public_expert)
     with reporter.progress("writing experts", closed, "bytes") as bar:

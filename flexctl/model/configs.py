@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
 from flexctl.families import Family, family_of, mixture_families
 from flexctl.runtime import Reporter
@@ -48,6 +50,8 @@ _WHY_NOT = {
     "mlp_only_layers": "layers without experts cannot be taken apart",
     "norm_topk_prob": "it decides whether the kept experts' weights are divided by their sum",
 }
+_LARGEST = 2**31 - 1
+_NAMED = re.compile(r"Validation error for field '(\w+)'")
 _GENERIC_KEPT = ("bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache")
 
 
@@ -62,12 +66,10 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         BundleError: The family is not supported, or a field has a value that the mixture class cannot hold.
     """
-    import transformers
-
     family = family_of(str(dense_config.get("model_type")))
     _refuse_no_numbers(dense_config, "config.json")
     _refuse_unsupported(dense_config, family.required)
-    dense = transformers.AutoConfig.for_model(**dict(dense_config))
+    dense = _of_class(dense_config, "config.json")
     resolved = {key: value for key, value in dense.to_dict().items() if key not in _PRIVATE}
     resolved["head_dim"] = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
     resolved["sliding_window"] = getattr(dense, "sliding_window", None)
@@ -77,7 +79,7 @@ def resolve_moe_config(dense_config: Mapping[str, Any]) -> dict[str, Any]:
     resolved["num_experts_per_tok"] = 1
     resolved["model_type"] = family.moe_type
     resolved["dtype"] = str(dense.dtype).removeprefix("torch.") if dense.dtype is not None else "float32"
-    moe = transformers.AutoConfig.for_model(**resolved)
+    moe = _of_class(resolved, "config.json")
     generic = _generic_fields()
     finished = {key: value for key, value in moe.to_dict().items() if key not in generic}
     finished |= {"model_type": family.moe_type, "architectures": [family.moe_architecture]}
@@ -116,13 +118,10 @@ def read_mixture(config: Mapping[str, Any], where: str) -> MixtureConfig:
     Raises:
         BundleError: Its type has no family, or a field has a value that no merged model has.
     """
-    import transformers
-
     candidates = mixture_families(str(config.get("model_type")))
     _refuse_no_numbers(config, where)
     _refuse_what_cannot_be_parted(config, where)
-    # Transformers writes into what it is given.
-    stock = transformers.AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()
+    stock = _of_class(config, where).to_dict()
     problems = []
     for family in candidates:
         dense = _dense_fields(stock, family)
@@ -184,9 +183,39 @@ def _refuse_no_numbers(config: Mapping[str, Any], where: str) -> None:
         value = config.get(name, 1)
         if (value is not None or name in _SIZES) and (type(value) is not int or value < 1):
             raise BundleError(f"{where}: {name} is {value!r}; expected a whole number above 0")
+        if type(value) is int and value > _LARGEST:
+            raise BundleError(f"{where}: {name} is {shown(value)}; expected at most {_LARGEST}")
+    heads, hidden = config.get("num_attention_heads", 1), config.get("hidden_size", _LARGEST)
+    if config.get("head_dim") is None and heads > hidden:
+        raise BundleError(f"{where}: num_attention_heads is {heads}, more than hidden_size, {hidden}")
     eps = config.get("rms_norm_eps", 1e-6)
     if type(eps) not in (int, float) or not eps > 0:
         raise BundleError(f"{where}: rms_norm_eps is {eps!r}; expected a number above 0")
+
+
+def _of_class(fields: Mapping[str, Any], where: str) -> Any:
+    """Return the Transformers config of these fields, whose ``model_type`` is one that families have.
+
+    Raises:
+        BundleError: Its class does not take them.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        # Transformers writes into what it is given.
+        made = transformers.AutoConfig.for_model(**copy.deepcopy(dict(fields)))
+        made.to_dict()  # some fields are looked at here only
+        return made
+    except (StrictDataclassError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        named = _NAMED.match(str(error))
+        if named and named[1] in fields:
+            problem = f"{named[1]} is {shown(fields[named[1]])}, which {fields['model_type']} models cannot have"
+        else:
+            problem = (
+                f"Transformers refuses it as that of a {fields['model_type']} model: {' '.join(str(error).split())}"
+            )
+        raise BundleError(f"{where}: {problem}") from error
 
 
 def _refuse_what_cannot_be_parted(config: Mapping[str, Any], where: str) -> None:

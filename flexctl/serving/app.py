@@ -47,7 +47,9 @@ def make_app(service: Service) -> ASGIApp:
         HTTPException: _no_route,
         Exception: endpoints.broken,
     }
-    return _Counted(Starlette(routes=routes, exception_handlers=handlers), service)
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # else the client's Host header says where to
+    return _Counted(app, service)
 
 
 async def _refusal(_request: Request, error: Refused) -> Response:

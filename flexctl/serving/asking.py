@@ -84,10 +84,11 @@ def prepare(service: Service, query: Query, grant: Grant) -> tuple[Reply, tuple[
     Raises:
         Refused: There is no chat template, a prompt is none, or it is too long.
     """
-    prompts = _prompts(service, query)
-    answers = len(prompts) * query.n
+    # A conversation is one prompt. All are counted before the first is cut into tokens, which takes its time.
+    answers = max(len(query.prompts), 1) * query.n
     if answers > service.places:
         raise Refused(400, f"{answers} answers are more than the {service.places} that this server holds", param="n")
+    prompts = _prompts(service, query)
     first_seed = secrets.randbits(48) if query.seed is None else query.seed
     asks = tuple(
         Ask(

@@ -43,7 +43,8 @@ class _Sequence:
         self.prompt_scored: list[Scored] = []
         self.text = TextStream(tokenizer)
         self.stops: Stops[Token] = Stops(self.ask.stop)
-        self.random = random.Random(self.ask.sampling.seed)
+        # Python's generator takes a seed and its negative for the same.
+        self.random = random.Random(self.ask.sampling.seed % 2**64)
 
     @property
     def new_tokens(self) -> int:

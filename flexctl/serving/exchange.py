@@ -80,8 +80,11 @@ async def body_of(request: Request) -> bytes:
     """Return a request's body.
 
     Raises:
-        Refused: It is not JSON (415), too large (413), or does not come (408).
+        Refused: Something is asked outside it (400), it is not JSON (415), too large (413), or does not come (408).
     """
+    if request.url.query:
+        # Nobody would read it, and it may name experts that are to be left out.
+        raise Refused(400, "this address reads nothing behind '?'; say it in the body")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         # A page of another site can send other kinds without asking this server first.

@@ -21,11 +21,13 @@ def check_host(scope: Scope, names: Sequence[str]) -> None:
 
     Args:
         scope: Of the request.
-        names: Names in the Host header that are answered; empty is any.
+        names: Names in the Host header that are answered, beside the address that it came to; empty is any.
 
     Raises:
         Refused: It asks for another name (403).
     """
     hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
-    if names and not all(host.rsplit(":", 1)[0] in names or host in names for host in hosts):
-        raise Refused(403, "this server answers on this machine alone: ask for it as localhost", code="wrong_host")
+    own = (scope.get("server") or LOCAL_NAMES)[0]
+    known = (*names, own, f"[{own}]")
+    if names and not all(host.rsplit(":", 1)[0] in known or host in known for host in hosts):
+        raise Refused(403, f"this server answers on this machine alone: ask for it as {own}", code="wrong_host")

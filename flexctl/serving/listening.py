@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import socket
@@ -17,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.serving.refusing import Refused
 
 __all__ = ["Listener", "bind", "listener"]
 
@@ -53,6 +55,20 @@ class _Protocol(H11Protocol):
             self._cancel()
         elif self._head is None:
             self._head = self.loop.call_later(_HEAD_S, self.transport.abort)
+
+    def send_400_response(self, _: str) -> None:
+        """Say that this is no HTTP, unless an answer was already given."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(Refused(400, "this is not a valid HTTP request").body).encode()
+            headers = [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                ("Connection", "close"),
+            ]
+            begin = h11.Response(status_code=400, headers=headers, reason="Bad Request")
+            for event in (begin, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel()
@@ -158,6 +174,8 @@ def listener(app: Any, on_ready: Callable[[], None], on_stop: Callable[[], None]
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).addHandler(_NOWHERE)
         logging.getLogger(name).propagate = False
+    # It warns of clients that hang up while an answer is sent to them.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     config = uvicorn.Config(
         app,
         http=_Protocol,

@@ -13,6 +13,7 @@ from typing import Any
 
 from flexctl import workspace
 from flexctl.bundle import PUBLIC, Rights, Selection, forbidden, left_out_of, select
+from flexctl.bundle.names import shown
 from flexctl.errors import UsageError
 from flexctl.serving.refusing import Refused, refused
 
@@ -77,7 +78,8 @@ def read_keys(file: Path, experts: Sequence[str]) -> tuple[Key, ...]:
     Raises:
         UsageError: It cannot be read, has no key, or a key is not right.
     """
-    keys = tuple(_key(f"{file}: [{name}]", name, fields, experts) for name, fields in workspace.read_toml(file).items())
+    tables = workspace.read_toml(file)
+    keys = tuple(_key(f"{file}: [{shown(name)[1:-1]}]", name, tables[name], experts) for name in tables)
     if not keys:
         raise UsageError(f"{file}: has no key", hint="write a table [NAME] with sha256 for each")
     for key in keys:

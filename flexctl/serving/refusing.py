@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flexctl.bundle.names import shown
 from flexctl.errors import UsageError
 
 __all__ = ["Refused", "refused"]
@@ -39,8 +40,10 @@ class Refused(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The error object."""
+        # A client may have named the field, so it is as long as may be, and perhaps no text.
+        param = None if self.param is None else shown(self.param)[1:-1]
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": kind, "param": param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:

@@ -260,6 +260,12 @@ def retensor(change: Callable[[dict[str, RawTensor]], None]) -> None:
         ({"num_local_experts": "4"}, "num_local_experts is '4'; expected a whole number"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size is None; expected a whole number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; expected a number above 0"),
+        ({"attention_dropout": "x"}, "json: attention_dropout is 'x', which qwen3_moe models cannot have"),
+        ({"bos_token_id": {}}, "json: bos_token_id is {}, which qwen3_moe models cannot have"),
+        ({"dtype": "x"}, "json: Transformers refuses it as that of a qwen3_moe model: module 'torch' has no attribute"),
+        ({"dtype": []}, "json: Transformers refuses it as that of a qwen3_moe model: list index"),
+        ({"hidden_size": 10**30}, "hidden_size is 10+; expected at most 2147483647"),
+        ({"num_attention_heads": 1000, "head_dim": None}, "num_attention_heads is 1000, more than hidden_size, 32"),
         ({"num_local_experts": 5}, "tensor model.layers.0.mlp.gate.weight: shape is .4, 32.; expected .5, 32."),
         ({"moe_intermediate_size": 48}, "shape is .24, 32.; expected .48, 32."),
     ],
@@ -370,5 +376,6 @@ def test_a_number_that_is_none() -> None:
         tensors["model.layers.1.block_sparse_moe.gate.weight"].data[:4] = [0, 0, 192, 127]
 
     retensor(spoil)
-    with refused("model.layers.1.block_sparse_moe.gate.weight: holds NaN or infinity"):
+    with refused("moe/model.safetensors: tensor model.layers.1.block_sparse_moe.gate.weight: holds NaN or infinity"):
         take()
+    assert not Path("w").exists()

@@ -174,8 +174,11 @@ def test_seeds_stops_and_temperatures(client: openai.OpenAI) -> None:
         ({"only": []}, "only", "only is empty; name closed experts, or leave the field out"),
         ({"purpose": ""}, "purpose", "purpose is ''; it must be text"),
         ({"witout": ["code"]}, "witout", "'witout' is not a field that this server knows"),
+        ({"\ud800": 1}, "\\ud800", "'\\ud800' is not a field that this server knows"),
+        ({"x" * 5000: 1}, "x" * 76 + "..", "'xxx"),
         ({"n": 0}, "n", "n is 0; it must be a whole number from 1 to 128"),
         ({"n": 100}, "n", "100 answers are more than the 80 that this server holds"),
+        ({"prompt": ["a"] * 81}, "n", "81 answers are more than the 80 that this server holds"),
         ({"temperature": -1}, "temperature", "temperature is -1; it must be a number from 0 to 100"),
         ({"top_p": 1.5}, "top_p", "top_p is 1.5; it must be a number from 0 to 1"),
         ({"stop": [""]}, "stop", "stop must be text, or a list of at most 16 texts, none empty"),
@@ -249,6 +252,21 @@ def test_other_addresses_methods_and_kinds(server: Server) -> None:
     assert server.get("/v1/completions")[0] == 405
     status, body = server.post("/v1/completions", json.dumps(ASK).encode(), Content_Type="text/plain")
     assert (status, body["error"]["message"]) == (415, "send the header Content-Type: application/json")
+
+
+def test_who_is_named_outside_the_body_is_not_ignored(server: Server) -> None:
+    status, body = server.post("/v1/completions?without=code", json.dumps(ASK).encode())
+    assert (status, body["error"]["message"]) == (400, "this address reads nothing behind '?'; say it in the body")
+
+
+def test_an_address_with_a_slash_behind_it_leads_nowhere(server: Server) -> None:
+    status, body = server.post("/v1/completions/", json.dumps(ASK).encode())
+    assert (status, body["error"]["message"]) == (404, "there is no such address here")
+
+
+def test_a_seed_and_its_negative_are_two(client: openai.OpenAI) -> None:
+    texts = [choice.text for choice in complete(client, n=3, seed=-1, temperature=1, max_tokens=20).choices]
+    assert len(set(texts)) == 3
 
 
 def test_health_and_metrics(server: Server, client: openai.OpenAI) -> None:

@@ -134,6 +134,7 @@ def test_keys_are_read(tmp_path: Path) -> None:
         ),
         (f'[a]\nsha256 = "{digest("a")}"\n[b]\nsha256 = "{digest("a")}"', ": sha256 of [a] and [b] is the same; every"),
         ("[a", ": not valid TOML"),
+        ('["a\\n b"]', ": [a\\n b]: sha256 must be"),
     ],
 )
 def test_a_file_of_keys_that_is_wrong(tmp_path: Path, text: str, says: str) -> None:

@@ -144,7 +144,19 @@ def test_what_is_no_request(server: Server, head: bytes) -> None:
         answer = read_all(found)
     assert b"Traceback" not in answer
     assert not answer or status_of(answer) in (400, 415)
+    assert not answer or json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["type"] == "invalid_request_error"
     assert server.get("/health")[0] == 200
+
+
+def test_a_body_that_breaks_off_behind_its_answer(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with server.connect() as found:
+        found.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        answer = found.recv(65536)
+        assert status_of(answer) == 415
+        found.sendall(b"no length\r\n")
+        assert b"HTTP/1.1" not in read_all(found)
+    assert server.get("/health")[0] == 200
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def is_let_go(found: socket.socket) -> bool:
@@ -222,6 +234,12 @@ def test_where_it_listens_and_what_it_warns_of(chatty: Path) -> None:
         assert client.completions.create(**(ASK | {"model": "acme/all-without-old"}), max_tokens=3).usage
     assert server.result is not None
     assert (server.result.name, server.result.requests, server.result.new_tokens) == ("acme/all", 1, 3)
+    with a_server(chatty, host="127.0.0.2") as server:
+        assert server.address[0] == "127.0.0.2"
+        assert server.get("/health", host=f"127.0.0.2:{server.address[1]}")[0] == 200
+        status, body = server.get("/health", host="flexctl.example")
+        assert status == 403
+        assert b"ask for it as 127.0.0.2" in body
     with a_server(chatty, host="0.0.0.0") as server:
         assert server.said[1].startswith("warning: `host`: 0.0.0.0 is open to other machines, without encryption")
         assert server.get("/health", host="flexctl.example")[0] == 200
