@@ -39,7 +39,7 @@ MOST_COST = 0.25
 _PUBLIC_TOKENS = 4096
 
 _PUBLIC_BATCH_TOKENS = 1024
-"""That go through the model together: public documents are short, and of unlike length a large batch is half padding."""
+"""That go through the model together: public documents are short and of unlike length, so large batches are padding."""
 
 
 class ScreenConfig(MachineConfig, Protocol):
