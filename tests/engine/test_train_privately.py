@@ -23,9 +23,10 @@ from flexctl.cli.app import main
 from flexctl.engine.compress import CompressConfig, compress
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.merge import MergeConfig, merge
+from flexctl.engine.replace import ReplaceConfig, replace
 from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
 from flexctl.engine.verify import VerifyConfig, verify
-from flexctl.errors import FlexctlError, UsageError
+from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.privacy import accounting
 from flexctl.runtime import SILENT, Reporter, SilentReporter
 from flexctl.text.corpus import text_digest
@@ -265,7 +266,12 @@ def test_going_on_with_another_guarantee_or_text_or_without_the_key_is_refused(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "x.st", Recorder(2), checkpoint_steps=2)
-    for changed in ({"dp_noise_multiplier": 0.6}, {"dp_row_epsilon": 7.0}, {"dp_max_grad_norm": 9.0}, {"router": "hidden"}):
+    for changed in (
+        {"dp_noise_multiplier": 0.6},
+        {"dp_row_epsilon": 7.0},
+        {"dp_max_grad_norm": 9.0},
+        {"router": "hidden"},
+    ):
         with pytest.raises(UsageError, match="that run had"):
             train(anchor, corpus, tmp_path / "x.st", resume=True, **changed)
     with pytest.raises(UsageError, match="that run had"):
@@ -398,7 +404,16 @@ def test_verify_recomputes_a_claim_and_refuses_a_lower_one(
     wrong = lowered(anchor, tmp_path / "x.st", tmp_path / "wrong.st")
     for name, file, code in (("right", tmp_path / "x.st", 0), ("lie", wrong, 3)):
         merged = tmp_path / name
-        merge(MergeConfig(experts=(file, experts["sums"]), anchor=anchor, output=merged))
+        asked = MergeConfig(experts=(file, experts["sums"]), anchor=anchor, output=merged)
+        if code:
+            with pytest.raises(BundleError, match=r"wrong\.st: expert x: privacy\.epsilon is .* make it"):
+                merge(asked)
+            with pytest.raises(BundleError, match=r"wrong\.st: expert x: privacy\.epsilon is .* make it"):
+                replace(ReplaceConfig(name="x", expert=file, source=tmp_path / "right", output=merged))
+            assert not merged.exists()
+        with monkeypatch.context() as without:  # whoever merges it lacks the extra
+            without.setattr("flexctl.privacy.is_installed", lambda: False)
+            merge(asked)
         entries = {entry.name: entry.privacy for entry in open_merged(merged).manifest.experts}
         assert entries["x"] == open_expert(file).manifest.privacy
         assert (entries["sums"], entries["public"]) == (None, None)
