@@ -1,8 +1,10 @@
 """The server under load: tokens a second, time to the first and to the last: ``python -m tests.benchmarks.serving``.
 
 One, four and sixteen clients at once, each with one request after the other, against a plain generate loop of stock
-Transformers over the same checkpoint, which answers one request at a time. Everything has one thread. CPU time a token
-is what the process itself used, so it can be read where other work keeps the cores busy; seconds cannot.
+Transformers over the same checkpoint, which answers one request at a time, and where TRANSFORMERS names that command
+(of an environment with transformers[serving]) `transformers serve`, with continuous batching and without. Everything
+has one thread. CPU time a token is what the process itself used, so it can be read where other work keeps the cores
+busy; seconds cannot.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +69,20 @@ def make_model(root: Path) -> Path:
     return root / "merged"
 
 
-async def one_client(client: object, model: str, requests: int, timed: list[Timed]) -> None:
+def make_prompts(bundle: Path) -> list[str]:
+    """Return texts of PROMPT_TOKENS tokens."""
+    from flexctl.model import load_tokenizer
+
+    tokenizer = load_tokenizer(bundle)
+    ids = tokenizer(Path("docs/architecture.md").read_text(), verbose=False)["input_ids"]
+    return [tokenizer.decode(ids[i : i + PROMPT_TOKENS]) for i in range(100, 900, 100)]
+
+
+async def one_client(client: object, model: str, prompts: list[str], requests: int, timed: list[Timed]) -> None:
     """Ask for one answer after the other."""
     for number in range(requests):
         started = time.perf_counter()
-        prompt = [10 + (number * 7 + i) % 4000 for i in range(PROMPT_TOKENS)]
+        prompt = prompts[number % len(prompts)]
         stream = await client.completions.create(  # type: ignore[attr-defined]
             model=model, prompt=prompt, max_tokens=NEW_TOKENS, temperature=1.0, seed=number, stream=True
         )
@@ -79,38 +91,57 @@ async def one_client(client: object, model: str, requests: int, timed: list[Time
         timed.append(Timed(len(times) - 1, times[0], times[-1]))
 
 
-async def load(address: str, clients: int, models: tuple[str, ...], requests: int) -> tuple[float, list[Timed]]:
+async def load(
+    address: str, clients: int, models: tuple[str, ...], prompts: list[str], requests: int
+) -> tuple[float, list[Timed]]:
     """Return the seconds that all answers took together, and each one's."""
     import openai
 
     timed: list[Timed] = []
     async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
         started = time.perf_counter()
-        works = (one_client(client, models[i % len(models)], requests, timed) for i in range(clients))
+        works = (one_client(client, models[i % len(models)], prompts, requests, timed) for i in range(clients))
         await asyncio.gather(*works)
         return time.perf_counter() - started, timed
 
 
 def bench_server(bundle: Path) -> None:
-    """Measure the server."""
+    """Measure our server."""
     command = [sys.executable, "-m", "flexctl", "serve", str(bundle), "--port", "0", "--threads", "1"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stderr is not None
-        address = next(found[1] for line in server.stderr if (found := re.search(r"(http://\S+/v1);", line)))
-        asyncio.run(load(address, 2, ("merged",), 1))
-        for clients in CLIENTS:
-            for way, models in WAYS.items():
-                before = cpu_seconds(server.pid)
-                seconds, timed = asyncio.run(load(address, clients, models, max(1, 8 // clients)))
-                tokens = sum(each.tokens for each in timed)
-                cost = 1000 * (cpu_seconds(server.pid) - before) / tokens
-                firsts, wholes = ([getattr(each, name) for each in timed] for name in ("first_s", "whole_s"))
-                seen = f"{tokens / seconds:.0f} tokens/s; first token {spread(firsts)}; answer {spread(wholes)}"
-                show(f"{clients} clients, {way}: CPU a token", f"{cost:.1f} ms", seen)
-    finally:
-        server.terminate()
-        server.communicate(timeout=60)
+    measure("serve", command, r"(http://\S+/v1);", WAYS, make_prompts(bundle))
+
+
+def bench_transformers_serve(executable: str, bundle: Path) -> None:
+    """Measure `transformers serve`."""
+    command = [executable, "serve", str(bundle), "--port", "8765", "--device", "cpu", "--dtype", "float32"]
+    for name, flags in (("transformers serve", []), ("the same, continuous batching", ["--continuous-batching"])):
+        measure(name, [*command, *flags], r"(http://\S+:8765)", {"": (str(bundle),)}, make_prompts(bundle))
+
+
+def measure(name: str, command: list[str], says: str, ways: dict[str, tuple[str, ...]], prompts: list[str]) -> None:
+    """Start a server, load it and show what came; ``says`` finds its address in what it says on stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as out:
+        server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=out, text=True, env=environment)
+        try:
+            assert server.stderr is not None
+            address = next(found[1] for line in server.stderr if (found := re.search(says, line)))
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            address = address if address.endswith("/v1") else f"{address}/v1"
+            first = next(iter(ways.values()))[:1]
+            asyncio.run(load(address, 2, first, prompts, 1))
+            for clients in CLIENTS:
+                for way, models in ways.items():
+                    before = cpu_seconds(server.pid)
+                    seconds, timed = asyncio.run(load(address, clients, models, prompts, max(1, 8 // clients)))
+                    tokens = sum(each.tokens for each in timed)
+                    cost = 1000 * (cpu_seconds(server.pid) - before) / tokens
+                    firsts, wholes = ([getattr(each, part) for each in timed] for part in ("first_s", "whole_s"))
+                    seen = f"{tokens / seconds:.0f} tokens/s; first token {spread(firsts)}; answer {spread(wholes)}"
+                    show(f"{name}, {clients} clients, {way}".rstrip(", "), f"{cost:.1f} ms", seen)
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
 
 
 def cpu_seconds(process: int) -> float:
@@ -150,10 +181,12 @@ def bench_loop(bundle: Path) -> None:
 
 
 def bench_serving(root: Path) -> None:
-    """Measure both on one model."""
+    """Measure all on one model; figures are CPU time a token."""
     bundle = make_model(root)
     bench_loop(bundle)
     bench_server(bundle)
+    if executable := os.environ.get("TRANSFORMERS"):
+        bench_transformers_serve(executable, bundle)
     bench_loop(bundle)
 
 
