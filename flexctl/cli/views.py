@@ -493,8 +493,10 @@ def _audit(result: AuditResult) -> list[str]:
     lines += ["", *_matrix(told, "tells members, AUC"), "", *_matrix(rates, "members found, 1 % FPR")]
     headers = ("canaries", "guesses", "right", "epsilon")
     bounds = [[m, *(getattr(f.canaries, h) for h in headers)] for m, f in result.models.items() if f.canaries]
-    claimed = f"claimed: epsilon {result.claimed.epsilon:g}" if result.claimed else "no guarantee is claimed"
-    lines += ["", *table(["by canaries", *headers[:3], "epsilon at least"], bounds), claimed] if bounds else []
+    lines += ["", *table(["by canaries", *headers[:3], "epsilon at least"], bounds)] if bounds else []
+    claim = result.claimed
+    at_most = f"epsilon at most {claim.epsilon:g}, delta {claim.delta:g}" if claim else "no guarantee is claimed"
+    lines += ["", f"claimed: {at_most}" if claim else at_most]
     lines += ["", *_recovery(result.recovery)] if result.recovery else []
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
 

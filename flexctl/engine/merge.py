@@ -22,6 +22,7 @@ from flexctl.options import MODEL, Config, argument, flag
 from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
+from flexctl.steps.claims import refuse_false_claims
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
 from flexctl.steps.screening import admit, domains_of, refuse_implausible, screen, untrusted
 from flexctl.steps.sources import localise
@@ -38,8 +39,9 @@ class MergeConfig(Config):
     bytes in whatever order. A merged model as first argument is added to; no expert at all gives the
     anchor alone.
 
-    Experts whose size or rows are out of proportion are refused. With `trust`, those that no trusted key has signed are
-    tried on public text as well, as `screen` does for all; `admit` tries them on your own.
+    Experts whose size or rows are out of proportion, or whose own figures refute their privacy claim, are refused.
+    With `trust`, those that no trusted key has signed are tried on public text as well, as `screen` does for all;
+    `admit` tries them on your own.
 
     Examples:
         flexctl merge experts/*.st
@@ -146,6 +148,7 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
     refuse_untrusted(config, composition, today)
+    refuse_false_claims(composition, new)
     _warn(composition, config, reporter)
     anchor = _anchor_at_hand(composition, config, reporter)
     trust = trust_of(config, today)

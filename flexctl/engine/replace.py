@@ -20,6 +20,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Parts, Reporter
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
+from flexctl.steps.claims import refuse_false_claims
 from flexctl.steps.machine import machine_of
 from flexctl.steps.removal import recorder
 from flexctl.steps.screening import admit, domains_of, refuse_implausible, screen, untrusted
@@ -139,6 +140,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     overwrite = config.overwrite or replaces_own
     check_directory_target(target, kind="merged", overwrite=overwrite)
     refuse_untrusted(config, composition, today)
+    refuse_false_claims(composition, [config.name])
     recording = recorder(merged, [config.name], target, config, reporter)
     _look_at(config, merged, composition, domains, reporter, today)
     # One model is in memory at a time: the old one is scored and gone before the new one is.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from flexctl import privacy
 from flexctl.bundle import Expert, Merged, PrivacyInfo, open_bundle
 from flexctl.bundle.checks import Check
+from flexctl.bundle.composition import Composition
+from flexctl.errors import BundleError
 
-__all__ = ["check_claims"]
+__all__ = ["check_claims", "refuse_false_claims"]
 
 
 def check_claims(path: Path) -> list[Check]:
@@ -25,6 +27,28 @@ def check_claims(path: Path) -> list[Check]:
     problems = [f"{path}: {field}.{found}" for field, info in claims if (found := privacy.refutation(info)) is not None]
     fine = ", ".join(f"epsilon {info.epsilon:g} at delta {info.delta:g}" for _, info in claims)
     return [Check(name="privacy", ok=not problems, detail=problems[0] if problems else f"recomputed: {fine}")]
+
+
+def refuse_false_claims(composition: Composition, names: Collection[str]) -> None:
+    """Refuse experts that claim less than their own figures make of it, as the merged model's card would repeat it.
+
+    Without the ``privacy`` extra nothing is recomputed; ``verify`` says so.
+
+    Args:
+        composition: What they are to be part of.
+        names: Whom to look at.
+
+    Raises:
+        BundleError: A claim is refuted; the message names the field.
+    """
+    for part in composition.parts:
+        info = part.entry.privacy
+        if info is None or part.entry.name not in names or not privacy.is_installed():
+            continue
+        if (found := privacy.refutation(info)) is not None:
+            raise BundleError(
+                f"{part.source}: expert {part.entry.name}: privacy.{found}", hint="ask its owner; nothing was written"
+            )
 
 
 def _claims(path: Path) -> Iterator[tuple[str, PrivacyInfo]]:

@@ -104,12 +104,14 @@ class PrivateRun:
             self._work / "ledger.json",
             resume=config.resume,
             started=any(self._work.glob("checkpoints/*")),
+            settings=self._decides(),
+            digest=documents.digest,
             clips=self._clips,
         )
         before = self._losses()
         reporter.note(f"router rows: {config.router}, with noise")
         rows = self._rows(documents, ledger)
-        checkpoints = self._checkpoints(documents, ledger)
+        checkpoints = self._checkpoints(ledger)
         pair = self._pair(self.reader, rows.rows)
         training.train_privately(
             self.reader,
@@ -229,24 +231,28 @@ class PrivateRun:
             "dtype": config.dtype,
         }
 
-    def _checkpoints(self, documents: privacy.Documents, ledger: privacy.Ledger) -> training.Checkpoints:
+    def _decides(self) -> dict[str, Any]:
+        """Return all that decides the result but the text."""
         config, plan = self._config, self._plan
-        identity = {
+        return {
             **self._settings(),
             "anchor": self._base.anchor.digest,
-            "data": ledger.sealed(documents.digest),
             "public": self._public.digest,
+            "router": config.router,
             "rank": config.rank,
             "epsilon": plan.epsilon,
             "delta": plan.delta,
             "documents": plan.documents,
             "noise_multiplier": plan.mechanism.noise_multiplier,
             "row_noise_multiplier": plan.mechanism.row_noise_multiplier,
-            "max_grad_norm": ledger.max_grad_norm,
+            "max_grad_norm": config.dp_max_grad_norm,
         }
+
+    def _checkpoints(self, ledger: privacy.Ledger) -> training.Checkpoints:
+        config = self._config
         return training.Checkpoints(
             self._work / "checkpoints",
-            identity,
+            {**ledger.run, "max_grad_norm": ledger.max_grad_norm},
             every_steps=config.checkpoint_steps,
             resume=config.resume,
             reporter=self._reporter,

@@ -38,6 +38,9 @@ MOST_COST = 0.25
 
 _PUBLIC_TOKENS = 4096
 
+_PUBLIC_BATCH_TOKENS = 1024
+"""That go through the model together: public documents are short and of unlike length, so large batches are padding."""
+
 
 class ScreenConfig(MachineConfig, Protocol):
     """What a command's Config says about looking at experts."""
@@ -262,7 +265,7 @@ def _on_public(
             trial.without(without),
             documents,
             seq_len=trial.seq_len,
-            batch_tokens=trial.batch_tokens,
+            batch_tokens=min(trial.batch_tokens, _PUBLIC_BATCH_TOKENS),
             scored=lambda windows, _: bar.advance(windows),
         )
 

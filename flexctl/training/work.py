@@ -29,7 +29,8 @@ _LOCK = "lock"
 def working_folder(path: Path, reporter: Reporter) -> Iterator[Path]:
     """Make ``path`` for what a run needs on the way, its checkpoints in ``path``/checkpoints, and hold it.
 
-    The folder goes when the run is done, and when it fails with nothing that ``resume`` could go on from.
+    The folder is the user's alone, as text lies in it. It goes when the run is done, and when it fails with nothing
+    that ``resume`` could go on from.
 
     Args:
         path: The folder; missing parents are made.
@@ -78,7 +79,7 @@ def _held(path: Path, reporter: Reporter) -> Iterator[None]:
 def _lock(path: Path, reporter: Reporter) -> int:
     """Return a descriptor that holds the lock for as long as it is open."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexctl.bundle.codec import indented_json
 from flexctl.bundle.composition import Composition, Part
+from flexctl.bundle.merged import open_merged
 from flexctl.bundle.names import shown
-from flexctl.bundle.signatures import PAYLOAD_TYPE, Envelope, parse_envelope
+from flexctl.bundle.signatures import (
+    PAYLOAD_TYPE,
+    Envelope,
+    bundle_name,
+    parse_envelope,
+    read_signature,
+    signature_path,
+)
 from flexctl.errors import BundleError
 from flexctl.trust.owners import Owner
 
@@ -110,6 +118,9 @@ def is_signed(part: Part, trust: Trust) -> bool:
 def refuse_unsigned(composition: Composition, trust: Trust) -> None:
     """Refuse closed experts without a signature of a trusted key.
 
+    A low-rank expert inside a merged model has matrices that were computed from its owner's file and that its owner's
+    signature does not name. So such a model must be signed as a whole.
+
     Raises:
         BundleError: One has none; the message names the first.
     """
@@ -122,6 +133,24 @@ def refuse_unsigned(composition: Composition, trust: Trust) -> None:
         signers_of(
             parse_envelope(part.signature, str(part.source)), part.entry.name, trust, f"{part.source}, its signature"
         )
+    for path in sorted({part.source for part in composition.parts[1:] if part.source.is_dir()}):
+        _refuse_unsigned_model(path, {part.entry.name for part in composition.parts if part.source == path}, trust)
+
+
+def _refuse_unsigned_model(path: Path, names: Collection[str], trust: Trust) -> None:
+    merged = open_merged(path)
+    entries = [entry for entry in merged.manifest.experts[1:] if entry.name in names]
+    computed = [entry.name for entry in entries if merged.owner_manifest(entry.index)[0].rank is not None]
+    if not computed:
+        return
+    place = signature_path(path)
+    envelope = read_signature(place, merged.manifest)
+    if envelope is None:
+        raise BundleError(
+            f"{path}: is not signed, and the matrices of {computed[0]} in it are not its owner's bytes but computed",
+            hint=f"flexctl sign {path}, or merge the owners' files anew",
+        )
+    signers_of(envelope, bundle_name(merged.manifest), trust, str(place))
 
 
 def named(owners: Sequence[Owner]) -> str:

@@ -143,7 +143,7 @@ def test_the_page_and_the_file_hold_no_text(case: Case, found: AuditResult) -> N
         json.loads(line)["text"][:30] for file in case.canaries.iterdir() for line in file.read_text().splitlines()
     ]
     assert not [text for text in words if text in page or text in repr(found)]
-    assert "Attacks find something of law in merged." in page
+    assert "Attacks find something of law in the merged model." in page
     assert "no faster than it comes to the anchor" in page
 
 

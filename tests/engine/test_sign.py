@@ -323,3 +323,46 @@ def test_nothing_else_is_copied_into_a_merged_model_as_a_signature(world: World)
     with pytest.raises(BundleError, match=r"law\.st\.sig: is not valid JSON"):
         merge(MergeConfig(experts=(path,), output=Path("m")))
     assert not Path("m").exists()
+
+
+@pytest.mark.parametrize("what", ["bytes", "file"])
+def test_what_is_exchanged_after_its_signature_was_checked_is_not_merged(
+    world: World, trust: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Between the look at the signature and the copy somebody writes over the owner's file, or puts another there."""
+    from flexctl.trust import signing
+
+    path = world.experts["law"].path
+    other = make_expert(Path("other.st"), world.anchor, "law", seed=9).path.read_bytes()
+    checked = signing.refuse_unsigned
+
+    def exchanging(*arguments: Any) -> None:
+        checked(*arguments)
+        if what == "bytes":
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-64] + other[-64:])
+        else:
+            path.unlink()
+            path.write_bytes(other)
+
+    monkeypatch.setattr("flexctl.steps.trusting.refuse_unsigned", exchanging)
+    with pytest.raises(BundleError, match=r"law\.st: "):
+        merged(world, "law", output="m", require_signed=True, trust=trust)
+    assert not Path("m").exists()
+
+
+def test_computed_matrices_count_as_signed_only_in_a_model_that_is(world: World, trust: Path) -> None:
+    """An owner's signature of a low-rank expert does not name the matrices that a merged model has of it."""
+    strict = {"require_signed": True, "trust": trust}
+    base = merged(world, "low", output="base")
+    config = MergeConfig(experts=(base, *world.files("law")), output=Path("m"), **strict)
+    with pytest.raises(BundleError, match="base: is not signed, and the matrices of low in it"):
+        merge(config)
+    stranger, _ = make_key("stranger")
+    sign(SignConfig(path=base, key=stranger))
+    with pytest.raises(BundleError, match=r"flexctl\.sig: no key of trust\.toml signed it"):
+        merge(config)
+    sign(SignConfig(path=base, key=Path("hub.key")))
+    assert merge(config).path.is_dir()
+    full = merged(world, "code", output="full")
+    assert merge(MergeConfig(experts=(full, *world.files("law")), output=Path("n"), **strict)).path.is_dir()

@@ -23,9 +23,10 @@ from flexctl.cli.app import main
 from flexctl.engine.compress import CompressConfig, compress
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.merge import MergeConfig, merge
+from flexctl.engine.replace import ReplaceConfig, replace
 from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
 from flexctl.engine.verify import VerifyConfig, verify
-from flexctl.errors import FlexctlError, UsageError
+from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.privacy import accounting
 from flexctl.runtime import SILENT, Reporter, SilentReporter
 from flexctl.text.corpus import text_digest
@@ -194,7 +195,7 @@ def test_the_working_folder_alone_has_text_and_key_and_goes(tmp_path: Path, anch
         train(anchor, corpus, tmp_path / "x.st", Recorder(3), checkpoint_steps=1)
     ledger = tmp_path / ".x.work" / "ledger.json"
     assert ledger.stat().st_mode & 0o777 == 0o600
-    assert sorted(json.loads(ledger.read_text())) == ["key", "max_grad_norm", "row_norm"]
+    assert sorted(json.loads(ledger.read_text())) == ["key", "max_grad_norm", "row_norm", "run"]
     train(anchor, corpus, tmp_path / "x.st", resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.run.json", "x.st"]
 
@@ -265,7 +266,12 @@ def test_going_on_with_another_guarantee_or_text_or_without_the_key_is_refused(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(anchor, corpus, tmp_path / "x.st", Recorder(2), checkpoint_steps=2)
-    for changed in ({"dp_noise_multiplier": 0.6}, {"dp_row_epsilon": 7.0}):
+    for changed in (
+        {"dp_noise_multiplier": 0.6},
+        {"dp_row_epsilon": 7.0},
+        {"dp_max_grad_norm": 9.0},
+        {"router": "hidden"},
+    ):
         with pytest.raises(UsageError, match="that run had"):
             train(anchor, corpus, tmp_path / "x.st", resume=True, **changed)
     with pytest.raises(UsageError, match="that run had"):
@@ -273,6 +279,22 @@ def test_going_on_with_another_guarantee_or_text_or_without_the_key_is_refused(
     (tmp_path / ".x.work" / "ledger.json").unlink()
     with pytest.raises(UsageError, match="without it noise would be drawn a second time"):
         train(anchor, corpus, tmp_path / "x.st", resume=True)
+
+
+def test_one_key_serves_no_other_text_or_settings_before_the_first_checkpoint_either(
+    tmp_path: Path, anchor: Path, corpus: Path, texts: Any
+) -> None:
+    """With one text's noise on another's sum, or one sum under two settings, a difference would show what it hides."""
+    with pytest.raises(KeyboardInterrupt):
+        train(anchor, corpus, tmp_path / "x.st", Recorder(2), checkpoint_steps=100)
+    work = tmp_path / ".x.work"
+    assert not any(work.glob("checkpoints/*"))
+    shutil.copytree(work, tmp_path / "copy")
+    for changed in ({"data": texts.code}, {"lr": 1e-4}, {"dp_max_grad_norm": 9.0}):
+        shutil.copytree(tmp_path / "copy", work, dirs_exist_ok=True)
+        with pytest.raises(UsageError, match="that run had"):
+            train(anchor, **{"data": corpus, **changed}, output=tmp_path / "x.st", resume=True)
+    assert not (tmp_path / "x.st").exists()
 
 
 def test_a_finished_run_is_done_and_another_is_not_it(tmp_path: Path, anchor: Path, corpus: Path) -> None:
@@ -382,7 +404,16 @@ def test_verify_recomputes_a_claim_and_refuses_a_lower_one(
     wrong = lowered(anchor, tmp_path / "x.st", tmp_path / "wrong.st")
     for name, file, code in (("right", tmp_path / "x.st", 0), ("lie", wrong, 3)):
         merged = tmp_path / name
-        merge(MergeConfig(experts=(file, experts["sums"]), anchor=anchor, output=merged))
+        asked = MergeConfig(experts=(file, experts["sums"]), anchor=anchor, output=merged)
+        if code:
+            with pytest.raises(BundleError, match=r"wrong\.st: expert x: privacy\.epsilon is .* make it"):
+                merge(asked)
+            with pytest.raises(BundleError, match=r"wrong\.st: expert x: privacy\.epsilon is .* make it"):
+                replace(ReplaceConfig(name="x", expert=file, source=tmp_path / "right", output=merged))
+            assert not merged.exists()
+        with monkeypatch.context() as without:  # whoever merges it lacks the extra
+            without.setattr("flexctl.privacy.is_installed", lambda: False)
+            merge(asked)
         entries = {entry.name: entry.privacy for entry in open_merged(merged).manifest.experts}
         assert entries["x"] == open_expert(file).manifest.privacy
         assert (entries["sums"], entries["public"]) == (None, None)

@@ -132,3 +132,14 @@ def test_where_there_are_no_locks_it_says_so(tmp_path: Path, monkeypatch: pytest
     assert len(listener.warnings) == 1
     assert "no file locks" in listener.warnings[0]
     assert not (tmp_path / "w").exists()
+
+
+def test_nobody_else_may_look_into_it(tmp_path: Path) -> None:
+    """The owner's text lies in there, as tokens."""
+    before = os.umask(0o022)
+    try:
+        with working_folder(tmp_path / "out" / ".x.work", SILENT) as folder:
+            assert folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755

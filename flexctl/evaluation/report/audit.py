@@ -84,9 +84,10 @@ def _summary(
     clean = [model for model in others if not models[model].found]
     told = []
     if found:
-        told.append(f"Attacks find something of {name} in {joined(found)}.")
+        told.append(f"Attacks find something of {name} in {joined(map(_called, found))}.")
     if clean:
-        told.append(f"They find nothing in {joined(clean)}." if found else f"Attacks find nothing in {joined(clean)}.")
+        where = joined(map(_called, clean))
+        told.append(f"They find nothing in {where}." if found else f"Attacks find nothing in {where}.")
     whole = models[others[0]].extraction
     told.append(
         f"The {others[0]} model goes on with {share(whole.near.value)} of the documents nearly as they do; the anchor, "
@@ -98,9 +99,20 @@ def _summary(
         )
     bound = models[others[0]].canaries
     if bound:
-        beside = f", beside the {claimed.epsilon:g} that is claimed" if claimed else "; no guarantee is claimed"
-        told.append(f"By its canaries, epsilon is at least {bound.epsilon:.2f}{beside}.")
+        told.append(f"By its canaries, epsilon is at least {bound.epsilon:.2f}.")
+    told.append(
+        f"By its guarantee, epsilon is at most {claimed.epsilon:g}, at delta {claimed.delta:g}, for a {claimed.unit}."
+        if claimed
+        else f"No guarantee is claimed, so nothing bounds what {name} gives away at most."
+    )
+    if bound and claimed and bound.epsilon > claimed.epsilon:
+        told.append("The canaries refute the guarantee.")
     if recovery:
         faster = "comes back faster than it comes" if recovery.comes_back else "comes back no faster than it comes"
         told.append(f"After removal the text {faster} to the anchor.")
     return told
+
+
+def _called(model: str) -> str:
+    """Return what a sentence calls a model."""
+    return f"the model {model}" if model.startswith("without ") else f"the {model} model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,15 +99,19 @@ def test_everything_is_escaped(name: str) -> None:
 def test_what_an_audit_says_in_short() -> None:
     page = audit_page()
     for said in (
-        "Attacks find something of law in merged.",
-        "They find nothing in without law.",
-        "epsilon is at least 3.25, beside the 8 that is claimed.",
+        "Attacks find something of law in the merged model.",
+        "They find nothing in the model without law.",
+        "By its canaries, epsilon is at least 3.25.",
+        "By its guarantee, epsilon is at most 8, at delta ",
         "comes back faster than it comes to the anchor",
     ):
         assert said in page
     bare = audit_page(None, None)
-    assert "no guarantee is claimed" in bare
+    assert "No guarantee is claimed, so nothing bounds what law gives away at most." in bare
+    refuted = audit_page(claimed=dataclasses.replace(CLAIM, epsilon=3.0))
+    assert ("The canaries refute the guarantee." in refuted, "refute" in page) == (True, False)
     assert "was not measured" in bare
+    assert "nothing is left here but the anchor" not in bare
 
 
 def test_what_a_trace_says_in_short() -> None:
