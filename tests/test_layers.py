@@ -47,7 +47,7 @@ SHARED_DEPTH = len(LAYERS) - 1
 
 ONLY_IMPORTER = {
     "sentence_transformers": ("routing/start_rows.py",),
-    "huggingface_hub": ("hub/",),
+    "huggingface_hub": ("hub/", "model/configs.py"),  # the latter for what configs of Transformers raise
     "datasets": ("hub/data.py", "evaluation/tasks/"),
     "lm_eval": ("evaluation/tasks/",),
     "pyarrow": ("text/tables.py",),

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
 from flexctl.families import Family, family_of, mixture_families
 from flexctl.runtime import Reporter
@@ -184,7 +183,7 @@ def _refuse_no_numbers(config: Mapping[str, Any], where: str) -> None:
         if (value is not None or name in _SIZES) and (type(value) is not int or value < 1):
             raise BundleError(f"{where}: {name} is {value!r}; expected a whole number above 0")
         if type(value) is int and value > _LARGEST:
-            raise BundleError(f"{where}: {name} is {shown(value)}; expected at most {_LARGEST}")
+            raise BundleError(f"{where}: {name} is {value!r}; expected at most {_LARGEST}")
     heads, hidden = config.get("num_attention_heads", 1), config.get("hidden_size", _LARGEST)
     if config.get("head_dim") is None and heads > hidden:
         raise BundleError(f"{where}: num_attention_heads is {heads}, more than hidden_size, {hidden}")
@@ -210,7 +209,7 @@ def _of_class(fields: Mapping[str, Any], where: str) -> Any:
     except (StrictDataclassError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         named = _NAMED.match(str(error))
         if named and named[1] in fields:
-            problem = f"{named[1]} is {shown(fields[named[1]])}, which {fields['model_type']} models cannot have"
+            problem = f"{named[1]} is {fields[named[1]]!r}, which {fields['model_type']} models cannot have"
         else:
             problem = (
                 f"Transformers refuses it as that of a {fields['model_type']} model: {' '.join(str(error).split())}"

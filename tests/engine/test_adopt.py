@@ -264,10 +264,7 @@ def retensor(change: Callable[[dict[str, RawTensor]], None]) -> None:
         ({"bos_token_id": {}}, "json: bos_token_id is {}, which qwen3_moe models cannot have"),
         ({"dtype": "x"}, "json: Transformers refuses it as that of a qwen3_moe model: module 'torch' has no attribute"),
         ({"dtype": []}, "json: Transformers refuses it as that of a qwen3_moe model: list index"),
-        (
-            {"rope_scaling": {"rope_type": "x", "factor": 2}},
-            r"json: no qwen3 model can be made of it \(KeyError: \"'x'\"\)",
-        ),
+        ({"rope_scaling": {"rope_type": "x", "factor": 2}}, "json: no qwen3 model can be made of it .KeyError: .x"),
         ({"hidden_size": 10**30}, "hidden_size is 10+; expected at most 2147483647"),
         ({"num_attention_heads": 1000, "head_dim": None}, "num_attention_heads is 1000, more than hidden_size, 32"),
         ({"num_local_experts": 5}, "tensor model.layers.0.mlp.gate.weight: shape is .4, 32.; expected .5, 32."),
