@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     from cyclonedx.validation.json import JsonStrictValidator
 
 PRIVACY = PrivacyInfo(
-    mechanism="dp-adamw",
+    mechanism="dp-sgd",
     epsilon=8.0,
     delta=1e-5,
     unit="document",
@@ -34,6 +34,8 @@ PRIVACY = PrivacyInfo(
     sampling_rate=0.01,
     steps=10,
     max_grad_norm=1.0,
+    adjacency="add or remove one",
+    row_noise_multiplier=13.3,
 )
 
 
