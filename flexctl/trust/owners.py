@@ -15,19 +15,14 @@ from __future__ import annotations
 
 import datetime
 import fnmatch
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexctl import workspace
 from flexctl.bundle.names import shown
 from flexctl.errors import UsageError
 from flexctl.trust.keys import public_key
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
@@ -94,10 +89,7 @@ def read_trust(path: Path) -> tuple[Owner, ...]:
         raise UsageError(f"{path}: no such file", hint="flexctl keygen shows what goes into a trust file")
     if path.stat().st_size > MAX_TRUST_BYTES:
         raise UsageError(f"{path}: has more than {MAX_TRUST_BYTES} bytes, too many for a trust file")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: not valid TOML: {shown(str(error))}") from error
+    table = workspace.read_toml(path)
     listed = table.get("owners")
     if set(table) != {"owners"} or not isinstance(listed, list) or not listed:
         raise UsageError(f"{path}: expected owners alone, each written [[owners]]")

@@ -50,6 +50,7 @@ def test_a_trust_file_is_read() -> None:
         (GOOD + GOOD, r"owners\.1\.key stands twice: one key is one owner's"),
         ("owners = [", "not valid TOML"),
         ("a = " + "[" * 5000, "not valid TOML"),
+        ("a = " + "1" * 5000, "not valid TOML"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, says: str) -> None:
@@ -65,7 +66,7 @@ def test_files_that_are_none() -> None:
     with pytest.raises(UsageError, match="too many for a trust file"):
         read_trust(Path("large"))
     Path("latin").write_bytes(b"# \xff\n")
-    with pytest.raises(UsageError, match="not valid TOML"):
+    with pytest.raises(UsageError, match="latin: cannot be read"):
         read_trust(Path("latin"))
 
 
