@@ -218,7 +218,7 @@ def _write_small_files(composition: Composition, tensors: Mapping[str, TensorInf
     )
     for part in composition.parts:
         if part.signature is not None:
-            (folder / kept_signature_file(part.entry.name)).write_bytes(part.signature)
+            (folder / kept_signature_file(part.entry.name)).write_bytes(part.signature.data)
     texts = {
         CONFIG_FILE: indented_json(config),
         INDEX_FILE: index_json(weight_map, tensors),

@@ -44,7 +44,7 @@ from flexctl.bundle.merged import (
 )
 from flexctl.bundle.names import PUBLIC
 from flexctl.bundle.rights import Rights
-from flexctl.bundle.signatures import kept_signature_file, read_signature, signature_path
+from flexctl.bundle.signatures import Envelope, kept_signature_file, read_signature, signature_path
 from flexctl.bundle.stock import DENSE_PREFIX
 from flexctl.bundle.tensors import RawTensor, Span
 from flexctl.errors import BundleError, UsageError
@@ -78,7 +78,7 @@ class Part:
         feed_forward: By expert tensor name, in the order of expert files.
         rows: Where its router rows lie, a layer each; None are zeros, the public expert's.
         rows_sha256: What the owner's manifest promises of all rows together.
-        signature: The owner's signature, verbatim, where there is one; who made it is not known here.
+        signature: The owner's, where there is one; who made it is not known here.
     """
 
     entry: ExpertEntry
@@ -87,7 +87,7 @@ class Part:
     feed_forward: Mapping[str, StoredTensor | LowRank]
     rows: tuple[Span, ...] | None
     rows_sha256: str | None
-    signature: bytes | None = None
+    signature: Envelope | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,7 +222,7 @@ class Composition:
             feed_forward=_expert_pieces(expert),
             rows=tuple(span.rows(layer, layer + 1) for layer in range(manifest.architecture.num_hidden_layers)),
             rows_sha256=manifest.tensors[ROUTER_TENSOR].sha256,
-            signature=_signature(signature_path(expert.path), manifest),
+            signature=read_signature(signature_path(expert.path), manifest),
         )
 
 
@@ -309,13 +309,8 @@ def _merged_part(merged: Merged, entry: ExpertEntry) -> Part:
         feed_forward=pieces,
         rows=merged.rows(entry.index),
         rows_sha256=owner.tensors[ROUTER_TENSOR].sha256,
-        signature=_signature(merged.path / kept_signature_file(entry.name), owner),
+        signature=read_signature(merged.path / kept_signature_file(entry.name), owner),
     )
-
-
-def _signature(path: Path, manifest: ExpertManifest) -> bytes | None:
-    envelope = read_signature(path, manifest)
-    return None if envelope is None else envelope.data
 
 
 def _entry(manifest: ExpertManifest, text: str, index: int = 0) -> ExpertEntry:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from flexctl import flags, workspace
-from flexctl.bundle.anchor import Anchor, open_anchor
+from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import OTHER_LICENSE
@@ -24,7 +24,7 @@ from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
 from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.claims import refuse_false_claims
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
-from flexctl.steps.screening import admit, domains_of, refuse_implausible, screen, untrusted
+from flexctl.steps.screening import admit, anchor_at_hand, domains_of, look_at
 from flexctl.steps.sources import localise
 from flexctl.steps.trusting import refuse_untrusted, trust_of
 
@@ -147,18 +147,16 @@ def merge(config: MergeConfig, reporter: Reporter = SILENT, *, today: datetime.d
         overwrite = overwrite or replaces_own
     if not config.allow_expired:
         composition.refuse_expired(today or datetime.date.today())
-    refuse_untrusted(config, composition, today)
+    trust = trust_of(config, today)
+    refuse_untrusted(config, composition, trust)
     refuse_false_claims(composition, new)
     _warn(composition, config, reporter)
-    anchor = _anchor_at_hand(composition, config, reporter)
-    trust = trust_of(config, today)
-    strangers = untrusted(composition, new, trust)
-    refuse_implausible(composition, strangers, anchor, config, reporter)
+    check_directory_target(target, kind="merged", overwrite=overwrite)
+    own = localise(config.anchor, reporter) if config.anchor else workspace.find().anchor
+    anchor = anchor_at_hand(own, composition)
+    screening = look_at(composition, new, anchor, trust, config, reporter)
     routing = None if anchor is None else expected_between(anchor, composition.closed_rows())
     warn_of_overlaps(routing or {}, reporter)
-    check_directory_target(target, kind="merged", overwrite=overwrite)
-    tried = new if config.screen else strangers if trust and anchor else []
-    screening = screen(composition, tried, anchor, config, reporter)
     admission = admit(composition, new, domains, config, reporter) if domains else {}
     digest, written = assemble(
         target,
@@ -210,14 +208,6 @@ def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Compos
         raise BundleError(f"{anchor}: digest is {found}; {base} was made of {expected.digest} ({expected.name})")
     warn_of_tuned(merged, reporter)
     return compose_merged(merged)
-
-
-def _anchor_at_hand(composition: Composition, config: MergeConfig, reporter: Reporter) -> Anchor | None:
-    """Return the experts' anchor, given or the workspace's; None where that is another, uncalibrated, or not there."""
-    path = localise(config.anchor, reporter) if config.anchor else workspace.find().anchor
-    if not path.is_dir() or (anchor := open_anchor(path)).digest != composition.anchor.digest:
-        return None
-    return anchor if anchor.is_calibrated else None
 
 
 def _warn(composition: Composition, config: MergeConfig, reporter: Reporter) -> None:

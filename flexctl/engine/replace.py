@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from flexctl import evaluation, flags, model, workspace
-from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.codec import encode
-from flexctl.bundle.composition import Composition, compose_merged
+from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.bundle.manifest import ExpertManifest
 from flexctl.bundle.merged import Merged, open_merged
@@ -23,7 +22,7 @@ from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
 from flexctl.steps.claims import refuse_false_claims
 from flexctl.steps.machine import machine_of
 from flexctl.steps.removal import recorder
-from flexctl.steps.screening import admit, domains_of, refuse_implausible, screen, untrusted
+from flexctl.steps.screening import admit, anchor_at_hand, domains_of, look_at
 from flexctl.steps.sources import localise
 from flexctl.steps.trusting import refuse_untrusted, trust_of
 
@@ -139,10 +138,13 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     target, replaces_own = place_of_change(source, config.output)
     overwrite = config.overwrite or replaces_own
     check_directory_target(target, kind="merged", overwrite=overwrite)
-    refuse_untrusted(config, composition, today)
+    trust = trust_of(config, today)
+    refuse_untrusted(config, composition, trust)
     refuse_false_claims(composition, [config.name])
     recording = recorder(merged, [config.name], target, config, reporter)
-    _look_at(config, merged, composition, domains, reporter, today)
+    look_at(composition, [config.name], anchor_at_hand(workspace.find().anchor, composition), trust, config, reporter)
+    if config.admit and not config.dry_run:
+        admit(composition, [config.name], domains, config, reporter, before=compose_merged(merged))
     # One model is in memory at a time: the old one is scored and gone before the new one is.
     scoring = Parts(reporter)
     scoring.expect(2 * sum(domain.size_bytes() for domain in domains))
@@ -169,25 +171,6 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         bits_per_byte={name: {"before": before[name], "after": after[name]} for name in before},
         records=records,
     )
-
-
-def _look_at(
-    config: ReplaceConfig,
-    merged: Merged,
-    composition: Composition,
-    domains: Sequence[evaluation.Domain],
-    reporter: Reporter,
-    today: datetime.date | None,
-) -> None:
-    """Refuse a new version that is out of proportion, ruins public text, or makes a domain worse than the old one."""
-    own, trust, names = workspace.find().anchor, trust_of(config, today), [config.name]
-    anchor = open_anchor(own) if own.is_dir() else None
-    anchor = anchor if anchor and anchor.digest == composition.anchor.digest else None
-    strangers = untrusted(composition, names, trust)
-    refuse_implausible(composition, strangers, anchor, config, reporter)
-    screen(composition, names if config.screen else strangers if trust and anchor else [], anchor, config, reporter)
-    if config.admit and not config.dry_run:
-        admit(composition, names, domains, config, reporter, before=compose_merged(merged))
 
 
 def _score(

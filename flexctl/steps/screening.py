@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from flexctl import evaluation, model, text
-from flexctl.bundle import Anchor
+from flexctl.bundle import Anchor, open_anchor
 from flexctl.bundle.composed import composed_weights
 from flexctl.bundle.composition import Composition
 from flexctl.bundle.plausible import implausible_sizes, sizes_of
@@ -25,7 +25,17 @@ from flexctl.trust.signing import Trust, is_signed
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Admission", "ScreenConfig", "admit", "domains_of", "refuse_implausible", "screen", "untrusted"]
+__all__ = [
+    "Admission",
+    "ScreenConfig",
+    "admit",
+    "anchor_at_hand",
+    "domains_of",
+    "look_at",
+    "refuse_implausible",
+    "screen",
+    "untrusted",
+]
 
 Admission = Mapping[str, Mapping[str, Estimate]]
 """Domain -> expert -> by how many bits per byte the domain is worse with it, with a 95 % interval."""
@@ -93,6 +103,44 @@ class _Trial:
         model.set_top_k(self.model, min(self.top_k, len(self.names) - len(left_out)))
         model.exclude(self.model, [self.names.index(name) for name in left_out])
         return self.model
+
+
+def anchor_at_hand(path: Path, composition: Composition) -> Anchor | None:
+    """Return the experts' anchor; None where the directory holds none, or another, or one that is not calibrated."""
+    if not path.is_dir() or (anchor := open_anchor(path)).digest != composition.anchor.digest:
+        return None
+    return anchor if anchor.is_calibrated else None
+
+
+def look_at(
+    composition: Composition,
+    new: Sequence[str],
+    anchor: Anchor | None,
+    trust: Trust | None,
+    config: ScreenConfig,
+    reporter: Reporter,
+) -> dict[str, dict[str, float]]:
+    """Refuse new experts that are not as experts are, and return what those that were tried do to public text.
+
+    Bytes and rows are looked at where no trusted key has signed. Tried on public text are all where that is asked for,
+    else those, as far as it was said whom to trust and the anchor is at hand.
+
+    Args:
+        composition: What they are to be part of.
+        new: Whom to look at.
+        anchor: As from ``anchor_at_hand``.
+        trust: Whom to trust; None is nobody in particular.
+        config: What is asked for, and who is accepted.
+        reporter: Hears of progress, and of what is found in those who are accepted.
+
+    Raises:
+        UsageError: Somebody is accepted who is not there, or the anchor is not at hand.
+        BundleError: One is refused; the message says why.
+    """
+    strangers = untrusted(composition, new, trust)
+    refuse_implausible(composition, strangers, anchor, config, reporter)
+    tried = new if config.screen else strangers if trust and anchor else []
+    return screen(composition, tried, anchor, config, reporter)
 
 
 def untrusted(composition: Composition, new: Collection[str], trust: Trust | None) -> list[str]:
@@ -200,7 +248,7 @@ def admit(
     *,
     before: Composition | None = None,
 ) -> Admission:
-    """Score domains with and without each expert, and refuse those that make one worse by more than its interval.
+    """Score domains with and without each expert; where that is asked for, refuse those that make one worse, clearly.
 
     Args:
         composition: What they are to be part of.
@@ -234,12 +282,12 @@ def admit(
         for domain in domains
     }
     sources = {part.entry.name: part.source for part in composition.parts}
-    for name in names:
+    for name in names if config.admit else ():
         worse = [
             f"it makes {domain} worse by {change[name].value:.3f} bits per byte"
             f" ({change[name].low:.3f} to {change[name].high:.3f})"
             for domain, change in changes.items()
-            if change[name].low is not None and (change[name].low or 0.0) > 0
+            if (change[name].low or 0.0) > 0
         ]
         _refuse(sources[name], name, worse, config, reporter)
     return changes

@@ -47,16 +47,20 @@ def trust_of(config: TrustConfig, today: datetime.date | None) -> Trust | None:
     return Trust(path=config.trust, owners=read_trust(config.trust), today=today or datetime.date.today())
 
 
-def refuse_untrusted(config: SignedConfig, composition: Composition, today: datetime.date | None) -> None:
+def refuse_untrusted(config: SignedConfig, composition: Composition, trust: Trust | None) -> None:
     """Refuse experts that nobody trusted has signed, where that was asked for.
 
+    Args:
+        config: Asks for it, or not.
+        composition: Whose experts.
+        trust: As from ``trust_of``.
+
     Raises:
-        UsageError: There is no trust file, or it is wrong.
+        UsageError: Nobody was said to be trusted.
         BundleError: An expert is not signed, or not by a key that may.
     """
     if not config.require_signed:
         return
-    trust = trust_of(config, today)
     if trust is None:
         raise UsageError("needs to know whose keys count", hint="give `trust`", field="require_signed")
     refuse_unsigned(composition, trust)

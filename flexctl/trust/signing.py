@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,6 @@ from flexctl.bundle.signatures import (
     PAYLOAD_TYPE,
     Envelope,
     bundle_name,
-    parse_envelope,
     read_signature,
     signature_path,
 )
@@ -24,6 +23,7 @@ from flexctl.errors import BundleError
 from flexctl.trust.owners import Owner
 
 if TYPE_CHECKING:
+    from securesystemslib.dsse import Envelope as Dsse
     from securesystemslib.signer import CryptoSigner
 
 __all__ = ["Trust", "is_signed", "named", "refuse_unsigned", "seal", "signers_of"]
@@ -52,13 +52,16 @@ def seal(payload: bytes, signer: CryptoSigner, before: Envelope | None = None) -
         signer: The key.
         before: An envelope of the same payload, whose signatures are kept.
     """
-    from securesystemslib.dsse import Envelope as Dsse
-    from securesystemslib.signer import Signature
-
-    kept = before.signatures if before is not None else {}
-    envelope = Dsse(payload, PAYLOAD_TYPE, {key: Signature(key, sig.hex()) for key, sig in kept.items()})
+    envelope = _dsse(payload, before.signatures if before is not None else {})
     envelope.sign(signer)
     return indented_json(envelope.to_dict())
+
+
+def _dsse(payload: bytes, signatures: Mapping[str, bytes]) -> Dsse:
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.signer import Signature
+
+    return Envelope(payload, PAYLOAD_TYPE, {key: Signature(key, sig.hex()) for key, sig in signatures.items()})
 
 
 def signers_of(
@@ -76,13 +79,9 @@ def signers_of(
     Raises:
         BundleError: No key that may has signed it; the message says what is wrong with those that did.
     """
-    from securesystemslib.dsse import Envelope as Dsse
     from securesystemslib.exceptions import VerificationError
-    from securesystemslib.signer import Signature
 
-    dsse = Dsse(
-        envelope.payload, PAYLOAD_TYPE, {key: Signature(key, sig.hex()) for key, sig in envelope.signatures.items()}
-    )
+    dsse = _dsse(envelope.payload, envelope.signatures)
     found, objections = [], []
     for owner in trust.owners:
         if owner.key.keyid not in envelope.signatures:
@@ -109,7 +108,7 @@ def is_signed(part: Part, trust: Trust) -> bool:
     if part.signature is None:
         return False
     try:
-        signers_of(parse_envelope(part.signature, str(part.source)), part.entry.name, trust, str(part.source))
+        signers_of(part.signature, part.entry.name, trust, str(part.source))
     except BundleError:
         return False
     return True
@@ -130,9 +129,7 @@ def refuse_unsigned(composition: Composition, trust: Trust) -> None:
                 f"{part.source}: expert {part.entry.name} is not signed",
                 hint="its owner signs it: flexctl sign",
             )
-        signers_of(
-            parse_envelope(part.signature, str(part.source)), part.entry.name, trust, f"{part.source}, its signature"
-        )
+        signers_of(part.signature, part.entry.name, trust, f"{part.source}, its signature")
     for path in sorted({part.source for part in composition.parts[1:] if part.source.is_dir()}):
         _refuse_unsigned_model(path, {part.entry.name for part in composition.parts if part.source == path}, trust)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from builders import read_directory
+from builders import make_expert, read_directory
 from conftest import Texts
 
 from flexctl.bundle import open_anchor, open_expert
@@ -26,6 +26,7 @@ from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
+from flexctl.engine.replace import ReplaceConfig, replace
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
 from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
@@ -105,6 +106,16 @@ def test_merged_again_it_is_the_same_model_and_removing_is_exact(kind: str, pack
     without.load_state_dict(state)
     with torch.no_grad():
         assert (logits("less") - without.eval()(tiny.some_tokens()).logits).abs().max() < 1e-5
+
+
+def test_an_expert_is_replaced_where_no_public_text_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.make_mixture(Path("moe"), "mixtral")
+    taken = take()
+    merged(taken, "w/merged")
+    newer = make_expert(Path("w/law-2.st"), open_anchor(taken.path), name="law", seed=7)
+    monkeypatch.chdir("w")
+    config = ReplaceConfig(name="law", expert=Path("law-2.st"), accept=("law",))
+    assert replace(config).new_digest == newer.digest
 
 
 @pytest.mark.parametrize("kind", ["flex_olmo", "mixtral", "qwen3_moe"])

@@ -216,7 +216,7 @@ def test_an_expert_that_takes_nearly_all_when_it_runs_is_refused(
 ) -> None:
     """As if its rows had shown nothing."""
     bad = changed(experts["code"], honest, "bad.st", grabbing(honest, 8))
-    monkeypatch.setattr("flexctl.engine.merge.refuse_implausible", lambda *_: None)
+    monkeypatch.setattr("flexctl.steps.screening.refuse_implausible", lambda *_: None)
     with pytest.raises(BundleError, match=r"bad\.st: expert bad: it takes (9\d|100)% of public text"):
         tried(bad, screen=True)
 
@@ -262,6 +262,7 @@ def test_an_expert_that_makes_a_domain_worse_is_not_admitted(
         tried(bad, admit=True, data=domains)
     reported = tried(bad, data=domains, accept=("bad",))
     assert reported.admission["public"]["bad"].low > 0
+    assert tried(bad, data=domains).admission == reported.admission  # told, and not refused
     command = ["merge", str(bad), "-o", "new", "--admit", "--threads", "1", "--seq-len", "64"]
     assert main([*command, *(word for domain in domains for word in ("--data", domain)), "-q"]) == 3
     assert "hint: --accept bad takes it all the same\n" in capsys.readouterr().err
