@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from flexctl import flags, model, serving, workspace
+from flexctl import flags, model, serving
 from flexctl.bundle.runnable import Runnable
 from flexctl.errors import UsageError
 from flexctl.options import OUTPUT, SERVER, Config, argument, flag, options, switch
@@ -122,14 +122,14 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
     _refuse_other_engine_s(config)
     serving.require_server()
     runnable = opened(config, reporter)
-    name = config.name or _name_of(config, runnable)
+    name = config.name or _name_of(runnable)
     everybody = runnable.select()
     # What can be refused is refused before weights are read.
     keys = serving.read_keys(config.api_keys, everybody.experts) if config.api_keys else ()
     permits = serving.Permits(name, everybody.experts, runnable.rights, keys)
     context = _context(config, runnable.weights.dense_config)
-    machine = machine_of(config, runnable.weights.shared)
     merged = merged_of(runnable.bundles[0], runnable.path) if config.engine == "vllm" else None
+    machine = machine_of(config, None if merged else runnable.weights.shared)
     runnable.warn_of_expired(everybody, reporter)
     with serving.bind(config.host, config.port) as found:
         is_local = ipaddress.ip_address(found.getsockname()[0]).is_loopback
@@ -143,6 +143,7 @@ def serve(config: ServeConfig, reporter: Reporter = SILENT) -> ServeResult:
                 name=name,
                 api_keys=config.api_keys,
                 found=found,
+                address=address,
                 is_local=is_local,
                 dtype=None if config.dtype == "auto" else config.dtype,
                 flags=config.engine_flags,
@@ -205,9 +206,9 @@ def _refuse_other_engine_s(config: ServeConfig) -> None:
     require_vllm()
 
 
-def _name_of(config: ServeConfig, runnable: Runnable) -> str:
+def _name_of(runnable: Runnable) -> str:
     """Return the last part of the bundle's place, without ending and revision."""
-    place = runnable.path if config.bundle is not None else workspace.find().merged
+    place = runnable.path
     last = place.resolve().name if isinstance(place, Path) else place.rsplit("/", 1)[-1].partition("@")[0]
     name = last.removesuffix(".st")
     if not _NAME.fullmatch(name):

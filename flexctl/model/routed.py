@@ -205,12 +205,15 @@ def _barred(left_out: Sequence[int], num_experts: int) -> Tensor:
 
 
 @contextmanager
-def masking(model: nn.Module, mask: TokenMask | None) -> Iterator[None]:
+def masking(blocks: Sequence[RoutedFeedForward], mask: TokenMask | None) -> Iterator[None]:
     """Leave experts out token by token inside the ``with`` statement: for each token, as if they were removed.
 
     A router then keeps top_k of those that may run on the token, or all where they are fewer.
+
+    Args:
+        blocks: All of the model, as from ``routed_layers``, which walks all its modules: too slow for every pass.
+        mask: Who may run on which token.
     """
-    blocks = routed_layers(model)
     for block in blocks:
         block.mask = mask
     try:

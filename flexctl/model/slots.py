@@ -60,17 +60,16 @@ class SlotCache:
         config = model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._context = context
-        self._shape = (slots, config.num_key_value_heads, 0, head_dim)
-        empty = [torch.zeros(self._shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
+        shape = (slots, config.num_key_value_heads, 0, head_dim)
+        empty = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
         self.keys, self.values = empty, list(empty)
 
     def reserve(self, positions: int) -> None:
         """Make room for sequences of so many tokens."""
-        slots, heads, held, head_dim = self._shape
+        held = self.keys[0].shape[2]
         if positions <= held:
             return
         wanted = min(self._context, max(_LEAST_POSITIONS, 2 * held, positions))
-        self._shape = (slots, heads, wanted, head_dim)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = F.pad(old, (0, 0, 0, wanted - held))

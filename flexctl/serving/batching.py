@@ -262,7 +262,7 @@ class Batcher:
         shares = ShareCollector(len(self._blocks))
         watched = model.observing(self._net, shares) if self._explains else nullcontext()
         self._cache.reserve(max(span.end for span in spans))
-        with model.masking(self._net, mask), watched:
+        with model.masking(self._blocks, mask), watched:
             tokens, wanted = torch.tensor(ids).to(device), torch.cat(rows).to(device)
             logits = model.forward(self._net, self._cache, spans, tokens, wanted)
         return logits, [tuple(shares.rows[end - 1]) if self._explains else () for end in ends]

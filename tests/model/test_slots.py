@@ -48,7 +48,7 @@ def test_mixed_masks_and_lengths_in_one_pass(model_type: str, top_k: int | None,
         tokens = torch.cat([prompts[i][done[i] : done[i] + sizes[i]] for i in order])
         cache.reserve(max(span.end for span in spans))
         mask = token_mask([(MASKS[i], sizes[i]) for i in order], len(NAMES), tokens.device)
-        with masking(model, mask):
+        with masking(routed_layers(model), mask):
             logits = forward(model, cache, spans, tokens, torch.arange(len(tokens)))
         for i, part in zip(order, logits.split([sizes[i] for i in order]), strict=True):
             rows[i].append(part.log_softmax(-1))
@@ -91,7 +91,7 @@ def test_nobody_computes_for_a_token_that_may_not_use_it(top_k: int | None) -> N
             expert.register_forward_pre_hook(lambda _, inputs, index=index: ran.append((index, len(inputs[0]))))
     cache, tokens = SlotCache(model, 2, tiny.CONTEXT), tiny.some_tokens(1, 10)[0]
     cache.reserve(10)
-    with masking(model, token_mask([((1, 2), 6), ((1,), 4)], len(NAMES), tokens.device)):
+    with masking(routed_layers(model), token_mask([((1, 2), 6), ((1,), 4)], len(NAMES), tokens.device)):
         forward(model, cache, [Span(0, 0, 6), Span(1, 0, 4)], tokens, torch.tensor([-1]))
     assert 1 not in {index for index, _ in ran}
     assert max(count for index, count in ran if index == 2) <= 4
@@ -105,7 +105,7 @@ def test_an_expert_that_is_not_finite_reaches_nobody_who_left_it_out() -> None:
         block.experts[2].down_proj.weight.data.fill_(float("nan"))
     cache, tokens = SlotCache(model, 2, tiny.CONTEXT), tiny.some_tokens(1, 10)[0]
     cache.reserve(10)
-    with masking(model, token_mask([((2,), 6), ((), 4)], len(NAMES), tokens.device)):
+    with masking(routed_layers(model), token_mask([((2,), 6), ((), 4)], len(NAMES), tokens.device)):
         logits = forward(model, cache, [Span(0, 0, 6), Span(1, 0, 4)], tokens, torch.arange(10))
     assert bool(logits[:6].isfinite().all())
     assert bool(logits[6:].isnan().all())

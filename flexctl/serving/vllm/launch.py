@@ -81,6 +81,7 @@ def run_vllm(
     name: str,
     api_keys: Path | None,
     found: socket.socket,
+    address: str,
     is_local: bool,
     dtype: str | None,
     flags: Sequence[str],
@@ -93,6 +94,7 @@ def run_vllm(
         name: What clients call it when all experts answer.
         api_keys: File of the keys that may ask; None lets anybody.
         found: Where to listen.
+        address: The same, as clients write it.
         is_local: Whether that is this machine alone.
         dtype: In which it computes; None is the model's own.
         flags: vLLM's own.
@@ -122,7 +124,7 @@ def run_vllm(
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until vLLM is up and has its own
         try:
-            new_tokens = uvloop.run(_serve(arguments, model, experts, found, reporter))
+            new_tokens = uvloop.run(_serve(arguments, model, experts, found, address, reporter))
         except (RuntimeError, ValueError) as error:
             raise FlexctlError(f"vLLM failed: {reason(error)}", hint="what it said itself is above") from error
     from flexctl.serving.vllm.web import Masks
@@ -154,7 +156,12 @@ def _stdout_is_stderr() -> Iterator[None]:
 
 
 async def _serve(
-    arguments: Sequence[str], model: Served, experts: Sequence[str], found: socket.socket, reporter: Reporter
+    arguments: Sequence[str],
+    model: Served,
+    experts: Sequence[str],
+    found: socket.socket,
+    address: str,
+    reporter: Reporter,
 ) -> int:
     """Check the masks, then serve; return how many tokens were made for clients."""
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -176,7 +183,6 @@ async def _serve(
     cli_env_setup()
     args = make_arg_parser(Parser()).parse_args(arguments)
     validate_parsed_serve_args(args)
-    address = f"http://{args.host}:{args.port}"
     async with build_async_engine_client_from_engine_args(Checked.from_cli_args(args)) as engine:
         started = time.monotonic()
         await check_masks(engine, model, experts)
