@@ -229,7 +229,7 @@ def _measure(
         text.read_documents(config.data, config.text_field), routing.PASSAGES, config.seed
     )
     public, public_unseen = text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)
-    rows, info = measured_rows(config, base, reader, own, public, reporter)
+    rows, info = measured_rows(config, base, reader, own, lambda: public, reporter)
     ours, theirs = (text.frame_passages(base.tokenizer, passages) for passages in (own_unseen, public_unseen))
     others = {name: model.to_torch(expert.router()) for name, expert in rivals.items()}
     return rows, info, _report(reader, rows, ours, theirs, others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ from flexctl.bundle import (
     DataInfo,
     RawTensor,
     RouterInfo,
+    Weights,
     compare_dense,
     open_dense,
     read_dense_config,
@@ -32,6 +33,8 @@ from flexctl.steps.router_rows import given_rows, measured_rows
 from flexctl.steps.terms import data_info, warn_of_expired
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from flexctl.bundle.fine_tuned import DenseChanges, DenseCheckpoint
 
 __all__ = ["ImportExpertConfig", "ImportExpertResult", "import_expert"]
@@ -266,41 +269,40 @@ def _rows(
     if (given := given_rows(config, base.anchor)) is not None:
         return given.rows, given.info, None
     own, unseen = text.sample_halves(text.read_documents(config.data, config.text_field), routing.PASSAGES, config.seed)
-    public, _ = text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)
     reporter.note(f"measuring router inputs for {config.router} rows")
     weights = base.anchor.weights()
-    reader = machine_of(config, weights.shared).build(weights)
-    found, info = measured_rows(config, base, reader, own, public, reporter)
+    machine = machine_of(config, weights.shared)
+    reader = machine.build(weights)
+    found, info = measured_rows(
+        config,
+        base,
+        reader,
+        own,
+        lambda: text.sample_halves(base.sample.texts(base.tokenizer), routing.PASSAGES, config.seed)[0],
+        reporter,
+    )
+    documents = list(text.frame_documents(base.tokenizer, unseen[:_SCORED_PASSAGES]))
+    losses = _loss(reader, "anchor", base, documents, reporter)
     del reader
     rows = RawTensor(*model.to_bytes(found.rows))
-    return rows, info, _losses(config, base, checkpoint, rows, unseen[:_SCORED_PASSAGES], reporter)
+    for name, others in _imported(base.anchor, checkpoint, rows):
+        losses |= _loss(machine.build(others), name, base, documents, reporter)
+    return rows, info, losses
 
 
-def _losses(
-    config: ImportExpertConfig,
-    base: Anchored,
-    checkpoint: DenseCheckpoint,
-    rows: RawTensor,
-    passages: Sequence[str],
-    reporter: Reporter,
-) -> dict[str, float]:
-    """Return nats a token of the anchor, the checkpoint as it was, and its networks beside the public ones."""
-    anchor = base.anchor
-    machine = machine_of(config, anchor.weights().shared)
+def _imported(anchor: Anchor, checkpoint: DenseCheckpoint, rows: RawTensor) -> Iterator[tuple[str, Weights]]:
+    """Yield the checkpoint as it was, and its networks beside the public ones."""
+    yield "dense", checkpoint.weights(anchor)
     tensors = {name: span.read() for name, span in checkpoint.feed_forward(anchor).items()}
-    models = {
-        "anchor": anchor.weights(),
-        "dense": checkpoint.weights(anchor),
-        "pair": weights_beside(anchor, "imported", tensors, rows),
-    }
-    documents = list(text.frame_documents(base.tokenizer, passages))
-    seq_len = evaluation.window_length(anchor.config, None)
-    losses: dict[str, float] = {}
-    for name, weights in models.items():
-        losses |= evaluation.held_out_losses(
-            machine.build(weights), {name: documents}, seq_len=seq_len, reporter=reporter
-        )
-    return losses
+    yield "pair", weights_beside(anchor, "imported", tensors, rows)
+
+
+def _loss(
+    net: nn.Module, name: str, base: Anchored, documents: Sequence[text.Framed], reporter: Reporter
+) -> dict[str, float]:
+    """Return a model's nats a token, by its name."""
+    seq_len = evaluation.window_length(base.anchor.config, None)
+    return evaluation.held_out_losses(net, {name: documents}, seq_len=seq_len, reporter=reporter)
 
 
 def _warnings(moved: Sequence[str], loss: dict[str, float] | None) -> list[str]:

@@ -439,8 +439,14 @@ def _start_rows(
     if (given := given_rows(config, base.anchor)) is not None:
         return model.to_torch(given.rows), given.info
     own = text.sample_passages(corpus.documents(), passages, config.seed)
-    theirs = text.sample_passages(public.texts(base.tokenizer), passages, config.seed)
-    rows, info = measured_rows(config, base, reader, own, theirs, reporter)
+    rows, info = measured_rows(
+        config,
+        base,
+        reader,
+        own,
+        lambda: text.sample_passages(public.texts(base.tokenizer), passages, config.seed),
+        reporter,
+    )
     return rows.rows, info
 
 

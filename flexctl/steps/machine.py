@@ -72,13 +72,11 @@ def machine_of(config: MachineConfig, tensors: Mapping[str, Stored] | None = Non
     Raises:
         UsageError: There is no such device here, or no such dtype.
     """
-    device = model.pick_device(config.device)
-    dtype = model.pick_dtype(config.dtype, device)
+    device, name = model.pick_device(config.device), config.dtype
     model.set_threads(config.threads)
-    if config.dtype == "auto" and device.type == "cpu" and _are_bfloat16(tensors) and bfloat16_pays():
-        dtype = model.pick_dtype("bfloat16", device)
-    autocast = None if str(dtype) == "torch.float32" else dtype
-    return Machine(device=device, dtype=dtype, autocast=autocast)
+    if name == "auto" and device.type == "cpu" and _are_bfloat16(tensors) and bfloat16_pays():
+        name = "bfloat16"
+    return Machine(device=device, dtype=model.pick_dtype(name, device), autocast=model.autocast_dtype(name, device))
 
 
 def _are_bfloat16(tensors: Mapping[str, Stored] | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -79,7 +79,7 @@ def measured_rows(
     base: Anchored,
     reader: nn.Module,
     own: Sequence[str],
-    public: Sequence[str],
+    public: Callable[[], Sequence[str]],
     reporter: Reporter,
 ) -> tuple[routing.Rows, RouterInfo]:
     """Return rows of a kind for an owner's passages, and what a manifest says of them.
@@ -89,15 +89,16 @@ def measured_rows(
         base: The anchor.
         reader: The same as a model.
         own: The owner's passages, two at least.
-        public: Public passages; only the encoder kind reads them.
+        public: Returns public passages; only the encoder kind asks for them, as they are decoded from a large sample.
         reporter: Hears of progress.
 
     Raises:
         UsageError: There are too few passages, or the encoder cannot be loaded.
     """
     recipe = recipe_of(config)
+    theirs = public() if recipe.kind == "encoder" else ()
     rows = routing.embed_rows(
-        recipe, reader, base.space, own, public, partial(text.frame_passages, base.tokenizer), reporter
+        recipe, reader, base.space, own, theirs, partial(text.frame_passages, base.tokenizer), reporter
     )
     info = RouterInfo(
         kind=recipe.kind,

@@ -15,12 +15,12 @@ from flexctl.model.tensors import to_bytes
 from flexctl.runtime import Reporter
 from flexctl.text.tokens import TokenStream
 from flexctl.training.batches import Mixture
+from flexctl.training.budget import warmup_steps
 from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.loop import LoopSettings, ParameterGroup, train
 
 __all__ = ["WholeSettings", "train_whole"]
 
-_WARMUP_SHARE = 0.05
 _CHECKPOINT_STEPS = 200
 _MICRO_BATCH_TOKENS = 8192
 
@@ -82,7 +82,7 @@ def train_whole(
     loop = LoopSettings(
         steps=steps,
         lr=settings.lr,
-        warmup_steps=max(1, round(steps * _WARMUP_SHARE)),
+        warmup_steps=warmup_steps(steps, None),
         micro_batch=max(1, _MICRO_BATCH_TOKENS // settings.seq_len),
         weight_decay=settings.weight_decay,
         autocast=autocast,
