@@ -22,6 +22,7 @@ from flexctl.bundle.index import is_index, open_index
 from flexctl.bundle.layout import ROUTER_TENSOR, index_json
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED, AnchorManifest, TensorInfo, has_expired
 from flexctl.bundle.merged import CARD_FILE, CONFIG_FILE, INDEX_FILE, Merged, expert_file, weight_files
+from flexctl.bundle.names import and_more
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.router import RouterFile
 from flexctl.bundle.seals import known, remember, seal
@@ -153,7 +154,7 @@ def _check(name: str, problems: Iterable[str], fine: str) -> Check:
         found += list(problems)
     except BundleError as error:
         found.append(error.message)
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    more = and_more(len(found))
     return Check(name=name, ok=not found, detail=found[0] + more if found else fine)
 
 

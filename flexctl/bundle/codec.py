@@ -6,6 +6,7 @@ Laws: ``parse_json(canonical_json(x)) == x``; ``decode(type(x), encode(x)) == x`
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import types
 import typing
@@ -17,7 +18,17 @@ from flexctl.bundle.names import shown
 from flexctl.errors import BundleError
 from flexctl.pointers import refuse_pointer
 
-__all__ = ["OPTIONAL", "canonical_json", "decode", "encode", "indented_json", "parse_json", "read_bytes"]
+__all__ = [
+    "OPTIONAL",
+    "canonical_json",
+    "decode",
+    "digest_of_rest",
+    "encode",
+    "indented_json",
+    "json_digest",
+    "parse_json",
+    "read_bytes",
+]
 
 OPTIONAL: Mapping[str, Any] = {"optional": True}
 """Metadata of a dataclass field that stands in the JSON only where it is not None: one that came later."""
@@ -39,6 +50,16 @@ def canonical_json(value: Any) -> bytes:
         return text.encode("utf-8")
     except ValueError as error:
         raise BundleError(f"a manifest cannot hold this: {error}") from error
+
+
+def json_digest(value: Any) -> str:
+    """Return ``sha256:`` and the hex SHA-256 of the canonical JSON of ``value``."""
+    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def digest_of_rest(manifest: Any) -> str:
+    """Return the digest that a manifest bears which is all there is: of its fields but ``digest``."""
+    return json_digest({name: value for name, value in encode(manifest).items() if name != "digest"})
 
 
 def indented_json(value: Any) -> bytes:

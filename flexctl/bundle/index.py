@@ -8,19 +8,17 @@ int64. All numbers are little-endian. An index holds the text itself, so its fil
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flexctl.bundle.codec import canonical_json, decode, encode, parse_json, read_bytes
+from flexctl.bundle.codec import canonical_json, decode, digest_of_rest, parse_json, read_bytes
 from flexctl.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION
 from flexctl.bundle.names import check_expert_name, check_file_name, shown
 from flexctl.errors import BundleError, UsageError
@@ -83,7 +81,7 @@ def index_manifest(
 ) -> IndexManifest:
     """Return the manifest of an index, with its digest."""
     manifest = IndexManifest(name=name, digest="", documents=documents, bytes=num_bytes, shards=shards, files=files)
-    return replace(manifest, digest=_digest(manifest))
+    return replace(manifest, digest=digest_of_rest(manifest))
 
 
 def is_index(path: Path) -> bool:
@@ -193,11 +191,6 @@ class Index:
     sources: tuple[str, ...]
     shards: tuple[Shard, ...]
 
-    @cached_property
-    def size(self) -> int:
-        """Bytes of all shards, the ends of documents included."""
-        return sum(map(len, self.shards))
-
     def count(self, wanted: bytes) -> int:
         """Return how often some bytes stand in the text; no bytes stand in it everywhere."""
         intervals = (shard.interval(wanted) for shard in self.shards)
@@ -242,16 +235,11 @@ def _read_manifest(file: Path) -> IndexManifest:
         check_file_name(name, f"{file}: files")
     if canonical_json(value) != data:
         raise BundleError(f"{file}: is not canonical JSON (sorted keys, no spaces)")
-    if _digest(manifest) != manifest.digest:
+    if digest_of_rest(manifest) != manifest.digest:
         raise BundleError(f"{file}: digest is {shown(manifest.digest)}, but its content has another")
     if not 0 < manifest.shards <= len(manifest.files):
         raise BundleError(f"{file}: shards is {manifest.shards}; expected some, with three files each")
     return manifest
-
-
-def _digest(manifest: IndexManifest) -> str:
-    content = {name: value for name, value in encode(manifest).items() if name != "digest"}
-    return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _size(path: Path) -> int:

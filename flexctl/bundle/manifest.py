@@ -7,12 +7,11 @@ Schema version 1. A manifest is canonical JSON: in ``flexctl.json`` for director
 from __future__ import annotations
 
 import datetime
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexctl.bundle.codec import OPTIONAL, canonical_json, encode
+from flexctl.bundle.codec import OPTIONAL, canonical_json, encode, json_digest
 
 __all__ = [
     "MANIFEST_FILE",
@@ -301,7 +300,7 @@ def digest_of(tensors: Mapping[str, TensorInfo], files: Mapping[str, str] | None
         ``sha256:`` and the hex SHA-256 of the canonical JSON of both, or of ``tensors`` alone.
     """
     content = {"tensors": encode(tensors)} if files is None else {"files": encode(files), "tensors": encode(tensors)}
-    return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
+    return json_digest(content)
 
 
 def write_manifest(manifest: Manifest) -> bytes:

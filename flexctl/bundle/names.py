@@ -9,6 +9,7 @@ from flexctl.errors import BundleError, UsageError
 
 __all__ = [
     "PUBLIC",
+    "and_more",
     "check_anchor_name",
     "check_expert_name",
     "check_file_name",
@@ -31,6 +32,11 @@ def shown(value: object) -> str:
     """Return ``value`` as a message shows it: quoted, printable, on one line, at most 80 characters."""
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def and_more(count: int) -> str:
+    """Return how a message that names the first of ``count`` tells of the others: `` (and 2 more)``, or nothing."""
+    return f" (and {count - 1} more)" if count > 1 else ""
 
 
 def check_expert_name(name: str, where: str) -> str:

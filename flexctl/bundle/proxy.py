@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flexctl.bundle.codec import canonical_json, decode, encode, parse_json, read_bytes
+from flexctl.bundle.codec import canonical_json, decode, digest_of_rest, encode, parse_json, read_bytes
 from flexctl.bundle.manifest import SCHEMA_VERSION, AnchorRef
 from flexctl.bundle.names import check_expert_name, shown
 from flexctl.bundle.store import new_file
@@ -76,7 +75,7 @@ def open_proxy(path: Path) -> Proxy:
     check_expert_name(proxy.name, f"{path}: name")
     if canonical_json(value) != data:
         raise BundleError(f"{path}: is not canonical JSON (sorted keys, no spaces)")
-    if _digest(proxy) != proxy.digest:
+    if digest_of_rest(proxy) != proxy.digest:
         raise BundleError(
             f"{path}: digest is {shown(proxy.digest)}, but its content has another", hint="fetch it again"
         )
@@ -104,11 +103,6 @@ def write_proxy(
     ordered = tuple(sorted(documents, key=lambda document: document.index))
     proxy = Proxy(name=name, digest="", anchor=anchor, public=public, encoder=encoder, documents=ordered)
     with new_file(path, overwrite=overwrite) as temporary:
-        temporary.write_bytes(canonical_json(encode(replace(proxy, digest=_digest(proxy)))))
+        temporary.write_bytes(canonical_json(encode(replace(proxy, digest=digest_of_rest(proxy)))))
         open_proxy(temporary)
     return open_proxy(path)
-
-
-def _digest(proxy: Proxy) -> str:
-    content = {name: value for name, value in encode(proxy).items() if name != "digest"}
-    return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from flexctl.bundle.codec import canonical_json
+from flexctl.bundle.codec import json_digest
 from flexctl.bundle.hashing import hash_raw, in_parallel
 from flexctl.bundle.manifest import Architecture, digest_of
 from flexctl.bundle.names import PUBLIC
@@ -55,7 +54,7 @@ def weights_digest(weights: Weights) -> str:
         "num_experts_per_tok": weights.num_experts_per_tok,
         "tensors": digest_of(infos),
     }
-    return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
+    return json_digest(content)
 
 
 def zero_rows(num_hidden_layers: int, hidden_size: int) -> tuple[RawTensor, ...]:

@@ -43,6 +43,14 @@ class Estimate:
         """Whether the interval holds zero, so that the figure's sign is not shown by the text at hand."""
         return self.low is not None and self.high is not None and self.low <= 0 <= self.high
 
+    def is_above(self, value: float = 0.0) -> bool:
+        """Whether all of its interval is above ``value``."""
+        return self.low is not None and self.low > value
+
+    def is_below(self, value: float = 0.0) -> bool:
+        """Whether all of its interval is below ``value``."""
+        return self.high is not None and self.high < value
+
     @property
     def is_clear(self) -> bool:
         """Whether it is a number whose interval leaves zero out, so that its sign is shown."""

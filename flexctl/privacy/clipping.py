@@ -26,10 +26,21 @@ from torch import Tensor, nn
 from flexctl.errors import FlexctlError
 from flexctl.model.lowrank import LowRankLinear
 
-__all__ = ["PerDocument"]
+__all__ = ["PerDocument", "clip_scales"]
 
 _MARGIN = 1e-3
 """Documents are clipped to this much less than C, which leaves room for what float32 rounds in norms and in the sum."""
+
+
+def clip_scales(norms: Tensor, clip: float) -> Tensor:
+    """Return by what documents are multiplied so that none is longer than ``clip``, less a margin for rounding.
+
+    Args:
+        norms: Their lengths, (B,).
+        clip: C, above 0.
+    """
+    return (clip * (1 - _MARGIN) / norms.clamp(min=1e-30)).clamp(max=1.0)
+
 
 Factors = tuple[nn.Parameter, Tensor, Tensor]
 """A parameter, and g (B, S, out) and x (B, S, in) with which a document's gradient is g' x."""
@@ -87,7 +98,7 @@ class PerDocument:
         factors = self._factors(run, documents)
         norms = _norms(factors, documents)
         bad = ~torch.isfinite(norms)
-        scale = (clip * (1 - _MARGIN) / norms.clamp(min=1e-30)).clamp(max=1.0).masked_fill(bad, 0.0).float()
+        scale = clip_scales(norms, clip).masked_fill(bad, 0.0).float()
         found, some_are_bad = {}, bool(bad.any())
         for parameter, g, x in factors:
             if some_are_bad:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flexctl.bundle.store import new_file
+from flexctl.bundle.store import new_file, own_file
 from flexctl.errors import UsageError
 from flexctl.privacy.noise import KEY_BYTES, Secret
 
@@ -74,9 +74,8 @@ def open_ledger(
     max_grad_norm, row_norm = clips()
     run = _run(settings, digest, key)
     ledger = Ledger(key=key, max_grad_norm=max_grad_norm, row_norm=row_norm, run=run)
-    with new_file(path, overwrite=True) as temporary:
-        temporary.touch(0o600, exist_ok=False)
-        temporary.write_text(json.dumps(asdict(ledger)))
+    with new_file(path, overwrite=True) as temporary, own_file(temporary) as file:
+        file.write(json.dumps(asdict(ledger)).encode())
     return ledger
 
 

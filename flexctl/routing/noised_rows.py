@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.routed import observing, routed_layers
+from flexctl.privacy.clipping import clip_scales
 from flexctl.privacy.documents import Padded
 from flexctl.privacy.noise import Stream, noisy
 from flexctl.routing.rows import OwnerInputs, Rows, discriminant, finish_rows
 from flexctl.routing.space import RouterSpace
 
 __all__ = ["clipped_shifts", "document_shifts", "private_rows", "shift_norm"]
-
-_MARGIN = 1e-3
-"""As of gradients: what floating point may make of a norm or a sum."""
 
 
 def document_shifts(model: nn.Module, space: RouterSpace, batches: Iterable[Padded]) -> Iterator[Tensor]:
@@ -85,7 +83,7 @@ def clipped_shifts(model: nn.Module, space: RouterSpace, batches: Iterable[Padde
     total = torch.zeros(space.mean.shape, dtype=torch.float64)
     for shifts in document_shifts(model, space, batches):
         lengths = shifts.flatten(1).norm(dim=1)
-        scale = (clip * (1 - _MARGIN) / lengths.clamp(min=1e-30)).clamp(max=1.0)
+        scale = clip_scales(lengths, clip)
         kept = torch.where(torch.isfinite(lengths)[:, None, None], shifts * scale[:, None, None], 0.0)
         total += kept.sum(dim=0).cpu()
     return total
@@ -121,7 +119,7 @@ def private_rows(
     layers, hidden = shift.shape
     owner = OwnerInputs(
         mean=space.mean.double() + torch.einsum("lij,lj->li", roots, shift),
-        within=torch.zeros(()).expand(layers, hidden, hidden),
+        within=None,
         # What the noise adds to a squared distance is known, and no secret.
         uncertainty=torch.full((layers,), hidden * (deviation / documents) ** 2, dtype=torch.float64),
     )

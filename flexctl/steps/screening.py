@@ -14,6 +14,7 @@ from flexctl import evaluation, model, text
 from flexctl.bundle import Anchor, open_anchor
 from flexctl.bundle.composed import composed_weights
 from flexctl.bundle.composition import Composition
+from flexctl.bundle.names import and_more
 from flexctl.bundle.plausible import implausible_sizes, sizes_of
 from flexctl.errors import BundleError, UsageError
 from flexctl.evaluation.figures import Estimate
@@ -287,7 +288,7 @@ def admit(
             f"it makes {domain} worse by {change[name].value:.3f} bits per byte"
             f" ({change[name].low:.3f} to {change[name].high:.3f})"
             for domain, change in changes.items()
-            if (change[name].low or 0.0) > 0
+            if change[name].is_above()
         ]
         _refuse(sources[name], name, worse, config, reporter)
     return changes
@@ -349,7 +350,7 @@ def _refuse(source: Path, name: str, found: Sequence[str], config: ScreenConfig,
     """Refuse an expert for the first thing that was found, or say it where the expert is accepted."""
     if not found:
         return
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    more = and_more(len(found))
     said = f"{source}: expert {name}: {found[0]}{more}"
     if name in config.accept:
         reporter.warn(f"{said}; accepted")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flexctl.bundle.names import shown
+from flexctl.bundle.names import and_more, shown
 from flexctl.errors import BundleError
 from flexctl.model.building import load_tokenizer
 from flexctl.text.encoding import in_pieces
@@ -82,7 +82,7 @@ def refuse_tokens_beyond(path: Path, vocab_size: int) -> None:
     beyond = sorted((token_id, token) for token, token_id in load_tokenizer(path).get_vocab().items())
     beyond = [(token_id, token) for token_id, token in beyond if token_id >= vocab_size]
     if beyond:
-        more = f" (and {len(beyond) - 1} more)" if len(beyond) > 1 else ""
+        more = and_more(len(beyond))
         raise BundleError(
             f"{path}: the tokenizer's token {shown(beyond[0][1])} has id {beyond[0][0]}{more}; "
             f"expected below config.json's vocab_size, {vocab_size}",

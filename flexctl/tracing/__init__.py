@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
-    "building": ("SHARD_BYTES", "Built", "build_index", "require_divsufsort"),
+    "building": ("Built", "build_index", "require_divsufsort"),
     "near": ("near_spans", "require_rapidfuzz"),
     "spans": ("Place", "Span", "Traced", "copied", "find_spans", "segments"),
 }

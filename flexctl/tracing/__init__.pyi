@@ -1,6 +1,5 @@
 # Written by `make docs`; a test checks that it is current.
 
-from flexctl.tracing.building import SHARD_BYTES as SHARD_BYTES
 from flexctl.tracing.building import Built as Built
 from flexctl.tracing.building import build_index as build_index
 from flexctl.tracing.building import require_divsufsort as require_divsufsort

@@ -34,12 +34,9 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Progress
 from flexctl.text.documents import Record
 
-__all__ = ["SHARD_BYTES", "Built", "build_index", "require_divsufsort"]
+__all__ = ["Built", "build_index", "require_divsufsort"]
 
 Array = np.ndarray[Any, Any]
-
-SHARD_BYTES = 1 << 27
-"""Default size of a shard: sorting it takes about five times as much memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

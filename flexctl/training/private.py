@@ -23,12 +23,23 @@ from flexctl.privacy.noise import Secret, noisy
 from flexctl.runtime import Reporter
 from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
-from flexctl.training.loop import LoopSettings, ParameterGroup, autocasting, learning_rate, new_optimiser, set_rate
+from flexctl.training.loop import (
+    LoopSettings,
+    ParameterGroup,
+    autocasting,
+    learning_rate,
+    new_optimiser,
+    set_rate,
+    to_device,
+)
 
 __all__ = ["PrivateSteps", "gradient_norm", "train_privately"]
 
 _STEPS_BEFORE_MEASURING = 8
 """Of public text: the B of a low-rank expert begins as zero, where gradients have a tenth of their later norm."""
+
+_HALF = 0.5
+"""Share of public text's gradient in those steps."""
 
 Match = Callable[[Tensor], Tensor]
 
@@ -96,7 +107,7 @@ def train_privately(
         for step in range(len(losses), settings.steps):
             set_rate(optimiser, learning_rate(step, settings))
             _own_gradients(model, sums, parameters, documents, steps, settings, step, secret)
-            losses.append(_public_gradients(model, parameters, public, steps, settings, step, match))
+            losses.append(_public_gradients(model, parameters, public, steps.public_share, settings, step, match))
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             bar.advance(1)
@@ -128,11 +139,8 @@ def gradient_norm(
     start = [parameter.detach().clone() for parameter in parameters]
     optimiser = new_optimiser(groups, settings)
     set_rate(optimiser, settings.lr)
-    steps = PrivateSteps(
-        sampling_rate=0, batch_size=1, seq_len=1, max_grad_norm=1, noise_multiplier=1, public_share=0.5
-    )
     for step in range(_STEPS_BEFORE_MEASURING):
-        _public_gradients(model, parameters, public, steps, settings, step, match)
+        _public_gradients(model, parameters, public, _HALF, settings, step, match)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     sums = PerDocument(model, parameters)
@@ -193,7 +201,7 @@ def _public_gradients(
     model: nn.Module,
     parameters: Sequence[nn.Parameter],
     public: Batches | None,
-    steps: PrivateSteps,
+    share: float,
     settings: LoopSettings,
     step: int,
     match: Match | None,
@@ -202,12 +210,12 @@ def _public_gradients(
     if public is None:
         return 0.0
     device = parameters[0].device
-    batch = public.batch(step).to(device)
+    batch = to_device(public.batch(step), device)
     with autocasting(device, settings.autocast):
         loss = training_loss(model, batch[:, :-1], batch[:, 1:], settings.z_loss)
         penalised = loss if match is None else loss + match(public.is_public(step))
     count = batch[:, 1:].numel()
-    (penalised * (steps.public_share / count)).backward()
+    (penalised * (share / count)).backward()
     return float(loss.detach()) / count
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from flexctl.bundle.checks import Check
 from flexctl.bundle.manifest import Manifest
 from flexctl.bundle.merged import Merged
+from flexctl.bundle.names import and_more
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.signatures import bundle_name, kept_signature_file, read_signature, signature_path
 from flexctl.errors import BundleError
@@ -59,7 +60,7 @@ def _owners(merged: Merged, trust: Trust) -> Check:
         except BundleError as error:
             problems.append(error.message)
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        more = and_more(len(problems))
         return Check(name="owners", ok=False, detail=problems[0] + more)
     unsigned = [f"not by a key of {trust.path}: {', '.join(others)}"] if others else []
     return Check(name="owners", ok=True, detail="; ".join([*signed, *unsigned]) or "no expert is inside")

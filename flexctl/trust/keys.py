@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import base64
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexctl.bundle.names import shown
-from flexctl.bundle.store import new_file
+from flexctl.bundle.store import new_file, own_file
 from flexctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,10 +60,8 @@ def make_key(path: Path, passphrase: str) -> SSlibKey:
     private = Ed25519PrivateKey.generate()
     slowly = PrivateFormat.OpenSSH.encryption_builder().kdf_rounds(KDF_ROUNDS).build(passphrase.encode("utf-8"))
     sealed = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, slowly)
-    with new_file(path, overwrite=False) as temporary:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(sealed)
+    with new_file(path, overwrite=False) as temporary, own_file(temporary) as file:
+        file.write(sealed)
     with new_file(public_path(path), overwrite=False) as temporary:
         temporary.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return SSlibKey.from_crypto(private.public_key())

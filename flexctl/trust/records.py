@@ -15,7 +15,7 @@ from pathlib import Path
 from flexctl.bundle.checks import Check
 from flexctl.bundle.codec import canonical_json, decode, encode
 from flexctl.bundle.merged import Merged, expert_file
-from flexctl.bundle.names import PUBLIC, check_expert_name, shown
+from flexctl.bundle.names import PUBLIC, and_more, check_expert_name, shown
 from flexctl.bundle.signatures import STATEMENT_TYPE, Envelope, read_envelope
 from flexctl.errors import BundleError, UsageError
 from flexctl.trust.signing import Trust, named, signers_of
@@ -175,7 +175,7 @@ def record_check(merged: Merged, path: Path, record: Record, envelope: Envelope,
         return Check(name=name, ok=False, detail=error.message)
     problems = list(_problems(merged, record))
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        more = and_more(len(problems))
         return Check(name=name, ok=False, detail=f"{merged.path}: {problems[0]}{more}")
     is_left = merged.digest == record.after
     shared = f"; {record.shared} others have too" if record.shared else ""

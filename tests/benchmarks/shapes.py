@@ -70,12 +70,6 @@ def step_flops(shape: Shape, kind: str, rank: int | None = None) -> int:
     return 2 * (forward + backward) * shape.tokens
 
 
-def forward_flops(shape: Shape, networks: float) -> int:
-    """Return the operations of a forward pass in which ``networks`` feed-forward networks run on a token."""
-    layer = 4 * shape.hidden**2 + networks * 3 * shape.hidden * shape.inner + shape.seq_len * shape.hidden
-    return int(2 * (shape.layers * layer + shape.vocab * shape.hidden) * shape.tokens)
-
-
 def sizes(shape: Shape) -> dict[str, Any]:
     """Return a shape as Transformers' configs have it."""
     return {

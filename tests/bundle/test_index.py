@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexctl.bundle.codec import canonical_json
-from flexctl.bundle.index import _digest, _read_manifest, open_index
+from flexctl.bundle.codec import canonical_json, digest_of_rest
+from flexctl.bundle.index import _read_manifest, open_index
 from flexctl.engine.inspect import InspectConfig, inspect
 from flexctl.engine.push import PushConfig, push
 from flexctl.engine.trace_index import TraceIndexConfig, trace_index
@@ -32,7 +32,7 @@ def forge(index: Path, **changes: Any) -> None:
     file.write_bytes(canonical_json(manifest))
     if "digest" not in changes:
         try:
-            manifest["digest"] = _digest(_read_manifest(file))
+            manifest["digest"] = digest_of_rest(_read_manifest(file))
         except BundleError as error:
             if "digest" not in error.message:
                 return

@@ -111,5 +111,5 @@ class Recovery:
         begins behind and catches up has no memory of the text; one that begins ahead and stays so has it from others.
         """
         return any(
-            min(ahead.low or 0.0, faster.low or 0.0) > 0 for ahead, faster in zip(self.ahead, self.faster, strict=True)
+            ahead.is_above() and faster.is_above() for ahead, faster in zip(self.ahead, self.faster, strict=True)
         )

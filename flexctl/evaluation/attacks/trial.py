@@ -14,7 +14,6 @@ from flexctl.evaluation.attacks.extraction import Beginning, Continuations, cont
 from flexctl.evaluation.attacks.findings import Audited, Extraction
 from flexctl.evaluation.attacks.membership import Losses, measure_losses, memberships
 from flexctl.evaluation.bootstrap import resample_statistic
-from flexctl.evaluation.figures import Estimate
 from flexctl.runtime import Reporter
 from flexctl.text.tokens import Framed
 from flexctl.tracing.spans import copied
@@ -142,18 +141,10 @@ def audited(
     extraction = _extraction(trial.continuations, anchor.continuations if anchor else None, indexes)
     told, more = membership[best].auc, extraction.above_anchor
     if anchor is None:
-        found = _is_above(told, 0.5) or _is_below(told, 0.5)
+        found = told.is_above(0.5) or told.is_below(0.5)
     else:
-        found = (are_alike and _is_above(told, 0.5)) or (more is not None and _is_above(more, 0.0))
+        found = (are_alike and told.is_above(0.5)) or (more is not None and more.is_above(0.0))
     return Audited(extraction=extraction, membership=membership, canaries=canaries, found=found)
-
-
-def _is_above(found: Estimate, value: float) -> bool:
-    return found.low is not None and found.low > value
-
-
-def _is_below(found: Estimate, value: float) -> bool:
-    return found.high is not None and found.high < value
 
 
 def _extraction(made: Continuations, anchors: Continuations | None, indexes: Sequence[Index]) -> Extraction:
