@@ -61,7 +61,7 @@ class Played:
     def __init__(self, pieces: Sequence[tuple[str, str]] = _PLAYED, *, wait_s: float = 0.0, explains: bool) -> None:
         self.asks: list[Any] = []
         self._pieces, self._wait_s, self._explains = tuple(pieces), wait_s, explains
-        self._stopped: set[int] = set()
+        self._stopped: list[Job] = []
         self._threads: list[threading.Thread] = []
 
     def submit(self, job: Job) -> None:
@@ -71,7 +71,7 @@ class Played:
         thread.start()
 
     def cancel(self, job: Job) -> None:
-        self._stopped.add(id(job))
+        self._stopped.append(job)
 
     def end(self) -> None:
         """Wait until nothing is played any more."""
@@ -83,7 +83,7 @@ class Played:
         left_out = [NAMES[index] for index in ask.left_out]
         heard = [("\u2026", "public") if who in left_out else (text, who) for text, who in self._pieces]
         for number in range(ask.max_new_tokens):
-            if id(job) in self._stopped:
+            if job in self._stopped:
                 return
             time.sleep(self._wait_s)
             text, who = heard[number % len(heard)]
