@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from flexctl import evaluation, flags, model, text, training, workspace
-from flexctl.bundle import PUBLIC, Anchor, DataInfo, Expert, RawTensor, RouterInfo, open_expert, write_expert
+from flexctl.bundle import PUBLIC, Anchor, DataInfo, RawTensor, RouterInfo, open_expert, write_expert
 from flexctl.bundle.checks import prove
 from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.lowrank import refuse_useless_rank
@@ -17,10 +17,11 @@ from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError
 from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag, switch
+from flexctl.processes import Joined, World, refuse_many
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.guarantee import Plan, planned
-from flexctl.steps.machine import machine_of
+from flexctl.steps.machine import Machine, machine_of
 from flexctl.steps.private_run import PrivateRun
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 from flexctl.steps.terms import data_info, warn_of_expired
@@ -170,13 +171,18 @@ class TrainExpertResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Task:
-    """What is to be made: the settings, the anchor, the expert's name and its file, and its guarantee if it has one."""
+    """What is to be made: the settings, the anchor, the expert's name and its file, and its guarantee if it has one.
+
+    Attributes:
+        world: The processes that make it.
+    """
 
     config: TrainExpertConfig
     base: Anchored
     name: str
     target: Path
     plan: Plan | None
+    world: World
 
     def result(self, **figures: Any) -> TrainExpertResult:
         """Return a result with what is known before any training, and these figures."""
@@ -187,7 +193,7 @@ class _Task:
 class _Setup:
     """Everything a run needs, ready."""
 
-    reader: nn.Module
+    machine: Machine
     corpus: text.Corpus
     public: text.PublicSample
     data: training.Mixture
@@ -200,12 +206,12 @@ class _Setup:
         """Tokens of the owner's that the run trains on."""
         return self.data.own_tokens(self.loop.steps)
 
-    def losses(self, reporter: Reporter) -> dict[str, float]:
-        """Return the model's loss on documents kept out of training, the owner's and public ones, nats a token."""
+    def losses(self, reader: nn.Module, world: World, reporter: Reporter) -> dict[str, float]:
+        """Return a model's loss on documents kept out of training, the owner's and public ones, nats a token."""
         most = training.held_out_tokens(self.own_tokens)
         parts = {"own": self.corpus.held_out, "public": self.public.held_out}
         held_out = {name: text.leading(documents, most) for name, documents in parts.items() if documents is not None}
-        return evaluation.held_out_losses(self.reader, held_out, seq_len=self.data.seq_len, reporter=reporter)
+        return evaluation.held_out_losses(reader, held_out, seq_len=self.data.seq_len, reporter=reporter, world=world)
 
 
 def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> TrainExpertResult:
@@ -216,13 +222,18 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         reporter: Hears of progress.
 
     Returns:
-        What was made and what was gained.
+        What was made and what was gained; in every process that torchrun started, of which one writes.
 
     Raises:
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor or the router file is not valid, or they do not belong together.
         FlexctlError: Training failed.
     """
+    with Joined(config.device) as world:
+        return _train_expert(config, world, reporter)
+
+
+def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -> TrainExpertResult:
     place = workspace.find()
     base = open_anchored(config, reporter)
     name = name_an_expert(config.name, text.source_name(config.data[0]))
@@ -230,24 +241,26 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     work_path = target.parent / f".{target.stem}.work"
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
-    training.refuse_busy(work_path)
+    if world.is_writer:
+        training.refuse_busy(work_path)
     plan = planned(config, base.anchor)
     canaries = text.CanaryFolder.beside(target)
     data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
-    task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan)
+    task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan, world=world)
     if ends:
-        return _finished(task, work_path, reporter)
+        return world.by_writer(lambda: _finished(task, work_path, reporter))
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
     warn_of_expired(config, reporter)
     if plan is not None:
         reporter.note(str(plan))
     if config.dry_run:
         return task.result(digest=None, tokens=0, public_tokens=0, steps=0, rank=config.rank, dry_run=True)
-    with training.working_folder(work_path, reporter) as work:
+    with training.working_folder(work_path, reporter, world) as work:
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
         if config.canaries:
-            text.plant_canaries(canaries, config.canaries, config.text_field, keep=config.resume)
+            count = config.canaries
+            world.by_writer(lambda: text.plant_canaries(canaries, count, config.text_field, keep=config.resume))
         return _run(task, work, reporter) if plan is None else _run_privately(task, plan, work, reporter)
 
 
@@ -255,6 +268,8 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
     machine_of(config)
+    if config.dp_epsilon is not None:
+        refuse_many("training under a guarantee (`dp_epsilon`)")
     given_rows(config, anchor)
     if config.public is not None:
         text.text_files([config.public], "public")
@@ -300,12 +315,15 @@ def _asked(task: _Task, digest: str | None) -> dict[str, Any]:
 
 
 def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
-    config, setup = task.config, _set_up(task, work, reporter)
+    config, (setup, reader) = task.config, _set_up(task, work, reporter)
     asked = _asked(task, setup.corpus.survey.digest)
-    before = setup.losses(reporter)
-    tensors, outcome = _train(task, setup, work, reporter)
-    after = setup.losses(reporter)
-    _refuse_moved(setup.reader, task.base.anchor)
+    before = setup.losses(reader, task.world, reporter)
+    if task.world.size > 1:
+        del reader  # FSDP takes no module after the first pass, so that the expert goes into a new one
+        reader = setup.machine.build(task.base.anchor.weights(), task.world)
+    tensors, outcome = _train(task, setup, reader, work, reporter)
+    after = setup.losses(reader, task.world, reporter)
+    _refuse_moved(reader, task.base.anchor, task.world)
     result = task.result(
         digest=None,
         tokens=setup.own_tokens,
@@ -319,22 +337,23 @@ def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
         rank=config.rank,
     )
     survey = setup.corpus.survey
-    expert = _write(
-        task,
-        {**tensors, "router.weight": setup.rows},
-        data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
-        result,
-        asked,
-        settings=_identity(config, setup),
-        router=setup.router,
-        run={
-            "tokens_per_s": result.tokens_per_s,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "duplicates": survey.duplicates,
-        },
+    digest, size = task.world.by_writer(
+        lambda: _written(
+            task,
+            {**tensors, "router.weight": setup.rows},
+            data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
+            result,
+            asked,
+            settings=_identity(config, setup),
+            router=setup.router,
+            run={
+                "tokens_per_s": result.tokens_per_s,
+                "peak_rss_bytes": peak_rss_bytes(),
+                "duplicates": survey.duplicates,
+            },
+        )
     )
-    size = task.target.stat().st_size
-    return replace(result, digest=expert.digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
+    return replace(result, digest=digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
 
 
 def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> TrainExpertResult:
@@ -344,7 +363,7 @@ def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> T
     machine = machine_of(config, base.anchor.weights().shared)
     run = PrivateRun(config, plan, base, public, machine, work, reporter)
     released = run.train()
-    _refuse_moved(run.reader, base.anchor)
+    _refuse_moved(run.reader, base.anchor, task.world)
     result = task.result(
         digest=None,
         tokens=None,
@@ -357,7 +376,7 @@ def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> T
         rank=config.rank,
     )
     told = data_info(config, documents=None, tokens=None, num_bytes=None)
-    expert = _write(
+    digest, size = _written(
         task,
         released.tensors,
         told,
@@ -367,15 +386,19 @@ def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> T
         router=released.router,
         run={},
     )
-    return replace(result, digest=expert.digest, bytes_written=task.target.stat().st_size)
+    return replace(result, digest=digest, bytes_written=size)
 
 
-def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
+def _set_up(task: _Task, work: Path, reporter: Reporter) -> tuple[_Setup, nn.Module]:
+    """Return what a run needs, and the anchor as a model."""
     config, base = task.config, task.base
     machine = machine_of(config, base.anchor.weights().shared)
     note_busy_cores(config.threads, reporter)
-    corpus = text.prepare_corpus(
-        config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
+    # What the writer has tokenised, the others find.
+    corpus = task.world.writer_first(
+        lambda: text.prepare_corpus(
+            config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
+        )
     )
     public = _public_sample(config, base)
     budget = _budget(config, base.anchor, corpus)
@@ -389,12 +412,12 @@ def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
     )
     most = data.steps_for(budget.own_tokens)
     steps = min(most, config.max_steps or most)
-    reader = machine.build(base.anchor.weights())
+    reader = machine.build(base.anchor.weights(), task.world)
     reporter.note(f"router rows: {config.router}")
     passages = training.passages(data.own_tokens(steps))
     rows, router = _start_rows(task, reader, corpus, public, passages, reporter)
-    return _Setup(
-        reader=reader,
+    setup = _Setup(
+        machine=machine,
         corpus=corpus,
         public=public,
         data=data,
@@ -408,6 +431,7 @@ def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
         rows=rows,
         router=router,
     )
+    return setup, reader
 
 
 def _public_sample(config: TrainExpertConfig, base: Anchored) -> text.PublicSample:
@@ -446,11 +470,14 @@ def _start_rows(
         own,
         lambda: text.sample_passages(public.texts(base.tokenizer), passages, config.seed),
         reporter,
+        task.world,
     )
-    return rows.rows, info
+    return task.world.by_writer(lambda: (rows.rows, info))
 
 
-def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[dict[str, Tensor], training.Outcome]:
+def _train(
+    task: _Task, setup: _Setup, reader: nn.Module, work: Path, reporter: Reporter
+) -> tuple[dict[str, Tensor], training.Outcome]:
     """Train the pair; return the expert's tensors, rounded as they are stored, and what the run did."""
     config, anchor = task.config, task.base.anchor
     identity = {
@@ -470,17 +497,18 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[
         reporter=reporter,
     )
     match = config.public_match if config.public_mix else 0.0
-    pair = training.Pair(setup.reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed)
+    pair = training.Pair(reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed, world=task.world)
     if config.recompute:
-        model.recompute_layers(setup.reader)
+        model.recompute_layers(reader)
     outcome = training.train(
-        setup.reader,
+        reader,
         pair.groups(),
         setup.data,
         setup.loop,
         reporter=reporter,
         match=pair.match if match else None,
         checkpoints=checkpoints,
+        world=task.world,
     )
     pair.close()
     public = anchor.weights().experts[PUBLIC]
@@ -503,12 +531,12 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
     }
 
 
-def _refuse_moved(reader: nn.Module, anchor: Anchor) -> None:
-    if moved := model.moved_tensors(reader, anchor.weights()):
+def _refuse_moved(reader: nn.Module, anchor: Anchor, world: World) -> None:
+    if moved := model.moved_tensors(reader, anchor.weights(), world):
         raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
 
 
-def _write(
+def _written(
     task: _Task,
     tensors: Mapping[str, Tensor],
     data: DataInfo,
@@ -518,8 +546,9 @@ def _write(
     settings: Mapping[str, Any],
     router: RouterInfo,
     run: Mapping[str, Any],
-) -> Expert:
-    return write_expert(
+) -> tuple[str, int]:
+    """Write the expert; return its digest and its size in bytes."""
+    expert = write_expert(
         task.target,
         anchor=task.base.anchor,
         name=task.name,
@@ -541,3 +570,4 @@ def _write(
         overwrite=task.config.overwrite,
         rank=task.config.rank,
     )
+    return expert.digest, task.target.stat().st_size

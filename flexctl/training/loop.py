@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flexctl.errors import FlexctlError
 from flexctl.model.losses import training_loss
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Progress, Reporter
 from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
@@ -110,6 +111,7 @@ def train(
     match: Callable[[Tensor], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
+    world: World = ALONE,
 ) -> Outcome:
     """Train ``groups`` of ``model`` in place and return the losses.
 
@@ -119,10 +121,11 @@ def train(
         data: Batches by step.
         settings: How.
         reporter: Gets loss, tokens a second and the time left.
-        match: Penalty on the forward pass just made, summed over its tokens; given which sequences are public, (B,), on
-            the CPU.
+        match: Penalty on the forward pass just made, summed over its tokens; given which sequences of it, in all
+            processes, are public, (B,), on the CPU.
         penalty: Penalty added once a step.
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
+        world: The processes that train; each takes its part of every micro-batch.
 
     Raises:
         FlexctlError: The loss is not finite, or a file of tokens is not what it was when it was written. That is
@@ -140,7 +143,7 @@ def train(
         bar.advance(first * per_step)
         for step in range(first, settings.steps):
             set_rate(optimiser, learning_rate(step, settings))
-            running.add(_step(model, parameters, data, step, settings, optimiser, match, penalty))
+            running.add(_step(model, parameters, data, step, settings, optimiser, match, penalty, world))
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
             if checkpoints is not None and checkpoints.is_due(step + 1, settings.steps):
                 running.settle()
@@ -193,23 +196,28 @@ def _step(
     optimiser: torch.optim.Optimizer,
     match: Callable[[Tensor], Tensor] | None,
     penalty: Callable[[], Tensor] | None,
+    world: World,
 ) -> Tensor:
     device = parameters[0].device
-    batch, public = to_device(data.batch(step), device), data.is_public(step)
+    batch, public = data.batch(step), data.is_public(step)
     total = torch.zeros((), device=device)
     count = data.batch_size * data.seq_len
-    for rows, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
+    for together, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
+        part = world.part(len(together))
+        rows, weights = to_device(part.of(together), device), part.weights(data.seq_len)
+        weights = weights if weights is None else to_device(weights, device)
         with autocasting(device, settings.autocast):
-            loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss)
+            loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss, weights)
             penalised = loss if match is None else loss + match(which)
         (penalised / count).backward()
         total += loss.detach() / count
     if penalty is not None:
-        penalty().backward()
+        (penalty() / world.size).backward()
+    world.sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return total
+    return world.sum(total)
 
 
 def new_optimiser(groups: Sequence[ParameterGroup], settings: LoopSettings) -> torch.optim.AdamW:
