@@ -19,11 +19,13 @@ class Command(NamedTuple):
         name: Its name with underscores, which is its module's and its function's.
         summary: What it does, one line.
         types: Types of its Result's fields that its module defines.
+        is_shared: Whether several processes may share a run of it.
     """
 
     name: str
     summary: str
     types: tuple[str, ...] = ()
+    is_shared: bool = False
 
     @property
     def shown(self) -> str:
@@ -43,7 +45,7 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("init_anchor", "Make the public, frozen model that experts train against."),
-    Command("train_expert", "Train one expert on text that stays where it is."),
+    Command("train_expert", "Train one expert on text that stays where it is.", is_shared=True),
     Command("import_expert", "Make an expert of a checkpoint fine-tuned elsewhere."),
     Command("adopt", "Take a stock mixture apart into an anchor and experts.", ("AdoptedExpert",)),
     Command("embed_router", "Make router rows from sample texts, without training.", ("LayerReport",)),

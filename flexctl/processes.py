@@ -8,7 +8,9 @@ Nothing distributed is imported where there is one process.
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +33,11 @@ Value = TypeVar("Value")
 
 _PATIENCE = timedelta(hours=24)
 """How long processes wait for each other: one may be tokenising while the others wait. A launcher ends them sooner."""
+
+_LAST_WORDS_S = 1.0
+
+_MEETINGS = itertools.count()
+"""Numbers the runs that this process has had a part in, so that one does not hear what was said in another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +181,15 @@ class _Together(World):
 
 
 class Echo(FlexctlError):
-    """A failure that another process of the run has told of."""
+    """A failure that another process of the run has told of.
+
+    Args:
+        exit_code: What this process ends with.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of the run failed")
+        self.exit_code = exit_code
 
 
 class Joined(AbstractContextManager[World]):
@@ -203,7 +218,7 @@ class Joined(AbstractContextManager[World]):
 
         kind = _kind(self._device)
         store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-        self._store = PrefixStore("flexctl", store)
+        self._store = PrefixStore(f"flexctl-{next(_MEETINGS)}", store)
         backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
         distributed.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE)
         return _Together(rank, size, kind)
@@ -218,7 +233,9 @@ class Joined(AbstractContextManager[World]):
 
             distributed.destroy_process_group()
         elif not self._is_first_to_fail():
-            raise Echo("another process of the run failed") from error
+            # A launcher ends all as soon as one has ended: the one that tells why needs a moment.
+            time.sleep(_LAST_WORDS_S)
+            raise Echo(getattr(error, "exit_code", 1)) from error
         elif isinstance(error, RuntimeError) and _is_about_a_peer(error):
             raise FlexctlError(
                 "another process of the run went away",
