@@ -5,6 +5,7 @@ A log has figures and no text, is no part of what is made, and stays on this mac
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -123,7 +124,8 @@ class RowLogits:
 
     def take(self, sequences: int) -> Tensor:
         """Return the mean of each of ``sequences`` sequences, (B,)."""
-        return torch.stack(list(self._found.values())).mean(dim=0).unflatten(0, (sequences, -1)).mean(dim=1)
+        tokens: Tensor = torch.stack(list(self._found.values())).mean(dim=0)
+        return tokens.view(sequences, -1).mean(dim=1)
 
     def close(self) -> None:
         """Stop watching."""
@@ -142,11 +144,10 @@ class _Lines:
         if not self._is_whole:
             return
         line = json.dumps({"step": step, **figures}).encode() + b"\n"
-        reason = "the disk is full"
         try:
-            self._is_whole = self._file.write(line) == len(line)
+            self._is_whole, reason = self._file.write(line) == len(line), os.strerror(errno.ENOSPC)
         except OSError as error:
-            self._is_whole, reason = False, error.strerror
+            self._is_whole, reason = False, str(error.strerror)
         if not self._is_whole:
             self._reporter.warn(f"{self._path}: cannot be written ({reason}); the log ends here, the run goes on")
 
@@ -191,4 +192,4 @@ def _trackio(name: str, *, resume: bool) -> Iterator[Sink]:
         yield lambda step, figures: run.log(dict(figures), step=step)
     finally:
         with redirect_stdout(io.StringIO()):
-            run.finish()
+            trackio.finish()
