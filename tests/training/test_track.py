@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import signal
+import sqlite3
+import subprocess
 import sys
+from contextlib import closing
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -281,3 +285,29 @@ def test_nobody_asked_means_no_log_and_no_import(stub: Stub) -> None:
         run(track)
     assert stub.asked == {}
     assert not track.is_on
+
+
+REAL = """
+import sys
+from pathlib import Path
+from flexctl.runtime import SILENT
+from flexctl.training.track import tracked
+
+for resume, steps in ((False, 3), (True, 5)):
+    with tracked(Path(sys.argv[1]), "law", resume=resume, reporter=SILENT) as track:
+        for step in range(1, steps + 1):
+            track.log(step, {"loss": 1 / step, "router_logit/own": -0.5})
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_itself_keeps_a_run_that_goes_on_as_one_and_prints_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "kept"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REAL, str(tmp_path / "x")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    with closing(sqlite3.connect(tmp_path / "kept" / "flexctl.db")) as kept:
+        found = kept.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    assert [(name, {"step": step, **json.loads(figures)}) for name, step, figures in found] == [
+        ("law", line) for line in lines(tmp_path / "x")
+    ]
