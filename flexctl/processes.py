@@ -34,7 +34,8 @@ Value = TypeVar("Value")
 _PATIENCE = timedelta(hours=24)
 """How long processes wait for each other: one may be tokenising while the others wait. A launcher ends them sooner."""
 
-_LAST_WORDS_S = 1.0
+_LAST_WORDS_S = 0.5
+"""How long a process waits for another to tell why the run failed."""
 
 _MEETINGS = itertools.count()
 """Numbers the runs that this process has had a part in, so that one does not hear what was said in another."""
@@ -117,8 +118,12 @@ class World:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Let parameters that every process has whole have the sum of all gradients."""
 
+    def most(self, *numbers: int) -> tuple[int, ...]:
+        """Return the largest of each number that the processes have."""
+        return numbers
+
     def by_writer(self, work: Callable[[], Value]) -> Value:
-        """Return what ``work`` returns in the writer; the others wait for it."""
+        """Return what ``work`` returns in the writer, or raise what it raises; the others wait for it."""
         return work()
 
     def writer_first(self, work: Callable[[], Value]) -> Value:
@@ -163,21 +168,36 @@ class _Together(World):
             if parameter.grad is not None and not hasattr(parameter, "full_tensor"):
                 distributed.all_reduce(parameter.grad)
 
+    def most(self, *numbers: int) -> tuple[int, ...]:
+        import torch
+        from torch import distributed
+
+        found = torch.tensor(numbers)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return tuple(found.tolist())
+
     def by_writer(self, work: Callable[[], Value]) -> Value:
         from torch import distributed
 
-        told: list[Any] = [work() if self.is_writer else None]
+        told: list[Any] = [None, None]
+        if self.is_writer:
+            try:
+                told = [work(), None]
+            except (FlexctlError, OSError) as error:
+                told = [None, error]
         distributed.broadcast_object_list(told)
+        if told[1] is not None:
+            raise told[1]
         value: Value = told[0]
         return value
 
     def writer_first(self, work: Callable[[], Value]) -> Value:
         if not self.is_writer:
             self.by_writer(lambda: None)
-        value = work()
-        if self.is_writer:
-            self.by_writer(lambda: None)
-        return value
+            return work()
+        done: list[Value] = []
+        self.by_writer(lambda: done.append(work()))
+        return done[0]
 
 
 class Echo(FlexctlError):
@@ -207,6 +227,7 @@ class Joined(AbstractContextManager[World]):
     def __init__(self, device: str) -> None:
         self._device = device
         self._store: Store | None = None
+        self._rank = 0
 
     def __enter__(self) -> World:
         rank, size = launched()
@@ -221,6 +242,7 @@ class Joined(AbstractContextManager[World]):
         self._store = PrefixStore(f"flexctl-{next(_MEETINGS)}", store)
         backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
         distributed.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE)
+        self._rank = rank
         return _Together(rank, size, kind)
 
     def __exit__(
@@ -232,6 +254,7 @@ class Joined(AbstractContextManager[World]):
             from torch import distributed
 
             distributed.destroy_process_group()
+        # What is wrong with a run is found by all at once: the first process then tells, or one that fails alone.
         elif not self._is_first_to_fail():
             # A launcher ends all as soon as one has ended: the one that tells why needs a moment.
             time.sleep(_LAST_WORDS_S)
@@ -244,6 +267,7 @@ class Joined(AbstractContextManager[World]):
 
     def _is_first_to_fail(self) -> bool:
         assert self._store is not None
+        time.sleep(_LAST_WORDS_S if self._rank else 0)
         try:
             return self._store.add("failed", 1) == 1
         except RuntimeError:  # who kept the store went first

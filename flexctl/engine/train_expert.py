@@ -117,7 +117,7 @@ class TrainExpertConfig(Config):
     encoder: flags.Encoder = None
     own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
     resume: flags.Resume = False
-    checkpoint_steps: flags.CheckpointSteps = 200
+    checkpoint_steps: flags.CheckpointSteps = None
     license: flags.License = None
     purpose: flags.Purpose = ()
     expires: flags.Expires = None
@@ -127,6 +127,7 @@ class TrainExpertConfig(Config):
     threads: flags.Threads = None
     device: flags.Device = "auto"
     dtype: flags.Dtype = "auto"
+    track: flags.Track = False
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
 
@@ -243,6 +244,7 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     if world.is_writer:
         training.refuse_busy(work_path)
+    log = training.log_beside(target) if config.track else None
     plan = planned(config, base.anchor)
     canaries = text.CanaryFolder.beside(target)
     data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
@@ -255,13 +257,18 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
         reporter.note(str(plan))
     if config.dry_run:
         return task.result(digest=None, tokens=0, public_tokens=0, steps=0, rank=config.rank, dry_run=True)
-    with training.working_folder(work_path, reporter, world) as work:
+    with (
+        training.working_folder(work_path, reporter, world) as work,
+        training.tracked(log, name, resume=config.resume, reporter=reporter, world=world) as track,
+    ):
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
         if config.canaries:
             count = config.canaries
             world.by_writer(lambda: text.plant_canaries(canaries, count, config.text_field, keep=config.resume))
-        return _run(task, work, reporter) if plan is None else _run_privately(task, plan, work, reporter)
+        if plan is None:
+            return _run(task, work, track, reporter)
+        return _run_privately(task, plan, work, track, reporter)
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
@@ -314,15 +321,17 @@ def _asked(task: _Task, digest: str | None) -> dict[str, Any]:
     )
 
 
-def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
+def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
     config, (setup, reader) = task.config, _set_up(task, work, reporter)
     asked = _asked(task, setup.corpus.survey.digest)
     before = setup.losses(reader, task.world, reporter)
+    track.held_out(0, before)
     if task.world.size > 1:
         del reader  # FSDP takes no module after the first pass, so that the expert goes into a new one
         reader = setup.machine.build(task.base.anchor.weights(), task.world)
-    tensors, outcome = _train(task, setup, reader, work, reporter)
+    tensors, outcome = _train(task, setup, reader, work, track, reporter)
     after = setup.losses(reader, task.world, reporter)
+    track.held_out(setup.loop.steps, after)
     _refuse_moved(reader, task.base.anchor, task.world)
     result = task.result(
         digest=None,
@@ -356,12 +365,12 @@ def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
     return replace(result, digest=digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
 
 
-def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> TrainExpertResult:
+def _run_privately(task: _Task, plan: Plan, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
     config, base = task.config, task.base
     note_busy_cores(config.threads, reporter)
     public = _public_sample(config, base)
     machine = machine_of(config, base.anchor.weights().shared)
-    run = PrivateRun(config, plan, base, public, machine, work, reporter)
+    run = PrivateRun(config, plan, base, public, machine, work, track, reporter)
     released = run.train()
     _refuse_moved(run.reader, base.anchor, task.world)
     result = task.result(
@@ -476,7 +485,7 @@ def _start_rows(
 
 
 def _train(
-    task: _Task, setup: _Setup, reader: nn.Module, work: Path, reporter: Reporter
+    task: _Task, setup: _Setup, reader: nn.Module, work: Path, track: training.Track, reporter: Reporter
 ) -> tuple[dict[str, Tensor], training.Outcome]:
     """Train the pair; return the expert's tensors, rounded as they are stored, and what the run did."""
     config, anchor = task.config, task.base.anchor
@@ -485,7 +494,7 @@ def _train(
         "anchor": anchor.digest,
         "data": setup.corpus.survey.digest,
         "public": setup.public.digest,
-        "rows": [float(row) for row in setup.rows.sum(dim=1)],
+        "rows": [float(row) for row in setup.rows.norm(dim=1)],
         "rank": config.rank,
         "special_as_text": config.special_as_text,
     }
@@ -495,6 +504,7 @@ def _train(
         every_steps=config.checkpoint_steps,
         resume=config.resume,
         reporter=reporter,
+        world=task.world,
     )
     match = config.public_match if config.public_mix else 0.0
     pair = training.Pair(reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed, world=task.world)
@@ -508,6 +518,7 @@ def _train(
         reporter=reporter,
         match=pair.match if match else None,
         checkpoints=checkpoints,
+        track=track,
         world=task.world,
     )
     pair.close()

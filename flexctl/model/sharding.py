@@ -18,7 +18,7 @@ from flexctl.model.norms import fuse_norms
 from flexctl.model.tensors import RawBytes, rows_of, to_torch
 from flexctl.processes import World
 
-__all__ = ["local_rows", "network_of_rows", "shard_frozen", "shard_trained", "trained_copy", "whole"]
+__all__ = ["local_rows", "network_of_rows", "rows_like", "shard_frozen", "shard_trained", "trained_copy", "whole"]
 
 
 def shard_frozen(model: Any, tensors: Mapping[str, RawBytes], *, device: torch.device, world: World) -> None:
@@ -97,6 +97,16 @@ def local_rows(tensor: Any) -> Tensor:
     """Return the rows of a tensor that this process has; of one that is not sharded, all."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
+
+
+def rows_like(parameter: Any, tensor: Tensor, world: World) -> Tensor:
+    """Return of a tensor of a parameter's shape what this process has of the parameter; any other as it is."""
+    if tensor.shape != parameter.shape or not hasattr(parameter, "to_local") or hasattr(tensor, "to_local"):
+        return tensor
+    mine = torch.empty_like(parameter, requires_grad=False)
+    first, last = world.rows(len(tensor))
+    local_rows(mine).copy_(tensor[first:last])
+    return mine
 
 
 def whole(tensor: Any) -> Tensor:
