@@ -227,7 +227,7 @@ class Joined(AbstractContextManager[World]):
     def __init__(self, device: str) -> None:
         self._device = device
         self._store: Store | None = None
-        self._rank = 0
+        self._rank, self._kind = 0, "cpu"
 
     def __enter__(self) -> World:
         rank, size = launched()
@@ -237,7 +237,7 @@ class Joined(AbstractContextManager[World]):
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        kind = _kind(self._device)
+        kind = self._kind = _kind(self._device)
         store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
         self._store = PrefixStore(f"flexctl-{next(_MEETINGS)}", store)
         backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
@@ -250,16 +250,17 @@ class Joined(AbstractContextManager[World]):
     ) -> None:
         if self._store is None:
             return
-        if error is None:
+        # What is wrong with a run is found by all at once: the first process then tells, or one that fails alone.
+        tells = error is None or self._is_first_to_fail()
+        if error is None or self._kind == "cpu":  # NCCL would wait here for the others, who may be gone
             from torch import distributed
 
             distributed.destroy_process_group()
-        # What is wrong with a run is found by all at once: the first process then tells, or one that fails alone.
-        elif not self._is_first_to_fail():
+        if not tells:
             # A launcher ends all as soon as one has ended: the one that tells why needs a moment.
             time.sleep(_LAST_WORDS_S)
             raise Echo(getattr(error, "exit_code", 1)) from error
-        elif isinstance(error, RuntimeError) and _is_about_a_peer(error):
+        if isinstance(error, RuntimeError) and _is_about_a_peer(error):
             raise FlexctlError(
                 "another process of the run went away",
                 hint="look above for what it said; if it said nothing, the system may have run out of memory",

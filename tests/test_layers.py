@@ -101,6 +101,9 @@ WITHOUT_TORCH_AT_TOP = (
     "__init__.py",
 )
 
+DISTRIBUTED = "torch.distributed"
+OF_MANY = ("processes.py", "model/sharding.py", "training/shards.py")
+
 # It also runs where packages are missing that hub/ needs.
 LOCAL_IMPORTS = {"engine/doctor.py"}
 
@@ -178,6 +181,12 @@ def test_special_packages_have_one_importer(source: str) -> None:
     for name in all_imports(source):
         allowed = ONLY_IMPORTER.get(name.split(".")[0])
         assert allowed is None or source.startswith(allowed), f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_process_needs_nothing_distributed(source: str) -> None:
+    assert not [name for name in imports_at_top(source) if name.startswith(DISTRIBUTED)]
+    assert source in OF_MANY or not [name for name in all_imports(source) if name.startswith(DISTRIBUTED)]
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith(WITHOUT_TORCH_AT_TOP)])

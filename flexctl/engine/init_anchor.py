@@ -25,8 +25,9 @@ from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
+from flexctl.processes import Joined, World, refuse_many
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
-from flexctl.steps.calibration import calibrate
+from flexctl.steps.calibration import Calibration, calibrate
 from flexctl.steps.checkpoint import warn_of_left_behind
 from flexctl.steps.machine import machine_of
 
@@ -141,33 +142,38 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The source is no checkpoint of a supported family.
     """
+    with Joined(config.device) as world:
+        return _init_anchor(config, world, reporter)
+
+
+def _init_anchor(config: InitAnchorConfig, world: World, reporter: Reporter) -> InitAnchorResult:
     target = config.output or workspace.find().anchor
     work_path = place_of_work(target, "work")
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
     _refuse_bad_settings(config, target, exists=ends)
-    training.refuse_busy(work_path)
+    if world.is_writer:
+        training.refuse_busy(work_path)
     log = training.log_beside(target) if config.track else None
     config = replace(config, data=text.pinned(config.data))
-    source = _source_directory(config)
+    # What the writer has fetched, the others find.
+    source = world.writer_first(lambda: _source_directory(config))
     if ends:
-        return _finished(config, source, target, work_path, reporter)
+        return world.by_writer(lambda: _finished(config, source, target, work_path, reporter))
     note_busy_cores(config.threads, reporter)
     if source is not None:
         _warn_of_source(source, config, reporter)
     if config.dry_run:
         return _planned(config, target, source)
     with (
-        training.working_folder(work_path, reporter) as work,
-        training.tracked(log, _name(config), resume=config.resume, reporter=reporter) as track,
+        training.working_folder(work_path, reporter, world) as work,
+        training.tracked(log, _name(config), resume=config.resume, reporter=reporter, world=world) as track,
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)
-        asked = _asked(config, source)
-        checkpoint, trained = _checkpoint(config, source, work, track, reporter)
-        result = _calibrate_and_write(config, checkpoint, target, trained, asked, reporter)
-    if config.output is None:
-        workspace.ensure(target.parent)
-    return result
+        asked = world.by_writer(lambda: _asked(config, source))
+        checkpoint, trained = world.by_writer(lambda: _checkpoint(config, source, work, track, reporter))
+        found = _calibrate(config, checkpoint, world, reporter)
+        return world.by_writer(lambda: _written(config, checkpoint, target, trained, found, asked))
 
 
 def _finished(
@@ -211,6 +217,8 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
     _name(config)
     machine_of(config)
+    if config.source is None or config.anneal_tokens:
+        refuse_many("training an anchor")
     if config.track and config.source is not None and not config.anneal_tokens:
         raise UsageError("SOURCE is not trained", hint="use `anneal_tokens` to train it further", field="track")
     for path in config.calibrate:
@@ -372,15 +380,8 @@ def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
     )
 
 
-def _calibrate_and_write(
-    config: InitAnchorConfig,
-    checkpoint: Path,
-    target: Path,
-    trained: tuple[int, float | None],
-    asked: Mapping[str, Any],
-    reporter: Reporter,
-) -> InitAnchorResult:
-    found = calibrate(
+def _calibrate(config: InitAnchorConfig, checkpoint: Path, world: World, reporter: Reporter) -> Calibration:
+    return calibrate(
         checkpoint,
         data=config.data,
         text_field=config.text_field,
@@ -390,7 +391,19 @@ def _calibrate_and_write(
         seed=config.seed,
         machine=machine_of(config, read_checkpoint(checkpoint)),
         reporter=reporter,
+        world=world,
     )
+
+
+def _written(
+    config: InitAnchorConfig,
+    checkpoint: Path,
+    target: Path,
+    trained: tuple[int, float | None],
+    found: Calibration,
+    asked: Mapping[str, Any],
+) -> InitAnchorResult:
+    """Write the anchor, and the workspace around it where it is in a workspace's place."""
     dense = read_dense_config(checkpoint)
     anchor = write_anchor(
         target,
@@ -410,6 +423,8 @@ def _calibrate_and_write(
         license=config.license,
         overwrite=config.overwrite,
     )
+    if config.output is None:
+        workspace.ensure(target.parent)
     return InitAnchorResult(
         path=target,
         digest=anchor.digest,

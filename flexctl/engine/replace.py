@@ -183,7 +183,7 @@ def _score(
     weights = open_merged(path).weights()
     tokenizer = model.load_tokenizer(path, special_as_text=config.special_as_text)
     merged = machine_of(config, weights.shared).build(weights)
-    sizes = {
+    sizes: dict[str, Any] = {
         "seq_len": evaluation.window_length(weights.dense_config, config.seq_len),
         "batch_tokens": config.forward_tokens,
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import model, routing, text
 from flexctl.bundle import RawTensor
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 from flexctl.steps.machine import Machine
 
@@ -53,6 +54,7 @@ def calibrate(
     seed: int,
     machine: Machine,
     reporter: Reporter,
+    world: World = ALONE,
 ) -> Calibration:
     """Draw a public sample and measure a dense model's router inputs on it.
 
@@ -66,6 +68,7 @@ def calibrate(
         seed: Of the draw.
         machine: What the model runs on.
         reporter: Hears of progress.
+        world: The processes that share the work.
     """
     reporter.note("drawing the public sample")
     tokenizer = model.load_tokenizer(checkpoint, special_as_text=special_as_text)
@@ -74,8 +77,8 @@ def calibrate(
     dense = model.load_dense(checkpoint)
     num_parameters = dense.num_parameters()
     routed = model.route(dense.to(machine.dtype)).to(machine.device)
-    statistics = _measure(routed, sample, reporter)
-    found = [_within(path, text_field, seed, routed, tokenizer, reporter) for path in kinds]
+    statistics = _measure(routed, sample, reporter, world)
+    found = [_within(path, text_field, seed, routed, tokenizer, reporter, world) for path in kinds]
     space = routing.fit_space(statistics, found)
     return Calibration(
         num_parameters=num_parameters,
@@ -89,7 +92,7 @@ def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
     return {name: RawTensor(*model.to_bytes(tensor)) for name, tensor in tensors.items()}
 
 
-def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> routing.InputStatistics:
+def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter, world: World) -> routing.InputStatistics:
     def batches() -> Iterator[Tensor]:
         import torch
 
@@ -97,12 +100,13 @@ def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> rout
         seq_len = min(_SEQ_LEN, len(stream) - 1)
         count = min(stream.num_sequences(seq_len), _tokens(routed.config.hidden_size) // seq_len)
         with reporter.progress("measuring router inputs", count * seq_len, "tokens") as bar:
-            for start in range(0, count, _BATCH):
-                rows = [stream.sequence(i, seq_len)[:-1] for i in range(start, min(count, start + _BATCH))]
+            for start in range(0, count, _BATCH * world.size):
+                several = range(start, min(count, start + _BATCH * world.size))
+                rows = [stream.sequence(i, seq_len)[:-1] for i in several]
                 yield torch.stack([torch.from_numpy(row) for row in rows])
                 bar.advance(len(rows) * seq_len)
 
-    return routing.measure_inputs(routed, batches())
+    return routing.measure_inputs(routed, batches(), world)
 
 
 def _tokens(hidden_size: int) -> int:
@@ -110,9 +114,11 @@ def _tokens(hidden_size: int) -> int:
     return min(max(_TOKENS_A_DIMENSION * hidden_size, _FEWEST_TOKENS), _MOST_TOKENS)
 
 
-def _within(path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any, reporter: Reporter) -> Tensor:
+def _within(
+    path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any, reporter: Reporter, world: World
+) -> Tensor:
     """Return how router inputs vary inside passages of another kind of text, (L, H, H)."""
     passages = text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed)
     framed = text.frame_passages(tokenizer, passages)
     with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-        return routing.measure_passages(routed, framed, bar.advance).within
+        return routing.measure_passages(routed, framed, bar.advance, world).within
