@@ -201,17 +201,17 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     dense = read_dense_config(hub.fetch_config(anchor) if hub.is_remote(anchor) else anchor)
     sizes = training.Sizes.of(model.resolve_moe_config(dense), int(dense["intermediate_size"]))
     refuse_useless_rank(config.rank, _architecture(sizes))
-    machine = _machine_here(config, dense)
-    device = machine.device.type if machine else "cuda"
-    dtype = _name(machine.dtype) if machine else "float32" if config.dtype == "float32" else "bfloat16"
+    machine, is_here = _machine(config, dense)
+    device, dtype = machine.device.type, _name(machine.dtype)
     budget = _budget(config, sizes, dense.get("max_position_embeddings"), available_tokens=_ENDLESS)
     run = _Run(config=config, sizes=sizes, budget=budget, device=device, dtype=dtype)
-    limit = _memory_bytes(machine.device) if machine else None
-    if machine is not None:
+    limit = _memory_bytes(machine.device) if is_here else None
+    if is_here:
         _refuse(run, run.step(_DEVICES[-1]), _most_bytes(machine.device))
     full, low = _SHARES[device, dtype]
     share = full if config.rank is None else low
-    rate = config.plan_tflops * 1e12 if config.plan_tflops else _rate(machine)
+    measured = matmul_flops_per_s(machine.device, machine.dtype) if is_here and not config.plan_tflops else None
+    rate = config.plan_tflops * 1e12 if config.plan_tflops else measured
     flops = training.flops_per_token(sizes, budget.seq_len, config.rank, recompute=config.recompute)
     alone_s = flops * 1e6 / (rate * share) if rate else None
     return TrainingPlan(
@@ -306,19 +306,16 @@ def _way_out(run: _Run, step: training.Step, limit: int) -> str | None:
     return None
 
 
-def _machine_here(config: PlanConfig, dense: Mapping[str, Any]) -> Machine | None:
-    """Return what it would run on; None where that is a CUDA device and there is none here."""
+def _machine(config: PlanConfig, dense: Mapping[str, Any]) -> tuple[Machine, bool]:
+    """Return what the run is for, and whether it is here: a card need not be."""
     import torch
 
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        return None
+    if re.fullmatch(r"cuda(:\d+)?", config.device) and not torch.cuda.is_available():
+        card = torch.device("cuda")
+        return Machine(device=card, dtype=model.pick_dtype(config.dtype, card), autocast=None), False
     stored = str(dense.get("dtype") or dense.get("torch_dtype"))
-    kinds = {"bfloat16": "BF16", "float16": "F16"}
-    return machine_of(config, {"weights": TensorType(kinds.get(stored, "F32"), ())})
-
-
-def _rate(machine: Machine | None) -> float | None:
-    return None if machine is None else matmul_flops_per_s(machine.device, machine.dtype)
+    weights = {"": TensorType({"bfloat16": "BF16", "float16": "F16"}.get(stored, "F32"), ())}
+    return machine_of(config, weights), True
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -139,6 +139,10 @@ def test_what_a_plan_refuses(one_b: Path, tmp_path: Path, monkeypatch: pytest.Mo
         plan(one_b, rank=9000)
     with pytest.raises(UsageError, match=r"^plan: is not known for runs with `dp_epsilon`"):
         plan(one_b, dp_epsilon=3.0)
+    with pytest.raises(UsageError, match=r"^dtype: 'float8' is not known"):
+        plan(one_b, device="cuda", dtype="float8")
+    with pytest.raises(UsageError, match=r"^device: 'cudo'"):
+        plan(one_b, device="cudo")
     with pytest.raises(BundleError, match=r"config\.json"):
         plan(tmp_path / "nothing")
     with pytest.raises(BundleError, match="model_type is 'gpt2'"):
