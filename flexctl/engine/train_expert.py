@@ -282,8 +282,8 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
         raise UsageError("is for `plan` alone", hint="leave it out", field="plan_tflops")
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
-    architecture, machine = anchor.manifest.architecture, machine_of(config, anchor.weights().shared)
-    refuse_what_cannot_fit(config, anchor.manifest.moe_config, architecture.intermediate_size, machine)
+    machine = machine_of(config, anchor.weights().shared)
+    refuse_what_cannot_fit(config, anchor.manifest.moe_config, machine)
     given_rows(config, anchor)
     if config.public is not None:
         text.text_files([config.public], "public")

@@ -199,7 +199,7 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
         raise UsageError("is not known for runs with `dp_epsilon`", hint="leave one of them out", field="plan")
     anchor = config.anchor or workspace.find().anchor
     dense = read_dense_config(hub.fetch_config(anchor) if hub.is_remote(anchor) else anchor)
-    sizes = training.Sizes.of(model.resolve_moe_config(dense), int(dense["intermediate_size"]))
+    sizes = training.Sizes.of(model.resolve_moe_config(dense))
     refuse_useless_rank(config.rank, _architecture(sizes))
     machine, is_here = _machine(config, dense)
     device, dtype = machine.device.type, _name(machine.dtype)
@@ -227,7 +227,7 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     )
 
 
-def refuse_what_cannot_fit(config: PlanConfig, moe_config: Mapping[str, Any], inner: int, machine: Machine) -> None:
+def refuse_what_cannot_fit(config: PlanConfig, moe_config: Mapping[str, Any], machine: Machine) -> None:
     """Refuse a run that the device cannot hold, by what it takes at the least: one that would fit is never refused.
 
     Where a launcher started several processes, by what each of them takes at the least.
@@ -235,13 +235,12 @@ def refuse_what_cannot_fit(config: PlanConfig, moe_config: Mapping[str, Any], in
     Args:
         config: Its settings.
         moe_config: The anchor's, from its manifest.
-        inner: The anchor's intermediate_size.
         machine: What it is to run on.
 
     Raises:
         UsageError: It cannot fit; the hint says what would, by the estimate.
     """
-    sizes = training.Sizes.of(moe_config, inner)
+    sizes = training.Sizes.of(moe_config)
     budget = _budget(config, sizes, moe_config.get("max_position_embeddings"), available_tokens=0)
     run = _Run(config=config, sizes=sizes, budget=budget, device=machine.device.type, dtype=_name(machine.dtype))
     # Under a guarantee documents may be of any length.

@@ -50,19 +50,14 @@ class Sizes:
     norms_queries: bool
 
     @classmethod
-    def of(cls, moe_config: Mapping[str, Any], inner: int) -> Sizes:
-        """Return the sizes in a finished config of the mixture class, as anchors carry it.
-
-        Args:
-            moe_config: From ``resolve_moe_config``.
-            inner: I, which mixtures call otherwise.
-        """
+    def of(cls, moe_config: Mapping[str, Any]) -> Sizes:
+        """Return the sizes in a finished config of the mixture class: an anchor's, or of ``resolve_moe_config``."""
         hidden, heads = int(moe_config["hidden_size"]), int(moe_config["num_attention_heads"])
         head = int(moe_config.get("head_dim") or hidden // heads)
         dense = {family.moe_type: family.dense_type for family in FAMILIES}[moe_config["model_type"]]
         return cls(
             hidden=hidden,
-            inner=inner,
+            inner=int(moe_config.get("moe_intermediate_size") or moe_config["intermediate_size"]),
             layers=int(moe_config["num_hidden_layers"]),
             vocab=int(moe_config["vocab_size"]),
             queries=heads * head,

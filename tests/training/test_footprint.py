@@ -119,7 +119,7 @@ def allocated(model_type: str, dtype: str, rank: int | None, recompute: bool, mi
     for event in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    sizes = Sizes.of(resolve_moe_config(config), 160)
+    sizes = Sizes.of(resolve_moe_config(config))
     return most / sum(memory_of_step(sizes, step_of(shape, dtype, rank, recompute, micro_batch)).values())
 
 
