@@ -283,7 +283,8 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
     machine = machine_of(config, anchor.weights().shared)
-    refuse_what_cannot_fit(config, anchor.manifest.moe_config, machine)
+    if not exists:  # a finished run needs no memory to give its result
+        refuse_what_cannot_fit(config, anchor.manifest.moe_config, machine)
     given_rows(config, anchor)
     if config.public is not None:
         text.text_files([config.public], "public")

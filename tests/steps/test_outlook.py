@@ -197,6 +197,16 @@ def test_a_run_is_refused_by_what_it_takes_at_the_least(
         run(anchor, texts)
 
 
+def test_a_finished_run_gives_its_result_wherever_it_is_asked(
+    anchor: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 1, "seq_len": 32, "batch_tokens": 64, "threads": 1}
+    config = TrainExpertConfig(data=(texts.code,), anchor=anchor, output=Path("x.st"), resume=True, **settings)
+    made = train_expert(config)
+    memory(1, monkeypatch)
+    assert train_expert(config).digest == made.digest
+
+
 def test_a_rate_without_a_plan(anchor: Path, texts: Texts) -> None:
     with pytest.raises(UsageError, match=r"^plan_tflops: is for `plan` alone"):
         run(anchor, texts, plan_tflops=1.0)

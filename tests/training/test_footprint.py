@@ -31,7 +31,6 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads and resets the
 SHAPE = Shape(layers=4, hidden=256, heads=4, inner=1024, vocab=4096, batch=4, seq_len=128)
 RUNS: list[tuple[str, int | None, bool, int]] = [
     ("float32", None, False, 4),
-    ("float32", 8, False, 4),
     ("float32", None, True, 4),
     ("bfloat16", None, False, 2),
     ("bfloat16", 8, False, 4),
