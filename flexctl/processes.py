@@ -328,7 +328,7 @@ def _kind(device: str) -> str:
     if number >= torch.cuda.device_count():
         raise UsageError(
             f"{device}: there are {torch.cuda.device_count()} GPUs here for more processes",
-            hint="give torchrun a smaller --nproc-per-node, or use cpu",
+            hint="let torchrun start fewer on this machine, or use cpu",
             field="device",
         )
     torch.cuda.set_device(number)

@@ -179,6 +179,8 @@ def share(folder: Path, checkpoint: Path, anchor: Path, data: Path) -> None:
             found[name] = train_pair(world, **case)
         kill_a_run(world, folder / "killed by several")
         found["gone on"] = go_on(world, folder / "killed by one")
+        kill_a_run(world, folder / "killed twice")
+        found["gone on by as many"] = go_on(world, folder / "killed twice")
     found["train-expert"] = train_expert(anchor, data, folder / "shared.st")
     found["evaluate"] = evaluate(anchor, data, folder / "shared.st")
     found["init-anchor"] = init_anchor(checkpoint, data, folder / "shared-anchor")

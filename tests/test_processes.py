@@ -74,9 +74,11 @@ def assert_close(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
 def test_two_processes_train_what_one_trains(found: Found, case: str, one_thread: int) -> None:
     assert one_thread == 1
     alone = sharing.train_pair(ALONE, **sharing.CASES[case])
-    for each in (found.first, found.second):
+    assert_close(found.first[case], alone)
+    assert found.second[case]["losses"] == found.first[case]["losses"]
+    assert found.second[case]["tensors"] == {}
+    for each in (found.first, found.second, {case: alone}):
         assert each[case]["moved"] == []
-        assert_close(each[case], alone)
 
 
 def test_no_process_reads_more_of_a_layer_than_its_part(found: Found) -> None:
@@ -97,6 +99,12 @@ def test_a_run_that_two_began_one_goes_on_with(found: Found, tmp_path: Path) -> 
 
 def test_a_run_that_one_began_two_go_on_with(found: Found) -> None:
     assert_close(found.first["gone on"], found.first["low-rank"])
+
+
+def test_as_many_processes_that_go_on_make_the_same_bits(found: Found) -> None:
+    again, straight = found.first["gone on by as many"], found.first["low-rank"]
+    assert again["losses"] == straight["losses"]
+    assert all(torch.equal(tensor, straight["tensors"][name]) for name, tensor in again["tensors"].items())
 
 
 def test_a_part_that_is_broken_breaks_its_checkpoint(found: Found, tmp_path: Path) -> None:

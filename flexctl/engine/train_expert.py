@@ -83,7 +83,12 @@ class TrainExpertConfig(Config):
     batch_tokens: flags.BatchTokens = None
     micro_batch: Annotated[
         int | None,
-        flag("N", "Sequences in memory at once (default: what fills about 8192 tokens).", HARDWARE, above=0),
+        flag(
+            "N",
+            "Sequences at once, of all processes together (default: what fills about 8192 tokens).",
+            HARDWARE,
+            above=0,
+        ),
     ] = None
     recompute: Annotated[
         bool,

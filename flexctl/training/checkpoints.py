@@ -200,9 +200,13 @@ class Checkpoints:
 
 def _agree(one: Any, other: Any) -> bool:
     """Return whether two settings are one; lists of numbers were measured, which several processes round otherwise."""
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return all(math.isclose(a, b, rel_tol=_ROUNDING) for a, b in zip(one, other, strict=True))
-    return bool(one == other)
+    if not (_is_measured(one) and _is_measured(other) and len(one) == len(other)):
+        return bool(one == other)
+    return all(math.isclose(a, b, rel_tol=_ROUNDING) for a, b in zip(one, other, strict=True))
+
+
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, float) for item in value)
 
 
 def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], losses: Sequence[float]) -> None:

@@ -156,9 +156,10 @@ def train(
             figures = _step(model, parameters, data, step, settings, optimiser, match, penalty, rows, world)
             running.add(figures, lr=rate, tokens=per_step)
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
-            is_due = checkpoints is not None and checkpoints.is_due(step + 1, settings.steps)
-            stops, due = world.most(stop.number, is_due)
-            if checkpoints is not None and (stops or due):
+            stops, is_due = world.most(
+                stop.number, checkpoints is not None and checkpoints.is_due(step + 1, settings.steps)
+            )
+            if checkpoints is not None and (stops or is_due):
                 running.settle()
                 checkpoints.save(step + 1, state, losses, data.refuse_change)
             if stops:

@@ -124,7 +124,7 @@ class Pair:
 
     @torch.no_grad()
     def round_weights(self, dtype_name: str, public: Mapping[str, RawBytes]) -> dict[str, Tensor]:
-        """Round the expert once to ``dtype_name`` ("BF16") and return its tensors by name.
+        """Round the expert once to ``dtype_name`` ("BF16") and return its tensors by name, none where others write.
 
         The model then has what readers will make of them, in the dtype that it runs in: matrices after rounding, a
         low-rank expert's expanded.
@@ -142,12 +142,13 @@ class Pair:
                 first, last = self._world.rows(public[name].shape[0])
                 if isinstance(part, LowRankLinear):
                     a, b = _rounded(part.a, dtype_name), _rounded(part.b, dtype_name)
-                    tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
+                    found = {f"{name}.lora_A": a, f"{name}.lora_B": b}
                     rows = expand(rows_of(public[name], first, last), a, b[first:last])
                 else:
-                    tensors[name] = _rounded(part.weight, dtype_name)
-                    rows = tensors[name][first:last]
+                    found = {name: _rounded(part.weight, dtype_name)}
+                    rows = found[name][first:last]
                 served[projection] = rows.to(self._device, self._runs_in)
+                tensors |= found if self._world.is_writer else {}
             self._serve(layer, served)
         return tensors
 
