@@ -232,11 +232,13 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     training.refuse_busy(work_path)
     plan = planned(config, base.anchor)
-    canaries = text.CanaryFolder.beside(target)
-    data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
+    canaries, made = text.CanaryFolder.beside(target), text.CanaryFolder(work_path / "canaries")
+    in_place = ends and not made.left_out.is_file()
+    planted = [(canaries if in_place else made).planted] if config.canaries else []
+    data = (*text.pinned(config.data), *planted)
     task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan)
     if ends:
-        return _finished(task, work_path, reporter)
+        return _finished(task, work_path, made, reporter)
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
     warn_of_expired(config, reporter)
     if plan is not None:
@@ -247,8 +249,10 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
         if config.canaries:
-            text.plant_canaries(canaries, config.canaries, config.text_field, keep=config.resume)
-        return _run(task, work, reporter) if plan is None else _run_privately(task, plan, work, reporter)
+            text.plant_canaries(made, config.canaries, config.text_field, keep=config.resume)
+        result = _run(task, work, reporter) if plan is None else _run_privately(task, plan, work, reporter)
+        text.hand_over(made, canaries)
+        return result
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
@@ -260,13 +264,15 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
         text.text_files([config.public], "public")
 
 
-def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertResult:
+def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: Reporter) -> TrainExpertResult:
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
     asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed) if task.plan is None else None)
     training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
+    if not config.dry_run:
+        text.hand_over(made, text.CanaryFolder.beside(target))
     training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     about = expert.manifest.training
     return task.result(

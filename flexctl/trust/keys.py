@@ -60,10 +60,12 @@ def make_key(path: Path, passphrase: str) -> SSlibKey:
     private = Ed25519PrivateKey.generate()
     slowly = PrivateFormat.OpenSSH.encryption_builder().kdf_rounds(KDF_ROUNDS).build(passphrase.encode("utf-8"))
     sealed = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, slowly)
-    with new_file(path, overwrite=False) as temporary, own_file(temporary) as file:
-        file.write(sealed)
-    with new_file(public_path(path), overwrite=False) as temporary:
-        temporary.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    shown_half = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    # Both are on the disk before either takes its place, the public half first.
+    with new_file(path, overwrite=False) as temporary, new_file(public_path(path), overwrite=False) as shown_file:
+        with own_file(temporary) as file:
+            file.write(sealed)
+        shown_file.write_bytes(shown_half)
     return SSlibKey.from_crypto(private.public_key())
 
 
