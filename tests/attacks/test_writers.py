@@ -2,7 +2,7 @@
 
 A command that fails says so in one line. What was there is as it was, or what it makes is there whole; its inputs are
 as they were; and nothing is left that a rerun does not take away. Quick calls are always tried at some moments, and all
-calls at all moments under ``-m slow``.
+calls at all moments under ``-m slow``, or at so many as FLEXCTL_MOMENTS says.
 """
 
 from __future__ import annotations
@@ -15,22 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from attacks.bench import A_PAGE, Bench, State, Tried, running, state_of
+from attacks.bench import A_PAGE, Bench, State, Tried
 from attacks.trials import may_be_a_stranger
-from attacks.writers import WRITERS, WRITES_NOTHING, Writer, make_inputs
-from conftest import Texts
-from hub import server
-from signers import cheap_keys, make_key
+from attacks.writers import STRANGER, WRITERS, WRITES_NOTHING, Writer
 
 from flexctl.commands import COMMANDS
-from flexctl.engine.trace_index import TraceIndexConfig, trace_index
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
-STRANGER = 65534
 QUICK = [name for name, writer in WRITERS.items() if writer.quick]
 ALL = [pytest.param(name, marks=() if writer.quick else pytest.mark.slow) for name, writer in WRITERS.items()]
-MOST_MOMENTS = 60
+MOST_MOMENTS = int(os.environ.get("FLEXCTL_MOMENTS", "1000"))
 needs_root = pytest.mark.skipif(not may_be_a_stranger(), reason="needs root on Linux, to give rights away")
 
 
@@ -38,36 +33,6 @@ def test_every_command_that_writes_is_tried() -> None:
     tried = {writer.command for writer in WRITERS.values()}
     assert tried | WRITES_NOTHING.keys() == {command.shown for command in COMMANDS}
     assert not tried & WRITES_NOTHING.keys()
-
-
-@pytest.fixture(scope="module")
-def bench(
-    tmp_path_factory: pytest.TempPathFactory,
-    texts: Texts,
-    checkpoint: Path,
-    anchor: Path,
-    experts: dict[str, Path],
-) -> Iterator[Bench]:
-    root = tmp_path_factory.mktemp("writers")
-    inputs = root / "in"
-    make_inputs(inputs, texts, checkpoint, anchor, experts)
-    trace_index(TraceIndexConfig(data=(inputs / "code",), output=inputs / "law.index"))
-    with pytest.MonkeyPatch.context() as patch:
-        cheap_keys(patch)
-        patch.chdir(inputs)
-        make_key("k")
-    if may_be_a_stranger():
-        for path in inputs.rglob("*"):
-            if path.stat().st_mode & 0o044:  # a key and an index are for the eyes of whoever runs the command
-                shutil.chown(path, STRANGER, STRANGER)
-    with server.running() as hub:
-        hub.make("acme/code", {"code.st": (inputs / "code.st").read_bytes()})
-        hub.make("acme/merged", {file.name: file.read_bytes() for file in sorted((inputs / "merged").iterdir())})
-        settings = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        with running(root, HF_HUB_CACHE=str(root / "hub"), NO_PROXY="127.0.0.1", **settings) as made:
-            before = state_of(inputs)
-            yield made
-            assert state_of(inputs) == before, "inputs are as they were"
 
 
 def done(bench: Bench, writer: Writer) -> Tried:

@@ -18,7 +18,13 @@ from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.select_proxy import SelectProxyConfig, select_proxy
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
 
-__all__ = ["WRITERS", "WRITES_NOTHING", "Writer", "make_inputs"]
+__all__ = ["PLANTED", "STRANGER", "WRITERS", "WRITES_NOTHING", "Writer", "make_inputs"]
+
+PLANTED = "Quillfeather"
+"""Stands in every document of an owner's among the inputs, and nowhere else."""
+
+STRANGER = 65534
+"""Whose inputs are, where tests may give them away: nobody's."""
 
 WRITES_NOTHING = {
     "generate": "prints",
@@ -44,6 +50,7 @@ class Writer:
         reads: Inputs that cannot be done without, one by one.
         random: Whether its result is another one each time.
         keeps: The hidden folder that a run which did not end may leave, to go on from; "" is none.
+        shows: What holds an owner's text by its nature, in the folder; "-" is what it prints.
         never_replaces: Whether what is there stays whatever is asked.
         quick: Whether the tests that always run try it.
     """
@@ -53,6 +60,7 @@ class Writer:
     reads: tuple[str, ...]
     random: bool = False
     keeps: str = ""
+    shows: tuple[str, ...] = ()
     never_replaces: bool = False
     quick: bool = False
 
@@ -74,8 +82,7 @@ _MERGED = {"merged": "merged"}
 
 WRITERS = {
     "init-anchor": _row(
-        "init-anchor IN/checkpoint --data IN/public --sample-tokens 2000 --anneal-tokens 512 --checkpoint-steps 1 "
-        f"-o anchor {_RUN}",
+        f"init-anchor IN/checkpoint --data IN/public --sample-tokens 2000 --anneal-tokens 512 -o anchor {_RUN}",
         reads="checkpoint/config.json checkpoint/model.safetensors checkpoint/tokenizer.json public/000.txt",
         keeps=".anchor.work",
     ),
@@ -135,6 +142,7 @@ WRITERS = {
         before=_MERGED,
         reads="code-test/000.py",
         random=True,
+        shows=("r.html",),
     ),
     "audit": _row(
         "audit IN/merged --name code --data IN/code --held-out IN/code-test --anchor IN/anchor --report a.html "
@@ -146,6 +154,7 @@ WRITERS = {
         "trace-index --data IN/code -o law.index --shard-bytes 3000",
         reads="code/000.py",
         keeps=".law.index.work",
+        shows=("law.index",),
         quick=True,
     ),
     "trace-index, in place of another": _row(
@@ -153,10 +162,12 @@ WRITERS = {
         before={"law.index": "law.index"},
         reads="",
         keeps=".law.index.work",
+        shows=("law.index",),
     ),
     "trace-find": _row(
         "trace-find --index IN/law.index --file IN/code/000.py --report t.html",
         reads="law.index/0000.text code/000.py",
+        shows=("t.html", "-"),
         quick=True,
     ),
     "keygen": _row("keygen -o new.key", reads="", random=True, never_replaces=True, quick=True),
@@ -173,12 +184,12 @@ WRITERS = {
 
 def make_inputs(root: Path, texts: Texts, checkpoint: Path, anchor: Path, experts: Mapping[str, Path]) -> None:
     """Fill the folder that IN stands for."""
-    for name in ("public", "code"):
+    for name, source in (("public", texts.public), ("code", texts.code), ("code-test", texts.code_test)):
         (root / name).mkdir(parents=True)
-        for file in sorted(getattr(texts, name).iterdir())[:12]:
-            shutil.copy(file, root / name)
-    shutil.copytree(texts.code_test, root / "code-test")
-    write_jsonl(root / "own.jsonl", ["a few words of its own", "and some more of them"] * 20)
+        planted = "" if name == "public" else f"# {PLANTED}\n"
+        for file in sorted(source.iterdir())[:12]:
+            (root / name / file.name).write_text(planted + file.read_text())
+    write_jsonl(root / "own.jsonl", [f"{PLANTED} has words of its own", f"and {PLANTED} some more of them"] * 20)
     shutil.copytree(checkpoint, root / "checkpoint")
     shutil.copytree(anchor, root / "anchor")
     for name, file in experts.items():

@@ -151,6 +151,7 @@ def test_nothing_that_is_shared_says_that_there_are_canaries(case: Case) -> None
     assert b"canar" not in case.expert.read_bytes()
     assert "canar" not in json.dumps(open_expert(case.expert).manifest.training)
     assert not [item for item in case.merged.iterdir() if b"canar" in item.read_bytes()]
+    assert "canar" not in case.expert.with_suffix(".run.json").read_text()
 
 
 def test_a_finished_run_knows_its_canaries(case: Case) -> None:
