@@ -1,7 +1,8 @@
 """What is planted in an owner's text is searched for in all that commands leave: it stays where the owner put it.
 
 Allowed are the folder that a run works in, and what holds text by its nature: an index, and the pages of ``trace-find``
-and ``evaluate``. Searched are results, caches, what is printed, and what commands leave that are killed or run out of room.
+and ``evaluate``. Searched are results, caches, what is printed, and what is left by commands that are killed or run out
+of room.
 """
 
 from __future__ import annotations
