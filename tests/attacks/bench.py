@@ -183,6 +183,9 @@ def _kind(file: Path) -> str | None:
     if file.name.endswith(("run.json", "results.json")):
         json.loads(file.read_text())
         return "whole account of a run"
+    if file.name.endswith("track.jsonl"):
+        assert all(json.loads(line) for line in file.read_text().splitlines())
+        return "whole log of a run"
     return None
 
 

@@ -92,7 +92,7 @@ WRITERS = {
         reads="",
         keeps=".anchor.work",
     ),
-    "train-expert": _row(f"{_TRAIN} --data IN/code -o code.st", reads="code/000.py anchor", keeps=".code.work"),
+    "train-expert": _row(f"{_TRAIN} --data IN/code -o code.st --track", reads="code/000.py anchor", keeps=".code.work"),
     "train-expert, in place of another": _row(
         f"{_TRAIN} --data IN/code -o law.st --canaries 8 --overwrite",
         before=_OLD,
