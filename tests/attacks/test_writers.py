@@ -61,15 +61,16 @@ def said_in_one_line(tried: Tried, *codes: int) -> str:
 def nothing_is_lost(tried: Tried, whole: Tried) -> None:
     """Hold everything that is there to what was there before, or what the call makes."""
     for name, what in tried.after.items():
-        if name not in hidden(tried.after):
+        if name not in hidden(tried.after) and what != "empty":
             assert what in (tried.before.get(name), whole.after.get(name)), f"{name} is neither the old nor the new one"
     for name in tried.before.keys() - tried.after.keys():
         assert name not in whole.after, f"{name} is gone"
 
 
 def left_behind(writer: Writer, state: State) -> list[str]:
-    """Return what a run that failed may not leave."""
-    return [name for name in hidden(state) if not (writer.keeps and writer.keeps in name.split("/"))]
+    """Return what a run that failed may not leave: hidden files and empty folders."""
+    stray = [*hidden(state), *(name for name, what in state.items() if what == "empty")]
+    return [name for name in stray if not (writer.keeps and writer.keeps in name.split("/"))]
 
 
 def some(number: int, most: int) -> list[int]:
