@@ -98,6 +98,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
         "TaskScore",
     ),
     "hub.remote": ("BundleFile",),
+    "steps.outlook": ("DevicePlan", "TrainingPlan"),
     "tracing.spans": ("Place", "Span", "Traced"),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
 }

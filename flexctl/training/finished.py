@@ -27,6 +27,7 @@ __all__ = ["asked_for", "before_after", "folder_digest", "refuse_other_request",
 # digest: the file would say that there are some.
 _NOT_ASKED = {"data", "canaries", "text_field", "public", "source", "anchor", "merged", "proxy", "output"}
 _NOT_ASKED |= {"threads", "device", "recompute", "resume", "checkpoint_steps", "track", "overwrite", "dry_run"}
+_NOT_ASKED |= {"plan", "plan_tflops"}
 
 
 def asked_for(config: Any, **inputs: Any) -> dict[str, Any]:
