@@ -50,7 +50,8 @@ class Plan:
         batch: Documents expected in such a step.
         neighbour_tokens: That the other expert is trained on.
         tried: Documents of each kind that are attacked.
-        recover: Steps of training on removed text.
+        draws: Continuations of each.
+        recover: Steps of training on removed text; 0 leaves that out.
     """
 
     anchor: Path
@@ -67,7 +68,8 @@ class Plan:
     batch: int = 128
     neighbour_tokens: int = 8_000
     tried: int = 200
-    recover: int | None = 8
+    draws: int = 10
+    recover: int = 8
     device: str = "auto"
     threads: int | None = None
 
@@ -224,12 +226,13 @@ def audit(plan: Plan, way: str) -> None:
             planted=plan.expert(way).with_suffix(".canaries"),
             removed_from=plan.left(way),
             trust=plan.trust,
-            recover=plan.recover,
+            recover=plan.recover or None,
             report=page,
             prefix_tokens=PREFIX,
             max_new_tokens=CONTINUED,
             seq_len=SEQ_LEN,
             documents=plan.tried,
+            draws=plan.draws,
             device=plan.device,
             threads=plan.threads,
             overwrite=True,
@@ -321,6 +324,8 @@ def arguments() -> Plan:
     parser.add_argument("--steps", type=int, default=Plan.steps, help="of the one with it")
     parser.add_argument("--batch", type=int, default=Plan.batch, help="documents expected in such a step")
     parser.add_argument("--tried", type=int, default=Plan.tried, help="documents of each kind that are attacked")
+    parser.add_argument("--draws", type=int, default=Plan.draws, help="continuations of each")
+    parser.add_argument("--recover", type=int, default=Plan.recover, help="steps of training on removed text, or 0")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     return Plan(**vars(parser.parse_args()))
