@@ -126,8 +126,8 @@ def _gone(shown: Absence | None, kind: str) -> Answer:
         figure=act,
         beside=shown.date,
         said=(
-            f"Signed by {shown.signers}. None of its {shown.tensors} tensors and {shown.rows} router rows is in "
-            f"{which}: {digest(shown.before)} before, {digest(shown.after)} after."
+            f"Signed by {shown.signers}. None of the expert's {shown.tensors} tensors and {shown.rows} router rows is "
+            f"in {which}: {digest(shown.before)} before, {digest(shown.after)} after."
         ),
         not_meant=(
             "That does not mean that no copy is elsewhere, in backups or in models made before, nor that a changed "

@@ -164,7 +164,9 @@ def test_at_least() -> None:
 def test_gone() -> None:
     page = audit_page()
     assert '<p class="answer">removed <span class="label">2026-11-26</span>' in page
-    assert "Signed by hub (trusted without end). None of its 210 tensors and 30 router rows is in the model" in page
+    assert (
+        "Signed by hub (trusted without end). None of the expert&#39;s 210 tensors and 30 router rows is in the" in page
+    )
     assert GONE.before in page
     assert GONE.after in page
     later = audit_page(gone=dataclasses.replace(GONE, is_left=False, act="replace"))
