@@ -317,6 +317,7 @@ def arguments() -> Plan:
     parser.add_argument("-o", "--output", type=Path, default=Path("privacy-page"))
     parser.add_argument("--owner", default=Plan.owner, help="the domain whose experts are audited")
     parser.add_argument("--neighbour", default=Plan.neighbour, help="the domain of another expert beside them")
+    parser.add_argument("--neighbour-tokens", type=int, default=Plan.neighbour_tokens, help="that it is trained on")
     parser.add_argument("--documents", type=int, default=Plan.documents)
     parser.add_argument("--held-out", type=int, default=Plan.held_out)
     parser.add_argument("--canaries", type=int, default=Plan.canaries)

@@ -108,12 +108,12 @@ class Recovery:
     def comes_back(self) -> bool:
         """Whether the text comes back faster than it comes to the anchor.
 
-        That is, at some step the model is ahead and has gained more, both with intervals that leave zero out. One that
-        begins behind and catches up has no memory of the text; one that begins ahead and stays so has it from others.
+        That is, after the last step the model is ahead and has gained more, both with intervals that leave zero out.
+        One look, at the end: a model that began behind passes the anchor for a step or two by chance. One that begins
+        ahead and stays so has it from others, and so may one that gains more: intervals are over documents, and know
+        nothing of what other experts bring along.
         """
-        return any(
-            ahead.is_above() and faster.is_above() for ahead, faster in zip(self.ahead, self.faster, strict=True)
-        )
+        return self.ahead[-1].is_above() and self.faster[-1].is_above()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

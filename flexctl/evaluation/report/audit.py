@@ -9,7 +9,7 @@ from flexctl.evaluation.figures import Lineage
 from flexctl.evaluation.report import charts
 from flexctl.evaluation.report.answers import in_words
 from flexctl.evaluation.report.template import fill
-from flexctl.evaluation.report.words import joined, share
+from flexctl.evaluation.report.words import bits, interval, joined, share
 
 __all__ = ["render_audit"]
 
@@ -98,8 +98,13 @@ def _summary(name: str, models: Mapping[str, Audited], recovery: Recovery | None
             "Even the anchor tells the two samples apart: they are not of one kind, and membership counts for nothing."
         )
     if recovery:
-        faster = "comes back faster than it comes" if recovery.comes_back else "comes back no faster than it comes"
-        told.append(f"After removal the text {faster} to the anchor.")
+        ahead = recovery.ahead[-1]
+        told.append(
+            f"After removal it comes back faster than to the anchor, by {bits(ahead.value)} bits per byte "
+            f"({interval(ahead)}): other experts here had it too, or help with text of its kind."
+            if recovery.comes_back
+            else "After removal the text comes back no faster than it comes to the anchor."
+        )
     return told
 
 

@@ -116,9 +116,11 @@ def test_what_an_audit_says_in_short() -> None:
     for said in (
         "Attacks find something of law in the merged model.",
         "They find nothing in the model without law.",
-        "comes back faster than it comes to the anchor",
+        "comes back faster than to the anchor, by 0.500 bits per byte (0.450 to 0.550): other experts here",
     ):
         assert said in page
+    passing = dataclasses.replace(RECOVERY, ahead=[NONE, SOME, NONE], faster=[NONE, SOME, SOME])
+    assert "comes back no faster than it comes to the anchor" in audit_page(passing)
     bare = audit_page(None)
     assert "was not measured" in bare
     assert "nothing is left here but the anchor" not in bare
