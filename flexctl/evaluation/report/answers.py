@@ -83,8 +83,8 @@ def _at_least(found: AtLeast, bound: AtMost | None) -> Answer:
     elif not found.counts:
         figure, beside = "nothing to count", ""
         said = (
-            "No text is drawn out, and whether documents can be told is not known: the anchor, which saw neither, "
-            "tells the two samples apart."
+            "No more is drawn out than from the anchor. Whether documents can be told is not known: the anchor, which "
+            "saw neither, tells the two samples apart."
         )
     else:
         figure = f"AUC {bits(found.figure.value, 2)}" if found.found else "nothing found"
@@ -93,8 +93,8 @@ def _at_least(found: AtLeast, bound: AtMost | None) -> Answer:
             "The model's loss beside the anchor's tells documents that were trained on from others of their kind: "
             f"guessing has {bits(found.without, 2)}."
             if found.found
-            else f"No text is drawn out. Telling what was trained on has an AUC of {bits(found.figure.value, 2)} "
-            f"({_span(found.figure)}); guessing has {bits(found.without, 2)}."
+            else "No more is drawn out than from the anchor. Telling what was trained on has an AUC of "
+            f"{bits(found.figure.value, 2)} ({_span(found.figure)}); guessing has {bits(found.without, 2)}."
         )
     if found.epsilon is not None:
         held = bound is not None and bound.refuted is None
