@@ -111,7 +111,9 @@ def _at_least(found: AtLeast, bound: AtMost | None) -> Answer:
 
 def _gone(shown: Absence | None, kind: str) -> Answer:
     if shown is None:
-        here = "It is in the model that was audited" if kind == "merged" else "It was shown of no model"
+        here = (
+            "It is in the model that was audited" if kind == "merged" else "No model was named that it was removed from"
+        )
         return Answer(
             question="gone",
             figure="not removed",
