@@ -81,10 +81,11 @@ def _at_least(found: AtLeast, bound: AtMost | None) -> Answer:
             f"{share(found.without)}."
         )
     elif not found.counts:
-        figure, beside = "nothing to count", ""
+        figure, beside = "not known", ""
         said = (
-            "No more is drawn out than from the anchor. Whether documents can be told is not known: the anchor, which "
-            "saw neither, tells the two samples apart."
+            "No more is drawn out than from the anchor. Telling what was trained on has an AUC of "
+            f"{bits(found.figure.value, 2)} ({_span(found.figure)}), which counts for nothing: the anchor, which saw "
+            "neither, tells the two samples apart too. More text of one kind may decide it."
         )
     else:
         figure = f"AUC {bits(found.figure.value, 2)}" if found.found else "nothing found"

@@ -85,18 +85,19 @@ def _summary(name: str, models: Mapping[str, Audited], recovery: Recovery | None
     told = []
     if found:
         told.append(f"Attacks find something of {name} in {joined(map(_called, found))}.")
-    if clean:
-        where = joined(map(_called, clean))
+    where = joined(map(_called, clean)) if clean else ""
+    if clean and models[anchor].found:
+        told.append(
+            f"Of {where} nothing can be said: even the anchor tells the two samples apart, and membership counts for "
+            "nothing."
+        )
+    elif clean:
         told.append(f"They find nothing in {where}." if found else f"Attacks find nothing in {where}.")
     whole = models[others[0]].extraction
     told.append(
         f"The {others[0]} model goes on with {share(whole.near.value)} of the documents nearly as they do; the anchor, "
         f"which never saw them, with {share(models[anchor].extraction.near.value)}."
     )
-    if models[anchor].found:
-        told.append(
-            "Even the anchor tells the two samples apart: they are not of one kind, and membership counts for nothing."
-        )
     if recovery:
         ahead = recovery.ahead[-1]
         told.append(

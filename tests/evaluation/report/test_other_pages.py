@@ -121,6 +121,8 @@ def test_what_an_audit_says_in_short() -> None:
         assert said in page
     passing = dataclasses.replace(RECOVERY, ahead=[NONE, SOME, NONE], faster=[NONE, SOME, SOME])
     assert "comes back no faster than it comes to the anchor" in audit_page(passing)
+    unlike = audit_page(models={**MODELS, "anchor": audited(NONE, MOST, is_anchor=True, found=True)})
+    assert "Of the model without law nothing can be said: even the anchor tells the two samples apart" in unlike
     bare = audit_page(None)
     assert "was not measured" in bare
     assert "nothing is left here but the anchor" not in bare
@@ -150,8 +152,8 @@ def test_at_least() -> None:
         (
             audited(NONE, MOST, is_anchor=True, found=True),
             audited(NONE, MOST),
-            "nothing to count",
-            "saw neither, tells",
+            "not known",
+            "0.90 (0.85 to 0.95), which counts for nothing: the anchor, which",
         ),
     ):
         page = audit_page(models={"anchor": first, "merged": second})
