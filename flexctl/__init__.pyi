@@ -126,6 +126,8 @@ from flexctl.hub.remote import BundleFile as BundleFile
 from flexctl.runtime import SILENT as SILENT
 from flexctl.runtime import Progress as Progress
 from flexctl.runtime import Reporter as Reporter
+from flexctl.steps.outlook import DevicePlan as DevicePlan
+from flexctl.steps.outlook import TrainingPlan as TrainingPlan
 from flexctl.tracing.spans import Place as Place
 from flexctl.tracing.spans import Span as Span
 from flexctl.tracing.spans import Traced as Traced

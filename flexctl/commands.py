@@ -107,6 +107,7 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
         "TaskScore",
     ),
     "hub.remote": ("BundleFile",),
+    "steps.outlook": ("DevicePlan", "TrainingPlan"),
     "tracing.spans": ("Place", "Span", "Traced"),
     "trust.records": ("Absence",),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},

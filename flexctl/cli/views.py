@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flexctl import evaluation, tracing
-from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, pairs, printable, table
+from flexctl.cli.text import amount, cell, duration, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         TraceFindResult,
         TraceIndexResult,
         TrainExpertResult,
+        TrainingPlan,
         TuneRouterResult,
         VerifyResult,
     )
@@ -126,6 +127,8 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
+    if result.plan is not None:
+        return _training_plan(result.plan, result.rank)
     speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
     trained = f"{number(result.tokens)} tokens in " if result.tokens is not None else ""
     amounts = f"{trained}{number(result.steps)} steps" if result.steps else None
@@ -139,6 +142,32 @@ def _train_expert(result: TrainExpertResult) -> list[str]:
     if result.frozen_verified:
         lines += ["", "Everything but the expert is the anchor's, bit for bit."]
     return lines
+
+
+def _training_plan(plan: TrainingPlan, rank: int | None) -> list[str]:
+    kind = "a full expert" if rank is None else f"an expert of rank {rank}"
+    steps = f"steps of {number(plan.batch_size)} sequences of {number(plan.seq_len)} tokens"
+    rows = [
+        [
+            each.devices,
+            each.sequences,
+            amount(each.memory_bytes, "bytes"),
+            each.fits,
+            None if each.million_tokens_s is None else duration(each.million_tokens_s),
+        ]
+        for each in plan.devices
+    ]
+    parts = {part.replace("_", " "): size for part, size in plan.devices[0].parts_bytes.items() if size}
+    lines = [f"Plan for {kind} on {plan.device} in {plan.dtype}, {steps}: nothing was read but config.json.", ""]
+    lines += table(["devices", "at once", "memory of each", "fits", "a million tokens"], rows)
+    lines += ["", "One device: " + ", ".join(f"{part} {amount(size, 'bytes')}" for part, size in parts.items())]
+    if plan.limit_bytes is not None:
+        lines.append(f"Fits: into the {amount(plan.limit_bytes, 'bytes')} of this machine's {plan.device}.")
+    if plan.flops_per_s is None:
+        return [*lines, "Time: not known without a rate; give --plan-tflops."]
+    rate = f"{plan.share:.0%} of {number(plan.flops_per_s / 1e12)} TFLOP/s"
+    work = f"{number(plan.flops_per_token / 1e9)} GFLOP a token"
+    return [*lines, f"Time: {work} at {rate}; what devices tell each other is not counted (docs/scaling.md)."]
 
 
 def _import_expert(result: ImportExpertResult) -> list[str]:

@@ -15,12 +15,13 @@ from flexctl.bundle.lowrank import refuse_useless_rank
 from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
-from flexctl.errors import FlexctlError
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.guarantee import Plan, planned
 from flexctl.steps.machine import machine_of
+from flexctl.steps.outlook import TrainingPlan, plan_training, refuse_what_cannot_fit
 from flexctl.steps.private_run import PrivateRun
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 from flexctl.steps.terms import data_info, warn_of_expired
@@ -42,6 +43,7 @@ class TrainExpertConfig(Config):
     Examples:
         flexctl train-expert --data law/
         flexctl train-expert --data law.jsonl --name law --max-tokens 2000000 --license CC-BY-4.0
+        flexctl train-expert --data law/ --rank 16 --plan
     """
 
     data: flags.Data
@@ -86,6 +88,19 @@ class TrainExpertConfig(Config):
         bool,
         switch("Compute layers' inner values again on the way back: less memory, more time, the same file.", HARDWARE),
     ] = False
+    plan: Annotated[
+        bool,
+        switch("Tell memory and time on 1 to 8 devices, from the anchor's config.json alone; do nothing.", HARDWARE),
+    ] = False
+    plan_tflops: Annotated[
+        float | None,
+        flag(
+            "X",
+            "Rate of a device for `plan`, in 10^12 operations a second (default: measured here).",
+            HARDWARE,
+            above=0,
+        ),
+    ] = None
     public_match: Annotated[
         float,
         flag("X", "How strongly the expert is held to the public one on public text.", TRAINING, at_least=0),
@@ -148,12 +163,13 @@ class TrainExpertResult:
         rank: Of a low-rank expert; None of a full one.
         bytes_written: Size of the expert's file.
         peak_rss_bytes: Most memory that was in use; 0 under a guarantee, as it depends on the owner's text.
+        plan: What it would take, where only that was asked for; the anchor's digest is then not known.
     """
 
     path: Path
     digest: str | None
     name: str
-    anchor_digest: str
+    anchor_digest: str | None
     tokens: int | None
     public_tokens: int
     steps: int
@@ -167,6 +183,7 @@ class TrainExpertResult:
     bytes_written: int = 0
     peak_rss_bytes: int = 0
     dry_run: bool = False
+    plan: TrainingPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,9 +242,11 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         FlexctlError: Training failed.
     """
     place = workspace.find()
-    base = open_anchored(config, reporter)
     name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.st"
+    if config.plan:
+        return _planned(config, name, target)
+    base = open_anchored(config, reporter)
     work_path = target.parent / f".{target.stem}.work"
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
@@ -259,12 +278,22 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
+    if config.plan_tflops is not None:
+        raise UsageError("is for `plan` alone", hint="leave it out", field="plan_tflops")
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
-    machine_of(config)
+    machine = machine_of(config, anchor.weights().shared)
+    if not exists:  # a finished run needs no memory to give its result
+        refuse_what_cannot_fit(config, anchor.manifest.moe_config, machine)
     given_rows(config, anchor)
     if config.public is not None:
         text.text_files([config.public], "public")
+
+
+def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertResult:
+    plan = plan_training(config)
+    nothing: dict[str, Any] = {"digest": None, "anchor_digest": None, "tokens": 0, "public_tokens": 0, "steps": 0}
+    return TrainExpertResult(path=target, name=name, rank=config.rank, plan=plan, dry_run=True, **nothing)
 
 
 def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertResult:
