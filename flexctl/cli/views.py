@@ -9,12 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flexctl import tracing
+from flexctl import evaluation, tracing
 from flexctl.cli.text import amount, cell, duration, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
         AdoptResult,
+        Answers,
         AuditResult,
         ChatResult,
         CheckRightsResult,
@@ -510,7 +511,9 @@ def _audit(result: AuditResult) -> list[str]:
         [model, _with_span(found.extraction.near), _with_span(found.extraction.exact), "yes" if found.found else "no"]
         for model, found in result.models.items()
     ]
-    lines = [f"{cell(result.path)}: {tried}", "", *table(["goes on", near, exact, "anything found"], rows)]
+    lines = [f"{cell(result.path)}: {tried}", ""]
+    lines += _answers(result.answers, list(result.models)[1]) if result.answers else []
+    lines += ["", *table(["goes on", near, exact, "anything found"], rows)]
     told = {
         model: {score: _with_span(each.auc) for score, each in found.membership.items()}
         for model, found in result.models.items()
@@ -523,11 +526,17 @@ def _audit(result: AuditResult) -> list[str]:
     headers = ("canaries", "guesses", "right", "epsilon")
     bounds = [[m, *(getattr(f.canaries, h) for h in headers)] for m, f in result.models.items() if f.canaries]
     lines += ["", *table(["by canaries", *headers[:3], "epsilon at least"], bounds)] if bounds else []
-    claim = result.claimed
-    at_most = f"epsilon at most {claim.epsilon:g}, delta {claim.delta:g}" if claim else "no guarantee is claimed"
-    lines += ["", f"claimed: {at_most}" if claim else at_most]
     lines += ["", *_recovery(result.recovery)] if result.recovery else []
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _answers(answers: Answers, kind: str) -> list[str]:
+    """Return an audit's three answers, each with what it means below."""
+    lines = []
+    for answer in evaluation.in_words(answers, kind):
+        beside = f" ({answer.beside})" if answer.beside else ""
+        lines += [printable(f"{answer.question}: {answer.figure}{beside}"), printable(f"  {answer.said}")]
+    return lines
 
 
 def _recovery(found: Recovery) -> list[str]:

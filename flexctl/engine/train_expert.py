@@ -270,11 +270,13 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
         training.refuse_busy(work_path)
     log = training.log_beside(target) if config.track else None
     plan = planned(config, base.anchor)
-    canaries = text.CanaryFolder.beside(target)
-    data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
+    canaries, made = text.CanaryFolder.beside(target), text.CanaryFolder(work_path / "canaries")
+    in_place = ends and not made.left_out.is_file()
+    planted = [(canaries if in_place else made).planted] if config.canaries else []
+    data = (*text.pinned(config.data), *planted)
     task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan, world=world)
     if ends:
-        return world.by_writer(lambda: _finished(task, work_path, reporter))
+        return world.by_writer(lambda: _finished(task, work_path, made, reporter))
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
     warn_of_expired(config, reporter)
     if plan is not None:
@@ -289,10 +291,13 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
         check_file_target(target, overwrite=config.overwrite)
         if config.canaries:
             count = config.canaries
-            world.by_writer(lambda: text.plant_canaries(canaries, count, config.text_field, keep=config.resume))
+            world.by_writer(lambda: text.plant_canaries(made, count, config.text_field, keep=config.resume))
         if plan is None:
-            return _run(task, work, track, reporter)
-        return _run_privately(task, plan, work, track, reporter)
+            result = _run(task, work, track, reporter)
+        else:
+            result = _run_privately(task, plan, work, track, reporter)
+        world.by_writer(lambda: text.hand_over(made, canaries))
+        return result
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
@@ -316,13 +321,15 @@ def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertR
     return TrainExpertResult(path=target, name=name, rank=config.rank, plan=plan, dry_run=True, **nothing)
 
 
-def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertResult:
+def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: Reporter) -> TrainExpertResult:
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
     asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed) if task.plan is None else None)
     training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
+    if not config.dry_run:
+        text.hand_over(made, text.CanaryFolder.beside(target))
     training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     about = expert.manifest.training
     return task.result(
