@@ -233,17 +233,13 @@ class Joined(AbstractContextManager[World]):
         rank, size = launched()
         if size == 1:
             return ALONE
-        from torch import distributed
-        from torch.distributed.distributed_c10d import PrefixStore
-        from torch.distributed.rendezvous import rendezvous
-
-        kind = self._kind = _kind(self._device)
-        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-        self._store = PrefixStore(f"flexctl-{next(_MEETINGS)}", store)
-        backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
-        distributed.init_process_group(backend, store=self._store, rank=rank, world_size=size, timeout=_PATIENCE)
-        self._rank = rank
-        return _Together(rank, size, kind)
+        self._rank, self._kind = rank, _kind(self._device)
+        try:
+            self._store = _meet(rank, size, self._kind)
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            raise FlexctlError(f"the {size} processes of the run did not find each other: {said}") from error
+        return _Together(rank, size, self._kind)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -273,6 +269,22 @@ class Joined(AbstractContextManager[World]):
             return self._store.add("failed", 1) == 1
         except RuntimeError:  # who kept the store went first
             return False
+
+
+def _meet(rank: int, size: int, kind: str) -> Store:
+    """Connect the processes; return what they can leave word for each other in."""
+    from torch import distributed
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UsageError(f"{name} is not set, and WORLD_SIZE is {size}", hint="start the run with torchrun")
+    found, _, _ = next(rendezvous("env://", rank, size))
+    store = PrefixStore(f"flexctl-{next(_MEETINGS)}", found)
+    backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    return store
 
 
 def launched() -> tuple[int, int]:

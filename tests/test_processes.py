@@ -213,6 +213,14 @@ def test_a_launcher_that_says_nonsense_is_refused(
         launched()
 
 
+def test_processes_that_nobody_brings_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match="MASTER_ADDR is not set"), Joined("cpu"):
+        pass
+
+
 def test_a_device_of_several_processes_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
