@@ -54,6 +54,9 @@ class AuditConfig(Config):
         Path | None,
         flag("PATH", "Text of the same kind that it never saw (default: what training held out of `data`).", DATA),
     ] = None
+    decontaminate: Annotated[
+        tuple[Path, ...], flag("PATH", "The test text that training left out, as it was given there.", DATA)
+    ] = ()
     planted: Annotated[
         Path | None, flag("DIR", "The canaries that train-expert planted, as experts/NAME.canaries.", DATA)
     ] = None
@@ -178,6 +181,8 @@ def _refuse_bad_settings(config: AuditConfig) -> None:
     text.text_files(config.data)
     if config.held_out is not None:
         text.text_files([config.held_out], "held_out")
+    if config.decontaminate:
+        text.text_files(config.decontaminate, "decontaminate")
     if config.planted is not None:
         folder = text.CanaryFolder(config.planted)
         if not (folder.planted.is_file() and folder.left_out.is_file()):
@@ -248,10 +253,15 @@ def _read_texts(config: AuditConfig, manifest: ExpertManifest, tokenizer: Any) -
         raise UsageError(
             "the expert does not say which documents training held out", hint="name such text", field="held_out"
         )
-    split = text.split_of(text.read_documents(paths, config.text_field), seed) if isinstance(seed, int) else None
+    without = text.Decontamination.read(config.decontaminate, config.text_field)
+    split = (
+        text.split_of(without.kept(text.read_documents(paths, config.text_field)), seed)
+        if isinstance(seed, int)
+        else None
+    )
 
     def own() -> Iterable[str]:
-        return text.read_documents(config.data, config.text_field)
+        return without.kept(text.read_documents(config.data, config.text_field))
 
     members = split.training(own()) if split else own()
     others = (

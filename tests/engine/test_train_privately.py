@@ -29,7 +29,7 @@ from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.privacy import accounting
 from flexctl.runtime import SILENT, Reporter, SilentReporter
-from flexctl.text.corpus import text_digest
+from flexctl.text.inventory import text_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -134,7 +134,7 @@ def test_nothing_of_the_text_is_told_but_by_noised_weights(tmp_path: Path, ancho
     run = (tmp_path / "x.run.json").read_text()
     told = [open_expert(tmp_path / "x.st").manifest_text, run, said, shown, header.decode(errors="replace")]
     text = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    secrets = [MARK, f"{COUNT}", f"{sum(len(one.encode()) for one in text)}", text_digest((corpus,), "text", 0)]
+    secrets = [MARK, f"{COUNT}", f"{sum(len(one.encode()) for one in text)}", text_digest((corpus,), "text")]
     secrets += [hashlib.sha256(corpus.read_bytes()).hexdigest()]
     numbers = r"(?<![\w.])%s(?![\w.])"
     for place in told:
