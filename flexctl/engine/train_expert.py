@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -282,6 +282,19 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
         text.text_files([config.public], "public")
     if config.near_duplicates:
         text.require_datasketch()
+    if config.token_cache is not None:
+        _refuse_bad_cache(config.token_cache, config.data)
+
+
+def _refuse_bad_cache(folder: Path, data: Sequence[Path]) -> None:
+    place = folder.resolve()
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{folder}: is no folder", field="token_cache")
+    for path in data:
+        if path.resolve() in (place, *place.parents):
+            raise UsageError(
+                f"{folder}: lies inside {path}, and would be read as text", hint="elsewhere", field="token_cache"
+            )
 
 
 def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertResult:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"]
+__all__ = ["MOST_PASSAGES", "Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"]
 
 _MAX_SEQ_LEN = 1024
 _MICRO_BATCH_TOKENS = 8192
