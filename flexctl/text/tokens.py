@@ -154,7 +154,7 @@ class TokenStream:
 def _digest(ids: np.ndarray[Any, np.dtype[np.int32]], mapped: mmap.mmap | None = None) -> str:
     """Return the sha256 of tokens, in hex; of a mapped file no more than a block stays in memory for it."""
     digest = hashlib.sha256()
-    data = np.ascontiguousarray(ids).view(np.uint8)
+    data = np.ascontiguousarray(ids).view(np.uint8).data
     for start in range(0, len(data), _BLOCK_BYTES):
         digest.update(data[start : start + _BLOCK_BYTES])
         if mapped is not None and hasattr(mapped, "madvise"):
