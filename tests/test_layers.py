@@ -68,6 +68,7 @@ ONLY_IMPORTER = {
     "dp_accounting": ("privacy/accounting.py",),
     "datasketch": ("text/near_duplicates.py",),
     "xxhash": ("text/",),
+    "trackio": ("training/track.py",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

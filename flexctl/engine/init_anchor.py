@@ -95,10 +95,12 @@ class InitAnchorConfig(Config):
         float | None, flag("X", "Peak learning rate (default: the preset's, or 1e-4 for annealing).", TRAINING, above=0)
     ] = None
     resume: flags.Resume = False
+    checkpoint_steps: flags.CheckpointSteps = None
     seed: flags.Seed = 0
     threads: flags.Threads = None
     device: flags.Device = "auto"
     dtype: flags.Dtype = "auto"
+    track: flags.Track = False
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
 
@@ -172,6 +174,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
     _refuse_bad_settings(config, target, exists=ends)
     training.refuse_busy(work_path)
+    log = training.log_beside(target) if config.track else None
     config = replace(config, data=text.pinned(config.data))
     source = _source_directory(config)
     decontamination = text.Decontamination.read(config.decontaminate, config.text_field)
@@ -182,12 +185,15 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         _warn_of_source(source, config, reporter)
     if config.dry_run:
         return _planned(config, target, source)
-    with training.working_folder(work_path, reporter) as work:
+    with (
+        training.working_folder(work_path, reporter) as work,
+        training.tracked(log, _name(config), resume=config.resume, reporter=reporter) as track,
+    ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)
         public = _read_public(config, source, decontamination, work, reporter)
         asked = _asked(config, source, public.inventory.digest, decontamination)
-        checkpoint, trained = _checkpoint(config, source, public, work, reporter)
+        checkpoint, trained = _checkpoint(config, source, public, work, track, reporter)
         result = _calibrate_and_write(config, checkpoint, public, target, trained, asked, reporter)
     if config.output is None:
         workspace.ensure(target.parent)
@@ -245,6 +251,8 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
     _name(config)
     machine_of(config)
+    if config.track and config.source is not None and not config.anneal_tokens:
+        raise UsageError("SOURCE is not trained", hint="use `anneal_tokens` to train it further", field="track")
     for path in config.calibrate:
         text.text_files([path], "calibrate")
     if config.near_duplicates:
@@ -379,7 +387,12 @@ def _tokenizer(config: InitAnchorConfig, source: Path | None, stocktaking: text.
 
 
 def _checkpoint(
-    config: InitAnchorConfig, source: Path | None, public: _Public, work: Path, reporter: Reporter
+    config: InitAnchorConfig,
+    source: Path | None,
+    public: _Public,
+    work: Path,
+    track: training.Track,
+    reporter: Reporter,
 ) -> tuple[Path, tuple[int, float | None]]:
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
     if public.stream is None:
@@ -391,7 +404,7 @@ def _checkpoint(
     else:
         dense = model.load_dense(source)
     stored = dense.config.dtype
-    trained = _train(config, dense, public.stream, work, reporter)
+    trained = _train(config, dense, public.stream, work, track, reporter)
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     with model.quiet_transformers():
@@ -418,7 +431,12 @@ def _readable(source: Path, work: Path) -> Path:
 
 
 def _train(
-    config: InitAnchorConfig, dense: Any, stream: text.TokenStream, work: Path, reporter: Reporter
+    config: InitAnchorConfig,
+    dense: Any,
+    stream: text.TokenStream,
+    work: Path,
+    track: training.Track,
+    reporter: Reporter,
 ) -> tuple[int, float]:
     machine = machine_of(config)
     return training.train_whole(
@@ -427,8 +445,10 @@ def _train(
         _training_settings(config),
         work=work,
         resume=config.resume,
+        checkpoint_steps=config.checkpoint_steps,
         autocast=machine.autocast,
         reporter=reporter,
+        track=track,
     )
 
 

@@ -58,6 +58,7 @@ class PrivateRun:
         decontamination: Test text; documents that share words with it are left out, and nobody hears of it.
         machine: What it runs on.
         work: Its working folder.
+        track: Its log, of public losses.
         reporter: Hears of progress, and nothing of documents.
     """
 
@@ -70,11 +71,12 @@ class PrivateRun:
         decontamination: text.Decontamination,
         machine: Machine,
         work: Path,
+        track: training.Track,
         reporter: Reporter,
     ) -> None:
         self._config, self._plan, self._base, self._public = config, plan, base, public
         self._decontamination = decontamination
-        self._machine, self._work, self._reporter = machine, work, reporter
+        self._machine, self._work, self._track, self._reporter = machine, work, track, reporter
         self.reader = self._built()
         self._loop = training.LoopSettings(
             steps=plan.mechanism.steps,
@@ -112,6 +114,7 @@ class PrivateRun:
             clips=self._clips,
         )
         before = self._losses()
+        self._track.held_out(0, before)
         reporter.note(f"router rows: {config.router}, with noise")
         rows = self._rows(documents, ledger)
         checkpoints = self._checkpoints(ledger)
@@ -127,11 +130,13 @@ class PrivateRun:
             match=pair.match if config.public_match and config.public_mix else None,
             checkpoints=checkpoints,
             reporter=reporter,
+            track=self._track,
         )
         pair.close()
         anchor = self._base.anchor
         tensors = pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC])
         after = self._losses()
+        self._track.held_out(self._loop.steps, after)
         return Released(
             tensors={**tensors, "router.weight": rows.rows},
             router=self._router_info(rows),

@@ -25,7 +25,7 @@ __all__ = ["asked_for", "before_after", "folder_digest", "refuse_other_request",
 
 # Where a run writes and how it goes about it; and paths, for which digests stand.
 _NOT_ASKED = {"data", "text_field", "public", "source", "anchor", "merged", "proxy", "output", "decontaminate"}
-_NOT_ASKED |= {"threads", "device", "recompute", "resume", "checkpoint_steps", "overwrite", "dry_run"}
+_NOT_ASKED |= {"threads", "device", "recompute", "resume", "checkpoint_steps", "track", "overwrite", "dry_run"}
 _NOT_ASKED |= {"near_duplicates", "token_cache"}
 
 
