@@ -1,8 +1,8 @@
 """What preparing text costs: ``python -m tests.benchmarks.reading TOKENIZER TEXT [TEXT ...]``.
 
 The text is repeated. Rounds with one thread and with two follow each other, so that ratios are of the same machine.
-What one thread does by itself, reading and counting, is compared with tokenising by its own processor time. Peaks are of
-a process each. The last text is also the test text.
+What one thread does by itself, reading and counting, is compared with tokenising by its own processor time. Peaks are
+of a process each. The last text is also the test text.
 """
 
 from __future__ import annotations
