@@ -138,7 +138,8 @@ Decontaminate = Annotated[
     flag("PATH", "Test text: documents that share 13 words in a row with it are left out; repeatable.", DATA),
 ]
 NearDuplicates = Annotated[
-    bool, switch("Count documents that are nearly the same as one before; takes about as long as tokenising.", DATA)
+    bool,
+    switch("Count documents that are nearly the same as one before; takes a quarter of the time of tokenising.", DATA),
 ]
 Public = Annotated[Path | None, flag("PATH", "Public text to use instead of the anchor's sample.", DATA)]
 

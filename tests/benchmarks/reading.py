@@ -43,7 +43,7 @@ def main() -> None:
     size = sum(len(text.encode()) for text in texts)
     print(f"{len(texts)} documents, {size / 1e6:.1f} MB")
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    own: list[float] = []
+    own: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(ROUNDS):
         for threads, found in seconds.items():
             torch.set_num_threads(threads)
@@ -51,14 +51,14 @@ def main() -> None:
             for _ in encoded(tokenizer, texts):
                 pass
             found.append(time.perf_counter() - start)
-            own += [time.process_time() - start_own] if threads == 1 else []
+            own[threads].append(time.process_time() - start_own)
     for threads, found in seconds.items():
         pace = size / 1e6 / statistics.median(found)
-        print(f"{threads} threads: {pace:.2f} MB/s (median of {ROUNDS}), 10 GB in {1e4 / pace / 3600:.1f} h")
+        print(f"{threads} threads: {pace:.2f} MB/s (median of {ROUNDS}), 10 GB in {1e4 / pace / 3600:.1f} h;", end=" ")
+        print(f"{size / 1e6 / statistics.median(own[threads]):.2f} MB a second of own time")
     ratios = [one / two for one, two in zip(*seconds.values(), strict=True)]
     print(f"two threads over one, by round: {', '.join(f'{ratio:.2f}' for ratio in sorted(ratios))}")
-    print(f"own time of tokenising: {size / 1e6 / statistics.median(own):.2f} MB/s")
-    for name, share in _shares(paths, texts, statistics.median(own)).items():
+    for name, share in _shares(paths, texts, statistics.median(own[1])).items():
         print(f"{name}: {share:.0%} of tokenising's own time")
     for most in PEAK_BYTES:
         command = [sys.executable, "-m", "tests.benchmarks.reading", str(most), *sys.argv[1:]]
