@@ -251,7 +251,7 @@ class _Place:
         try:
             kept = json.loads(self.mark.read_text())
             stream = TokenStream.open(self.tokens, kept["tokens"])
-        except (FileNotFoundError, KeyError, TypeError, ValueError):
+        except (FileNotFoundError, KeyError, RecursionError, TypeError, ValueError):
             return None
         return stream if kept["of"] == self.identity and stream.is_whole else None
 
