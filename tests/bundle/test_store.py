@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flexctl.bundle import store
+from flexctl.bundle.copying import copy_range
 from flexctl.bundle.store import (
     check_directory_target,
-    copy_range,
     new_directory,
     new_file,
     require_space,
