@@ -22,6 +22,7 @@ import numpy as np
 
 from flexctl.text.documents import read_documents
 from tests.benchmarks.copying import SMALL, compare
+from tests.benchmarks.sending import bench_sending
 from tests.benchmarks.serving import bench_serving
 from tests.benchmarks.showing import show
 from tests.builders import make_anchor
@@ -194,6 +195,7 @@ def bench_trace(root: Path, size_bytes: int = 100_000_000) -> None:
 
 SECTIONS = {
     "merge": bench_merge,
+    "sending": bench_sending,
     "steps": lambda _root: bench_steps(),
     "scoring": bench_scoring,
     "inference": lambda _root: bench_inference(),
