@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from flexctl.bundle.composition import LowRank
@@ -96,7 +96,9 @@ def place(files: Sequence[WeightFile], site: Site, public: Mapping[str, Span]) -
         public: Expert tensor name -> the public expert's, in a file that was proven before.
     """
     begun = [_begin(file, site) for file in files]
-    work = [(file, piece) for file in begun for piece in pieces(file.spans)]
+    # A piece of every file in turn: two threads that write to one file wait for each other.
+    turns = zip_longest(*([(file, piece) for piece in pieces(file.spans)] for file in begun))
+    work = [item for turn in turns for item in turn if item is not None]
     found = in_parallel(lambda item: _place_piece(*item, site, public), work)
     tensors: dict[str, dict[str, TensorInfo]] = {file.name: {} for file in files}
     for (file, _), infos in zip(work, found, strict=True):
