@@ -101,6 +101,7 @@ from flexctl.engine.verify import verify as verify
 from flexctl.errors import BundleError as BundleError
 from flexctl.errors import FlexctlError as FlexctlError
 from flexctl.errors import Interrupted as Interrupted
+from flexctl.errors import Terminated as Terminated
 from flexctl.errors import UsageError as UsageError
 from flexctl.evaluation.attacks.findings import Audited as Audited
 from flexctl.evaluation.attacks.findings import CanaryBound as CanaryBound

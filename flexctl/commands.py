@@ -78,7 +78,7 @@ COMMANDS = (
 """In the order of an expert's life."""
 
 PUBLIC: Mapping[str, tuple[str, ...]] = {
-    "errors": ("BundleError", "FlexctlError", "Interrupted", "UsageError"),
+    "errors": ("BundleError", "FlexctlError", "Interrupted", "Terminated", "UsageError"),
     "runtime": ("SILENT", "Progress", "Reporter"),
     "workspace": ("Workspace",),
     "bundle.checks": ("Check",),

@@ -4,6 +4,7 @@ FlexctlError            1  the command failed
   UsageError            2  a flag, a setting or an argument is wrong
   BundleError           3  a bundle is invalid, incompatible or fails verification
   Interrupted         130  the user stopped it
+    Terminated        143  SIGTERM did, as schedulers send it
 
 A message says what happened, with the value and the file; the hint says what to do about it. What a Config was
 told is named by its field, never by a flag: ``field`` is what the error is about, and others stand in backquotes
@@ -15,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 
-__all__ = ["BundleError", "FlexctlError", "Interrupted", "UsageError", "system_error"]
+__all__ = ["BundleError", "FlexctlError", "Interrupted", "Terminated", "UsageError", "system_error"]
 
 
 class FlexctlError(Exception):
@@ -52,6 +53,12 @@ class Interrupted(FlexctlError):
     """The user stopped the command; what was written before is still whole."""
 
     exit_code = 130
+
+
+class Terminated(Interrupted):
+    """SIGTERM stopped the command; what was written before is still whole."""
+
+    exit_code = 143
 
 
 def system_error(error: BaseException) -> OSError | None:

@@ -74,6 +74,7 @@ __all__ = [
     "Threads",
     "Tombstone",
     "TopK",
+    "Track",
     "Trust",
     "TrustCache",
     "Without",
@@ -165,7 +166,10 @@ Lr = Annotated[
     float | None, flag("X", "Peak learning rate (default: scales with the model's width).", TRAINING, above=0)
 ]
 Resume = Annotated[bool, switch("Go on from the last checkpoint; of a finished run, give its result.", TRAINING)]
-CheckpointSteps = Annotated[int, flag("N", "Write a checkpoint every so many steps.", TRAINING, above=0)]
+CheckpointSteps = Annotated[
+    int | None,
+    flag("N", "Write a checkpoint every so many steps (default: about every five minutes).", TRAINING, above=0),
+]
 
 # Router.
 Router = Annotated[
@@ -226,6 +230,9 @@ Dtype = Annotated[str, flag("NAME", "float32, bfloat16 or auto.", HARDWARE)]
 ForwardTokens = Annotated[int, flag("N", "Tokens that go through the model together.", HARDWARE, above=0)]
 
 # What is written.
+Track = Annotated[
+    bool, switch("Log each step to NAME.track.jsonl beside the target, and in trackio where it is installed.", OUTPUT)
+]
 OutputElsewhere = Annotated[Path | None, output("DIR", "Write the result here and leave the model as it is.")]
 Overwrite = Annotated[bool, switch("Replace the target if it exists.", OUTPUT)]
 DryRun = Annotated[bool, switch("Check everything, say what would be done, write nothing.", OUTPUT)]

@@ -66,6 +66,7 @@ ONLY_IMPORTER = {
     "vllm": ("serving/vllm/",),
     "uvloop": ("serving/vllm/",),
     "dp_accounting": ("privacy/accounting.py",),
+    "trackio": ("training/track.py",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

@@ -10,7 +10,7 @@ from typing import Any
 from flexctl.bundle.layout import feed_forward_keys
 from flexctl.bundle.names import PUBLIC, shown
 from flexctl.bundle.stock import CONFIG_FILE, DENSE_PREFIX, checkpoint_spans, read_dense_config
-from flexctl.bundle.tensors import FLOAT_DTYPES, Span, TensorType, Typed, check_agreement
+from flexctl.bundle.tensors import Span, TensorType, Typed, check_agreement, check_floats
 from flexctl.bundle.weights import Weights, zero_rows
 from flexctl.errors import BundleError
 from flexctl.families import Family, family_of
@@ -103,9 +103,7 @@ def _count(path: Path, config: Mapping[str, Any], field: str) -> int:
 
 def _check_shapes(path: Path, found: Mapping[str, Span], expected: Mapping[str, Typed]) -> None:
     """Refuse other tensors than the expected; they may be of any float dtype."""
-    for name, span in found.items():
-        if span.dtype not in FLOAT_DTYPES:
-            raise BundleError(f"{path}: tensor {name}: dtype is {span.dtype}; expected {', '.join(FLOAT_DTYPES)}")
+    check_floats(found)
     types = {
         name: TensorType(found[name].dtype if name in found else tensor.dtype, tensor.shape)
         for name, tensor in expected.items()

@@ -29,11 +29,11 @@ from flexctl.bundle.stock import (
     is_stock_file,
 )
 from flexctl.bundle.tensors import (
-    FLOAT_DTYPES,
     RawTensor,
     Span,
     TensorType,
     check_agreement,
+    check_floats,
     from_float32,
     to_float32,
 )
@@ -135,12 +135,7 @@ def open_mixture(
         BundleError: There are no safetensors, or a tensor is missing, extra, misshaped, or of another dtype.
     """
     spans = {name: span for name, span in checkpoint_spans(path).items() if not name.endswith(_BUFFER)}
-    for name, span in spans.items():
-        if span.dtype not in FLOAT_DTYPES:
-            raise BundleError(
-                f"{span.path}: tensor {name}: dtype is {span.dtype}; expected {', '.join(FLOAT_DTYPES)}",
-                hint="dequantise it first",
-            )
+    check_floats(spans)
     layers = config["num_hidden_layers"]
     packed = _PACKED.format(i=0) + _GATE_UP in spans
     first = _PACKED.format(i=0) + _GATE_UP if packed else family.expert_key(0, 0, "gate_proj")

@@ -13,7 +13,7 @@ from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import expert_layout
 from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.names import check_file_name, is_file_name, shown
-from flexctl.bundle.tensors import FLOAT_DTYPES, Span, check_agreement
+from flexctl.bundle.tensors import Span, check_agreement, check_floats
 from flexctl.errors import BundleError
 from flexctl.families import FAMILIES, family_of
 
@@ -238,9 +238,7 @@ def architecture_of(config: Mapping[str, Any], spans: Mapping[str, Span], checkp
     if first not in spans:
         raise BundleError(f"{checkpoint}: tensor {first} is missing", hint="use a Transformers checkpoint")
     architecture = Architecture(**sizes, dtype=spans[first].dtype)
-    for name, span in spans.items():
-        if span.dtype not in FLOAT_DTYPES:
-            raise BundleError(f"{span.path}: tensor {name}: dtype is {span.dtype}; expected {', '.join(FLOAT_DTYPES)}")
+    check_floats(spans)
     check_feed_forward(spans, architecture, checkpoint)
     return architecture
 

@@ -23,6 +23,7 @@ __all__ = [
     "TensorType",
     "Typed",
     "check_agreement",
+    "check_floats",
     "from_float32",
     "is_finite",
     "size_of",
@@ -167,6 +168,23 @@ def check_agreement(found: Mapping[str, Typed], expected: Mapping[str, Typed], w
     for name in found:
         if name not in expected:
             raise BundleError(f"{where}: tensor {shown(name)} is extra: nothing says that it belongs there")
+
+
+def check_floats(spans: Mapping[str, Span]) -> None:
+    """Refuse tensors that are not F32, BF16 or F16.
+
+    Args:
+        spans: By name.
+
+    Raises:
+        BundleError: One is not.
+    """
+    for name, span in spans.items():
+        if span.dtype not in FLOAT_DTYPES:
+            raise BundleError(
+                f"{span.path}: tensor {name}: dtype is {span.dtype}; expected {', '.join(FLOAT_DTYPES)}",
+                hint="dequantise it first",
+            )
 
 
 def is_finite(dtype: str, data: Any) -> bool:

@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments after the program's name; the process's own when None.
 
     Returns:
-        0 done, 1 failed, 2 usage or configuration, 3 an invalid bundle, 130 interrupted, 141 the reader went.
+        0 done, 1 failed, 2 usage or configuration, 3 an invalid bundle, 130 interrupted, 141 the reader went,
+        143 stopped by SIGTERM.
     """
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)

@@ -90,10 +90,12 @@ class InitAnchorConfig(Config):
         float | None, flag("X", "Peak learning rate (default: the preset's, or 1e-4 for annealing).", TRAINING, above=0)
     ] = None
     resume: flags.Resume = False
+    checkpoint_steps: flags.CheckpointSteps = None
     seed: flags.Seed = 0
     threads: flags.Threads = None
     device: flags.Device = "auto"
     dtype: flags.Dtype = "auto"
+    track: flags.Track = False
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
 
@@ -144,6 +146,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
     _refuse_bad_settings(config, target, exists=ends)
     training.refuse_busy(work_path)
+    log = training.log_beside(target) if config.track else None
     config = replace(config, data=text.pinned(config.data))
     source = _source_directory(config)
     if ends:
@@ -153,11 +156,14 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         _warn_of_source(source, config, reporter)
     if config.dry_run:
         return _planned(config, target, source)
-    with training.working_folder(work_path, reporter) as work:
+    with (
+        training.working_folder(work_path, reporter) as work,
+        training.tracked(log, _name(config), resume=config.resume, reporter=reporter) as track,
+    ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)
         asked = _asked(config, source)
-        checkpoint, trained = _checkpoint(config, source, work, reporter)
+        checkpoint, trained = _checkpoint(config, source, work, track, reporter)
         result = _calibrate_and_write(config, checkpoint, target, trained, asked, reporter)
     if config.output is None:
         workspace.ensure(target.parent)
@@ -205,6 +211,8 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
     _name(config)
     machine_of(config)
+    if config.track and config.source is not None and not config.anneal_tokens:
+        raise UsageError("SOURCE is not trained", hint="use `anneal_tokens` to train it further", field="track")
     for path in config.calibrate:
         text.text_files([path], "calibrate")
 
@@ -288,7 +296,7 @@ def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> Ini
 
 
 def _checkpoint(
-    config: InitAnchorConfig, source: Path | None, work: Path, reporter: Reporter
+    config: InitAnchorConfig, source: Path | None, work: Path, track: training.Track, reporter: Reporter
 ) -> tuple[Path, tuple[int, float | None]]:
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
     preset = model.PRESETS[config.preset]
@@ -303,7 +311,7 @@ def _checkpoint(
     else:
         return _readable(source, work), (0, None)
     stored = dense.config.dtype
-    trained = _train(config, dense, tokenizer, work, reporter)
+    trained = _train(config, dense, tokenizer, work, track, reporter)
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     with model.quiet_transformers():
@@ -329,7 +337,9 @@ def _readable(source: Path, work: Path) -> Path:
     return folder
 
 
-def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, reporter: Reporter) -> tuple[int, float]:
+def _train(
+    config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, track: training.Track, reporter: Reporter
+) -> tuple[int, float]:
     machine = machine_of(config)
     # No file that is saved of the tokenizer holds this.
     tokenizer.split_special_tokens = config.special_as_text
@@ -342,8 +352,10 @@ def _train(config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, rep
         _training_settings(config),
         work=work,
         resume=config.resume,
+        checkpoint_steps=config.checkpoint_steps,
         autocast=machine.autocast,
         reporter=reporter,
+        track=track,
     )
 
 

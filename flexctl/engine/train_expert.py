@@ -116,7 +116,7 @@ class TrainExpertConfig(Config):
     encoder: flags.Encoder = None
     own_covariance: flags.OwnCovariance = flags.OWN_COVARIANCE
     resume: flags.Resume = False
-    checkpoint_steps: flags.CheckpointSteps = 200
+    checkpoint_steps: flags.CheckpointSteps = None
     license: flags.License = None
     purpose: flags.Purpose = ()
     expires: flags.Expires = None
@@ -126,6 +126,7 @@ class TrainExpertConfig(Config):
     threads: flags.Threads = None
     device: flags.Device = "auto"
     dtype: flags.Dtype = "auto"
+    track: flags.Track = False
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
 
@@ -231,6 +232,7 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     training.refuse_busy(work_path)
+    log = training.log_beside(target) if config.track else None
     plan = planned(config, base.anchor)
     canaries = text.CanaryFolder.beside(target)
     data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
@@ -243,12 +245,17 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         reporter.note(str(plan))
     if config.dry_run:
         return task.result(digest=None, tokens=0, public_tokens=0, steps=0, rank=config.rank, dry_run=True)
-    with training.working_folder(work_path, reporter) as work:
+    with (
+        training.working_folder(work_path, reporter) as work,
+        training.tracked(log, name, resume=config.resume, reporter=reporter) as track,
+    ):
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
         if config.canaries:
             text.plant_canaries(canaries, config.canaries, config.text_field, keep=config.resume)
-        return _run(task, work, reporter) if plan is None else _run_privately(task, plan, work, reporter)
+        if plan is None:
+            return _run(task, work, track, reporter)
+        return _run_privately(task, plan, work, track, reporter)
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
@@ -299,12 +306,14 @@ def _asked(task: _Task, digest: str | None) -> dict[str, Any]:
     )
 
 
-def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
+def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
     config, setup = task.config, _set_up(task, work, reporter)
     asked = _asked(task, setup.corpus.survey.digest)
     before = setup.losses(reporter)
-    tensors, outcome = _train(task, setup, work, reporter)
+    track.held_out(0, before)
+    tensors, outcome = _train(task, setup, work, track, reporter)
     after = setup.losses(reporter)
+    track.held_out(setup.loop.steps, after)
     _refuse_moved(setup.reader, task.base.anchor)
     result = task.result(
         digest=None,
@@ -337,12 +346,12 @@ def _run(task: _Task, work: Path, reporter: Reporter) -> TrainExpertResult:
     return replace(result, digest=expert.digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
 
 
-def _run_privately(task: _Task, plan: Plan, work: Path, reporter: Reporter) -> TrainExpertResult:
+def _run_privately(task: _Task, plan: Plan, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
     config, base = task.config, task.base
     note_busy_cores(config.threads, reporter)
     public = _public_sample(config, base)
     machine = machine_of(config, base.anchor.weights().shared)
-    run = PrivateRun(config, plan, base, public, machine, work, reporter)
+    run = PrivateRun(config, plan, base, public, machine, work, track, reporter)
     released = run.train()
     _refuse_moved(run.reader, base.anchor)
     result = task.result(
@@ -450,7 +459,9 @@ def _start_rows(
     return rows.rows, info
 
 
-def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[dict[str, Tensor], training.Outcome]:
+def _train(
+    task: _Task, setup: _Setup, work: Path, track: training.Track, reporter: Reporter
+) -> tuple[dict[str, Tensor], training.Outcome]:
     """Train the pair; return the expert's tensors, rounded as they are stored, and what the run did."""
     config, anchor = task.config, task.base.anchor
     identity = {
@@ -481,6 +492,7 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> tuple[
         reporter=reporter,
         match=pair.match if match else None,
         checkpoints=checkpoints,
+        track=track,
     )
     pair.close()
     public = anchor.weights().experts[PUBLIC]

@@ -69,11 +69,12 @@ class TuneRouterConfig(Config):
     batch_tokens: flags.BatchTokens = None
     tether: flags.Tether = 1.0
     resume: flags.Resume = False
-    checkpoint_steps: flags.CheckpointSteps = 200
+    checkpoint_steps: flags.CheckpointSteps = None
     seed: flags.Seed = 0
     threads: flags.Threads = None
     device: flags.Device = "auto"
     dtype: flags.Dtype = "auto"
+    track: flags.Track = False
     overwrite: flags.Overwrite = False
     dry_run: flags.DryRun = False
 
@@ -176,6 +177,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     work_path = place_of_work(target, "tuning")
     _refuse_bad_settings(config)
     training.refuse_busy(work_path)
+    log = training.log_beside(target) if config.track else None
     asked = _asked(task)
     if config.resume and (found := _finished(config, target, asked)):
         training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
@@ -185,10 +187,13 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     texts = _texts(task)
     if config.dry_run:
         return task.result(digest=None, dry_run=True)
-    with training.working_folder(work_path, reporter) as work:
+    with (
+        training.working_folder(work_path, reporter) as work,
+        training.tracked(log, target.name, resume=config.resume, reporter=reporter) as track,
+    ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="merged", overwrite=config.overwrite)
-        result = _run(task, texts, work, reporter)
+        result = _run(task, texts, work, track, reporter)
         _keep(result, asked)
     return result
 
@@ -289,11 +294,13 @@ def _texts(task: _Task) -> _Texts:
     )
 
 
-def _run(task: _Task, texts: _Texts, work: Path, reporter: Reporter) -> TuneRouterResult:
+def _run(task: _Task, texts: _Texts, work: Path, track: training.Track, reporter: Reporter) -> TuneRouterResult:
     setup = _set_up(task, texts)
     before = setup.losses(reporter)
-    outcome = _train(task, setup, work, reporter)
+    track.held_out(0, before)
+    outcome = _train(task, setup, work, track, reporter)
     after = setup.losses(reporter)
+    track.held_out(setup.loop.steps, after)
     held_out = {name: {"before": before[name], "after": after[name]} for name in before}
     _refuse_worse(held_out, reporter)
     tuned = tuple(RawTensor(*model.to_bytes(rows)) for rows in setup.tuning.rows)
@@ -362,7 +369,7 @@ def _budget(task: _Task, streams: Mapping[str, text.TokenStream]) -> training.Bu
     )
 
 
-def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> training.Outcome:
+def _train(task: _Task, setup: _Setup, work: Path, track: training.Track, reporter: Reporter) -> training.Outcome:
     config, manifest = task.config, task.merged.manifest
     identity: dict[str, Any] = {
         "experts": [entry.digest for entry in manifest.experts],
@@ -391,6 +398,7 @@ def _train(task: _Task, setup: _Setup, work: Path, reporter: Reporter) -> traini
         reporter=reporter,
         penalty=setup.tuning.penalty if config.tether else None,
         checkpoints=checkpoints,
+        track=track,
     )
 
 

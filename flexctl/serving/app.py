@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexctl.serving.asking import Service, prepare
-from flexctl.serving.exchange import Coming, Stream, body_of, events_of, unless_gone
+from flexctl.serving.exchange import Coming, Stream, body_of, events_of, refusal_of, unless_gone
 from flexctl.serving.hosts import check_host
 from flexctl.serving.jobs import Busy, Event, Job
 from flexctl.serving.listing import Listing
@@ -53,7 +53,7 @@ def make_app(service: Service) -> ASGIApp:
 
 
 async def _refusal(_request: Request, error: Refused) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
+    return refusal_of(error)
 
 
 async def _no_route(_request: Request, error: HTTPException) -> Response:
@@ -85,7 +85,7 @@ class _Counted:
             check_host(scope, self._service.local_names)
             await self._app(scope, receive, watch)
         except Refused as refusal:
-            await JSONResponse(refusal.body, refusal.status)(scope, receive, watch)
+            await refusal_of(refusal)(scope, receive, watch)
         finally:
             known = scope["path"] in ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
             endpoint = scope["path"] if known else "other"
@@ -147,7 +147,7 @@ class _Endpoints:
             place = place.tb_next
         where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "nowhere"
         self._service.reporter.warn(f"{request.url.path}: unexpected {type(error).__name__} at {where}")
-        return JSONResponse(Refused(500, "the server failed at this request").body, 500)
+        return refusal_of(Refused(500, "the server failed at this request"))
 
     async def _answer(self, request: Request, read: Callable[[bytes], Query]) -> Response:
         service, started = self._service, time.monotonic()

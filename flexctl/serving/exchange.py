@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from flexctl.serving.batching import Batcher
@@ -20,7 +20,7 @@ from flexctl.serving.protocol import Query
 from flexctl.serving.refusing import Refused
 from flexctl.serving.replies import Reply
 
-__all__ = ["Coming", "Stream", "body_of", "events_of", "unless_gone"]
+__all__ = ["Coming", "Stream", "body_of", "events_of", "refusal_of", "unless_gone"]
 
 _BODY_BYTES = 4 << 20
 _BODY_S = 30.0
@@ -104,6 +104,11 @@ async def _read(request: Request) -> bytes:
         if len(body) > _BODY_BYTES:
             raise Refused(413, f"the body has more than {_BODY_BYTES} bytes")
     return bytes(body)
+
+
+def refusal_of(refusal: Refused) -> Response:
+    """Return what a client hears of a refusal."""
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 
 async def unless_gone(request: Request, work: Awaitable[None]) -> None:

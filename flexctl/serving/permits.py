@@ -67,6 +67,20 @@ class Grant:
     selection: Selection
     reasons: Mapping[str, str]
 
+    def account(self, digest: str) -> dict[str, Any]:
+        """Return who took part, as an answer says it: what a log needs to prove it.
+
+        Args:
+            digest: Of the served bundle.
+        """
+        selection = self.selection
+        return {
+            "digest": digest,
+            "experts": [name for name in selection.experts if name not in selection.without],
+            "without": list(selection.without),
+            "reasons": dict(self.reasons),
+        }
+
 
 def read_keys(file: Path, experts: Sequence[str]) -> tuple[Key, ...]:
     """Return the API keys of a file: a TOML table a key, with the ``sha256`` of the key and perhaps its ``experts``.

@@ -148,14 +148,7 @@ class Reply:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def _flexctl(self) -> dict[str, Any]:
-        """Return who took part: what a log needs to prove it."""
-        selection = self._grant.selection
-        found: dict[str, Any] = {
-            "digest": self._account.digest,
-            "experts": [name for name in selection.experts if name not in selection.without],
-            "without": list(selection.without),
-            "reasons": dict(self._grant.reasons),
-        }
+        found = self._grant.account(self._account.digest)
         if self._account.explains:
             found["shares"] = self._shares([token for choice in self.choices for token in choice.tokens])
         return found

@@ -91,8 +91,8 @@ class PrivateConfig(RowConfig, Protocol):
         """Whether to go on."""
 
     @property
-    def checkpoint_steps(self) -> int:
-        """How often to leave a checkpoint."""
+    def checkpoint_steps(self) -> int | None:
+        """How often to leave a checkpoint; None for by time."""
 
     @property
     def dp_epsilon(self) -> float | None:

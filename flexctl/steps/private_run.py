@@ -57,6 +57,7 @@ class PrivateRun:
         public: Public text.
         machine: What it runs on.
         work: Its working folder.
+        track: Its log, of public losses.
         reporter: Hears of progress, and nothing of documents.
     """
 
@@ -68,10 +69,11 @@ class PrivateRun:
         public: text.PublicSample,
         machine: Machine,
         work: Path,
+        track: training.Track,
         reporter: Reporter,
     ) -> None:
         self._config, self._plan, self._base, self._public = config, plan, base, public
-        self._machine, self._work, self._reporter = machine, work, reporter
+        self._machine, self._work, self._track, self._reporter = machine, work, track, reporter
         self.reader = self._built()
         self._loop = training.LoopSettings(
             steps=plan.mechanism.steps,
@@ -109,6 +111,7 @@ class PrivateRun:
             clips=self._clips,
         )
         before = self._losses()
+        self._track.held_out(0, before)
         reporter.note(f"router rows: {config.router}, with noise")
         rows = self._rows(documents, ledger)
         checkpoints = self._checkpoints(ledger)
@@ -124,11 +127,13 @@ class PrivateRun:
             match=pair.match if config.public_match and config.public_mix else None,
             checkpoints=checkpoints,
             reporter=reporter,
+            track=self._track,
         )
         pair.close()
         anchor = self._base.anchor
         tensors = pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC])
         after = self._losses()
+        self._track.held_out(self._loop.steps, after)
         return Released(
             tensors={**tensors, "router.weight": rows.rows},
             router=self._router_info(rows),

@@ -13,6 +13,7 @@ NAMES = {
     "pair": ("Pair",),
     "private": ("PrivateSteps", "gradient_norm", "train_privately"),
     "ranks": ("Factors", "choose_ranks", "expert_matrices"),
+    "track": ("Track", "log_beside", "tracked"),
     "tuning": ("RouterTuning",),
     "whole": ("WholeSettings", "train_whole"),
     "work": ("refuse_busy", "working_folder"),

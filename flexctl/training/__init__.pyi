@@ -24,6 +24,9 @@ from flexctl.training.private import train_privately as train_privately
 from flexctl.training.ranks import Factors as Factors
 from flexctl.training.ranks import choose_ranks as choose_ranks
 from flexctl.training.ranks import expert_matrices as expert_matrices
+from flexctl.training.track import Track as Track
+from flexctl.training.track import log_beside as log_beside
+from flexctl.training.track import tracked as tracked
 from flexctl.training.tuning import RouterTuning as RouterTuning
 from flexctl.training.whole import WholeSettings as WholeSettings
 from flexctl.training.whole import train_whole as train_whole

@@ -1,13 +1,15 @@
-"""Checkpoints of a training run: parameters, optimiser state and losses in one safetensors file.
+"""Checkpoints of a training run: parameters, optimiser state, random state and losses in one safetensors file.
 
 A checkpoint is written beside its place, flushed and renamed, and carries a digest of its tensors, so a file that
-exists under its name is either whole or recognised as broken and passed over.
+exists under its name is either whole or recognised as broken and passed over. Rate and batch are functions of the step,
+which is the number of losses.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,24 @@ from flexctl.runtime import Reporter
 
 __all__ = ["Checkpoints", "TrainingState"]
 
-_KEPT = 2
+_EVERY_S, _COST = 300.0, 0.02
+"""Where nobody says how often: each time that a run could lose so much, but for at most this share of its time."""
+
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """What a checkpoint holds: the trained parameters and AdamW's state for each."""
+    """What a checkpoint holds: the trained parameters, AdamW's state for each, and where torch's random numbers are."""
 
     parameters: Sequence[nn.Parameter]
     optimiser: torch.optim.Optimizer
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by name."""
-        found: dict[str, Tensor] = {}
+        found = {"random": torch.get_rng_state()}
+        if (device := self.parameters[0].device).type == "cuda":
+            found["random.device"] = torch.cuda.get_rng_state(device)
         for i, parameter in enumerate(self.parameters):
             found[f"{i}.parameter"] = parameter.detach()
             found |= {f"{i}.{name}": value for name, value in self.optimiser.state[parameter].items()}
@@ -43,6 +49,10 @@ class TrainingState:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take everything back, in place."""
+        if "random" in tensors:
+            torch.set_rng_state(tensors["random"])
+        if "random.device" in tensors and (device := self.parameters[0].device).type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.device"], device)
         for i, parameter in enumerate(self.parameters):
             parameter.data.copy_(tensors[f"{i}.parameter"])
             self.optimiser.state[parameter] = {
@@ -53,14 +63,18 @@ class TrainingState:
 
 
 class Checkpoints:
-    """A directory of checkpoints of one run.
+    """A directory of checkpoints of one run: the newest, and the one before it in case the newest is broken.
 
     Args:
         folder: Where they are; made when missing.
         settings: Everything that decides the run's result. A checkpoint of other settings is refused.
-        every_steps: How often one is written; None for never.
+        every_steps: How often one is written; None for by time.
         resume: Whether to go on from the last one. Without it, those that are there are removed.
-        reporter: Told about resuming and about broken files.
+        reporter: Told about resuming, about broken files and about what could not be written.
+
+    Attributes:
+        folder: As given.
+        newest: The step of the newest whole one; None where there is none.
     """
 
     def __init__(
@@ -72,7 +86,9 @@ class Checkpoints:
         resume: bool,
         reporter: Reporter,
     ) -> None:
-        self._folder, self._every, self._reporter = folder, every_steps, reporter
+        self.folder, self._every, self._reporter = folder, every_steps, reporter
+        self.newest: int | None = None
+        self._next_s = time.monotonic() + _EVERY_S
         self._settings = json.loads(json.dumps(settings, sort_keys=True))
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -80,7 +96,7 @@ class Checkpoints:
                 path.unlink()
 
     def _paths(self) -> list[Path]:
-        return sorted(self._folder.glob("checkpoint-*.safetensors"))
+        return sorted(self.folder.glob("checkpoint-*.safetensors"))
 
     def restore(self, state: TrainingState) -> list[float]:
         """Load the newest whole checkpoint into ``state`` and return the losses so far (empty: from the start).
@@ -96,6 +112,7 @@ class Checkpoints:
             about, tensors = read
             self._refuse_other_settings(path, about["settings"])
             state.load(tensors)
+            self.newest = len(about["losses"])
             self._reporter.note(f"going on after step {len(about['losses'])} ({path.name})")
             return list(about["losses"])
         return []
@@ -110,14 +127,38 @@ class Checkpoints:
 
     def is_due(self, step: int, steps: int) -> bool:
         """Return whether a checkpoint belongs after ``step`` of ``steps`` steps."""
-        return self._every is not None and step != steps and step % self._every == 0
+        if step == steps:
+            return False
+        return time.monotonic() >= self._next_s if self._every is None else step % self._every == 0
 
-    def save_when_due(self, step: int, steps: int, state: TrainingState, losses: Sequence[float]) -> None:
-        """Write a checkpoint after ``step`` steps if one is due, and drop the oldest."""
-        if not self.is_due(step, steps):
-            return
-        _write(self._folder / f"checkpoint-{step:08d}.safetensors", self._settings, state.tensors(), losses)
-        for path in self._paths()[:-_KEPT]:
+    def save(self, step: int, state: TrainingState, losses: Sequence[float], check: Callable[[], None]) -> None:
+        """Write a checkpoint after ``step`` steps and drop all but the one before it.
+
+        Where it cannot be written, as on a full disk, those that are there stay, and the run goes on with a warning.
+
+        Args:
+            step: Steps done.
+            state: What to keep.
+            losses: One a step.
+            check: Called first; it raises where the run may not be kept. Its time is part of what a checkpoint costs.
+        """
+        path, started_s = self.folder / f"checkpoint-{step:08d}.safetensors", time.monotonic()
+        check()
+        try:
+            _write(path, self._settings, state.tensors(), losses)
+        except OSError as error:
+            kept = "there is none yet" if self.newest is None else f"that of step {self.newest} stays"
+            self._reporter.warn(f"{path}: cannot be written ({error.strerror}); {kept}, and training goes on")
+        else:
+            self._drop_all_but(path)
+            self.newest = step
+        ended_s = time.monotonic()
+        self._next_s = ended_s + max(_EVERY_S, (ended_s - started_s) / _COST)
+
+    def _drop_all_but(self, newest: Path) -> None:
+        """Keep ``newest`` and the one before it; those behind it were broken, or it would not have been written."""
+        before = [path for path in self._paths() if path < newest]
+        for path in {*self._paths()} - {newest, *before[-1:]}:
             path.unlink()
 
 

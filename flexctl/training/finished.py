@@ -25,7 +25,7 @@ __all__ = ["asked_for", "before_after", "folder_digest", "refuse_other_request",
 
 # Where a run writes and how it goes about it; and paths, for which digests stand.
 _NOT_ASKED = {"data", "text_field", "public", "source", "anchor", "merged", "proxy", "output"}
-_NOT_ASKED |= {"threads", "device", "recompute", "resume", "checkpoint_steps", "overwrite", "dry_run"}
+_NOT_ASKED |= {"threads", "device", "recompute", "resume", "checkpoint_steps", "track", "overwrite", "dry_run"}
 
 
 def asked_for(config: Any, **inputs: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from flexctl.model.losses import training_loss
 from flexctl.runtime import Progress, Reporter
 from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
+from flexctl.training.stopping import hearing
+from flexctl.training.track import UNTRACKED, RowLogits, Track
 
 __all__ = [
     "LoopSettings",
@@ -29,6 +31,9 @@ __all__ = [
     "to_device",
     "train",
 ]
+
+_FIGURES = ("loss", "grad_norm", "router_logit/own", "router_logit/public")
+"""What a step finds out; the last two where somebody watches."""
 
 _STEPS_BEHIND = 2
 """How far a device may be behind its orders: it then never waits for them, and a loss is known as many steps later."""
@@ -110,6 +115,7 @@ def train(
     match: Callable[[Tensor], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
+    track: Track = UNTRACKED,
 ) -> Outcome:
     """Train ``groups`` of ``model`` in place and return the losses.
 
@@ -123,8 +129,10 @@ def train(
             the CPU.
         penalty: Penalty added once a step.
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
+        track: Gets each step's figures: ``_FIGURES``, the rate and tokens a second.
 
     Raises:
+        Interrupted: SIGTERM or Ctrl-C came; a checkpoint of the last step is left.
         FlexctlError: The loss is not finite, or a file of tokens is not what it was when it was written. That is
             looked at when training starts, before each checkpoint, and when it ends.
     """
@@ -133,21 +141,26 @@ def train(
     state = TrainingState(parameters=parameters, optimiser=optimiser)
     data.refuse_change()
     losses = checkpoints.restore(state) if checkpoints is not None else []
-    running = _Running(losses)
+    running, rows = _Running(losses, track), RowLogits(model) if track.is_on else None
     started, first = time.monotonic(), len(losses)
     per_step = data.batch_size * data.seq_len
-    with reporter.progress("training", settings.steps * per_step, "tokens") as bar:
+    with reporter.progress("training", settings.steps * per_step, "tokens") as bar, hearing() as stop:
         bar.advance(first * per_step)
         for step in range(first, settings.steps):
-            set_rate(optimiser, learning_rate(step, settings))
-            running.add(_step(model, parameters, data, step, settings, optimiser, match, penalty))
+            rate = learning_rate(step, settings)
+            set_rate(optimiser, rate)
+            figures = _step(model, parameters, data, step, settings, optimiser, match, penalty, rows)
+            running.add(figures, lr=rate, tokens=per_step)
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
-            if checkpoints is not None and checkpoints.is_due(step + 1, settings.steps):
+            stops = stop.asked is not None
+            if checkpoints is not None and (stops or checkpoints.is_due(step + 1, settings.steps)):
                 running.settle()
-                data.refuse_change()
-            if checkpoints is not None:
-                checkpoints.save_when_due(step + 1, settings.steps, state, losses)
+                checkpoints.save(step + 1, state, losses, data.refuse_change)
+            if stops:
+                raise stop.ended(step + 1, settings.steps, checkpoints)
         running.settle()
+    if rows is not None:
+        rows.close()
     data.refuse_change()
     seconds = time.monotonic() - started
     done = (settings.steps - first) * per_step
@@ -159,28 +172,34 @@ class _Running:
 
     Args:
         losses: Gets each as soon as it is known, and refuses one that is not finite.
+        track: Gets all figures then.
     """
 
-    def __init__(self, losses: list[float]) -> None:
-        self._losses = losses
-        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+    def __init__(self, losses: list[float], track: Track) -> None:
+        self._losses, self._track = losses, track
+        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, dict[str, float]]] = deque()
+        self._last_s = time.monotonic()
 
-    def add(self, loss: Tensor) -> None:
-        """Take a step's loss, (), and learn what steps before it have lost."""
-        copy, copied = loss.to("cpu", non_blocking=True), None
-        if loss.is_cuda:
+    def add(self, figures: Tensor, *, lr: float, tokens: int) -> None:
+        """Take a step's ``_FIGURES``, its rate and tokens, and learn what steps before it have lost."""
+        copy, copied = figures.to("cpu", non_blocking=True), None
+        if figures.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
-        self._waiting.append((copy, copied))
-        self.settle(_STEPS_BEHIND if loss.is_cuda else 0)
+        now_s = time.monotonic()
+        self._waiting.append((copy, copied, {"lr": lr, "tokens_per_s": tokens / max(now_s - self._last_s, 1e-9)}))
+        self._last_s = now_s
+        self.settle(_STEPS_BEHIND if figures.is_cuda else 0)
 
     def settle(self, waiting: int = 0) -> None:
         """Wait until the losses of at most so many steps are not known."""
         while len(self._waiting) > waiting:
-            loss, copied = self._waiting.popleft()
+            figures, copied, known = self._waiting.popleft()
             if copied is not None:
                 copied.synchronize()
-            self._losses.append(float(loss))
+            found = dict(zip(_FIGURES, figures.tolist(), strict=False))
+            self._losses.append(found["loss"])
+            self._track.log(len(self._losses), found | known)
             _refuse_nonfinite(self._losses[-1], len(self._losses) - 1)
 
 
@@ -193,23 +212,35 @@ def _step(
     optimiser: torch.optim.Optimizer,
     match: Callable[[Tensor], Tensor] | None,
     penalty: Callable[[], Tensor] | None,
+    rows: RowLogits | None,
 ) -> Tensor:
+    """Make one step and return its ``_FIGURES``, float32."""
     device = parameters[0].device
     batch, public = to_device(data.batch(step), device), data.is_public(step)
     total = torch.zeros((), device=device)
     count = data.batch_size * data.seq_len
-    for rows, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
+    logits = []
+    for part, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
         with autocasting(device, settings.autocast):
-            loss = training_loss(model, rows[:, :-1], rows[:, 1:], settings.z_loss)
+            loss = training_loss(model, part[:, :-1], part[:, 1:], settings.z_loss)
             penalised = loss if match is None else loss + match(which)
+        if rows is not None and rows.is_on:
+            logits.append(rows.take(len(part)))
         (penalised / count).backward()
         total += loss.detach() / count
     if penalty is not None:
         penalty().backward()
-    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return total
+    return torch.stack([total, norm.float(), *(_row_means(torch.cat(logits), public) if logits else ())])
+
+
+def _row_means(logits: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of logits (B,) of own and of public sequences, (B,) bool; NaN where there are none."""
+    theirs = to_device(public.float(), logits.device)
+    own = 1 - theirs
+    return (logits * own).sum() / own.sum(), (logits * theirs).sum() / theirs.sum()
 
 
 def new_optimiser(groups: Sequence[ParameterGroup], settings: LoopSettings) -> torch.optim.AdamW:

@@ -32,6 +32,8 @@ from flexctl.training.loop import (
     set_rate,
     to_device,
 )
+from flexctl.training.stopping import hearing
+from flexctl.training.track import UNTRACKED, Track
 
 __all__ = ["PrivateSteps", "gradient_norm", "train_privately"]
 
@@ -77,6 +79,7 @@ def train_privately(
     match: Match | None,
     checkpoints: Checkpoints,
     reporter: Reporter,
+    track: Track = UNTRACKED,
 ) -> None:
     """Train ``groups`` of ``model`` in place.
 
@@ -91,8 +94,10 @@ def train_privately(
         match: As ``loop.train`` takes it.
         checkpoints: Where to go on from and what to leave behind; no figure of a document is in there.
         reporter: Hears which step it is.
+        track: Hears which step it is and the loss on public text.
 
     Raises:
+        Interrupted: SIGTERM or Ctrl-C came; a checkpoint of the last step is left.
         FlexctlError: A trained tensor did not move, or is not covered by one linear map, or a file was changed.
     """
     parameters = [parameter for group in groups for parameter in group.parameters]
@@ -102,7 +107,7 @@ def train_privately(
     sums = PerDocument(model, parameters)
     # One number a step, as a checkpoint counts steps by them: the loss on public text.
     losses = checkpoints.restore(state)
-    with reporter.progress("training", settings.steps, "steps") as bar:
+    with reporter.progress("training", settings.steps, "steps") as bar, hearing() as stop:
         bar.advance(len(losses))
         for step in range(len(losses), settings.steps):
             set_rate(optimiser, learning_rate(step, settings))
@@ -111,7 +116,12 @@ def train_privately(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             bar.advance(1)
-            checkpoints.save_when_due(step + 1, settings.steps, state, losses)
+            track.log(step + 1, {} if public is None else {"public_loss": losses[-1]})
+            stops = stop.asked is not None
+            if stops or checkpoints.is_due(step + 1, settings.steps):
+                checkpoints.save(step + 1, state, losses, documents.refuse_change)
+            if stops:
+                raise stop.ended(step + 1, settings.steps, checkpoints)
     sums.close()
     documents.refuse_change()
     _refuse_still(parameters, start)

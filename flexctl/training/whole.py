@@ -18,10 +18,10 @@ from flexctl.training.batches import Mixture
 from flexctl.training.budget import warmup_steps
 from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.loop import LoopSettings, ParameterGroup, train
+from flexctl.training.track import UNTRACKED, Track
 
 __all__ = ["WholeSettings", "train_whole"]
 
-_CHECKPOINT_STEPS = 200
 _MICRO_BATCH_TOKENS = 8192
 
 
@@ -51,8 +51,10 @@ def train_whole(
     *,
     work: Path,
     resume: bool,
+    checkpoint_steps: int | None = None,
     autocast: torch.dtype | None,
     reporter: Reporter,
+    track: Track = UNTRACKED,
     public: TokenStream | None = None,
     match: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[int, float]:
@@ -64,8 +66,10 @@ def train_whole(
         settings: How.
         work: Folder for checkpoints.
         resume: Whether to go on from the newest of them.
+        checkpoint_steps: How often one is written; None for by time.
         autocast: Dtype of matrix products, or None.
         reporter: Hears of progress.
+        track: As ``loop.train`` takes it.
         public: Public text for ``public_share``.
         match: A penalty, as ``loop.train`` takes it.
     """
@@ -89,9 +93,10 @@ def train_whole(
     )
     identity = {**asdict(settings), "text": stream.digest, "weights": _digest(model)}
     checkpoints = Checkpoints(
-        work / "checkpoints", identity, every_steps=_CHECKPOINT_STEPS, resume=resume, reporter=reporter
+        work / "checkpoints", identity, every_steps=checkpoint_steps, resume=resume, reporter=reporter
     )
     model.requires_grad_(True).train()
+    torch.manual_seed(settings.seed % 2**63)  # of dropout, where the model has some
     outcome = train(
         model,
         [ParameterGroup(parameters=list(model.parameters()))],
@@ -100,6 +105,7 @@ def train_whole(
         reporter=reporter,
         match=match,
         checkpoints=checkpoints,
+        track=track,
     )
     return data.own_tokens(steps), outcome.final_loss
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flexctl.errors import FlexctlError, UsageError
+from flexctl.errors import FlexctlError, Interrupted, UsageError
 from flexctl.runtime import Reporter
 
 if sys.platform != "win32":
@@ -30,7 +30,7 @@ def working_folder(path: Path, reporter: Reporter) -> Iterator[Path]:
     """Make ``path`` for what a run needs on the way, its checkpoints in ``path``/checkpoints, and hold it.
 
     The folder is the user's alone, as text lies in it. It goes when the run is done, and when it fails with nothing
-    that ``resume`` could go on from.
+    that ``resume`` could go on from. Of a run that was stopped all stays: under a guarantee, the key of its noise.
 
     Args:
         path: The folder; missing parents are made.
@@ -42,8 +42,8 @@ def working_folder(path: Path, reporter: Reporter) -> Iterator[Path]:
     with _held(path, reporter):
         try:
             yield path
-        except (FlexctlError, OSError):
-            if not any(path.glob("checkpoints/*")):
+        except (FlexctlError, OSError) as error:
+            if not isinstance(error, Interrupted) and not any(path.glob("checkpoints/*")):
                 _empty(path)
             raise
         _empty(path)

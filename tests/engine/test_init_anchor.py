@@ -225,7 +225,6 @@ def test_from_scratch_repeats_itself_and_a_given_place_needs_no_workspace(tmp_pa
 @pytest.mark.usefixtures("tiny_preset")
 def test_stopped_and_resumed_gives_the_same_digest(tmp_path: Path, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = make(texts, tmp_path / "straight", preset="nano").digest
-    monkeypatch.setattr(whole, "_CHECKPOINT_STEPS", 4)
     loop_report, steps = whole.train.__globals__["_report"], iter(range(1, 100))
 
     def stop(*args: Any) -> None:
@@ -235,7 +234,7 @@ def test_stopped_and_resumed_gives_the_same_digest(tmp_path: Path, texts: Any, m
 
     monkeypatch.setitem(whole.train.__globals__, "_report", stop)
     with pytest.raises(KeyboardInterrupt):
-        make(texts, tmp_path / "anchor", preset="nano")
+        make(texts, tmp_path / "anchor", preset="nano", checkpoint_steps=4)
     assert not (tmp_path / "anchor").exists()
     result = make(texts, tmp_path / "anchor", preset="nano", resume=True)
     assert result.digest == expected
@@ -443,7 +442,6 @@ def test_an_empty_folder_becomes_the_anchor(
     elif way == "here":
         monkeypatch.chdir(target)
     assert make(texts, Path() if way == "here" else target, preset="nano", dry_run=True).dry_run
-    monkeypatch.setattr(whole, "_CHECKPOINT_STEPS", 4)
     loop_report, steps = whole.train.__globals__["_report"], iter(range(1, 100))
 
     def stop(*args: Any) -> None:
@@ -453,7 +451,7 @@ def test_an_empty_folder_becomes_the_anchor(
 
     monkeypatch.setitem(whole.train.__globals__, "_report", stop)
     with pytest.raises(KeyboardInterrupt):
-        make(texts, Path() if way == "here" else target, preset="nano")
+        make(texts, Path() if way == "here" else target, preset="nano", checkpoint_steps=4)
     assert (work / "checkpoints").is_dir()
     found = make(texts, Path() if way == "here" else target, preset="nano", resume=True)
     assert found.digest == expected

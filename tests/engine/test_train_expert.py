@@ -291,15 +291,14 @@ from pathlib import Path
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
 from flexctl.training import checkpoints
 
-save, steps = checkpoints.Checkpoints.save_when_due, []
+is_due = checkpoints.Checkpoints.is_due
 
-def killing(self, *args):
-    save(self, *args)
-    steps.append(args[0])
-    if len(steps) == 5:
+def killing(self, step, steps):
+    if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
+    return is_due(self, step, steps)
 
-checkpoints.Checkpoints.save_when_due = killing
+checkpoints.Checkpoints.is_due = killing
 data, anchor, output = map(Path, sys.argv[1:])
 train_expert(TrainExpertConfig(data=(data,), anchor=anchor, output=output, checkpoint_steps=2, **SETTINGS))
 """
@@ -356,15 +355,15 @@ def test_interrupted_run_keeps_its_checkpoints(
     tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = train(anchor, texts.code, tmp_path / "straight.st").digest
-    save = checkpoints.Checkpoints.save_when_due
+    is_due = checkpoints.Checkpoints.is_due
 
-    def stopping(self: Any, step: int, *args: Any) -> None:
-        save(self, step, *args)
+    def stopping(self: Any, step: int, steps: int) -> bool:
         if step == 3:
             raise KeyboardInterrupt
+        return is_due(self, step, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save_when_due", stopping)
+        patch.setattr(checkpoints.Checkpoints, "is_due", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1)
     assert not (tmp_path / "x.st").exists()
@@ -414,15 +413,15 @@ def test_a_low_rank_run_that_was_interrupted_goes_on_to_the_same_digest(
     expected = train(anchor, texts.code, tmp_path / "straight.st", rank=2).digest
     assert train(anchor, texts.code, tmp_path / "again.st", rank=2).digest == expected
     assert train(anchor, texts.code, tmp_path / "other.st", rank=2, seed=1).digest != expected
-    save = checkpoints.Checkpoints.save_when_due
+    is_due = checkpoints.Checkpoints.is_due
 
-    def stopping(self: Any, step: int, *args: Any) -> None:
-        save(self, step, *args)
+    def stopping(self: Any, step: int, steps: int) -> bool:
         if step == 3:
             raise KeyboardInterrupt
+        return is_due(self, step, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save_when_due", stopping)
+        patch.setattr(checkpoints.Checkpoints, "is_due", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, rank=2)
     for rank in (None, 3):

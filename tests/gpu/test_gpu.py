@@ -119,15 +119,15 @@ def test_bfloat16_run_that_was_interrupted_goes_on(
     """Its losses are those of a straight run; bit for bit is promised on CPUs alone."""
     settings: dict[str, Any] = {"checkpoint_steps": 1, "micro_batch": micro_batch, "name": "x"}
     straight = train(anchor, texts.code, tmp_path / "straight.st", **settings)
-    save = checkpoints.Checkpoints.save_when_due
+    is_due = checkpoints.Checkpoints.is_due
 
-    def stopping(self: Any, step: int, *args: Any) -> None:
-        save(self, step, *args)
+    def stopping(self: Any, step: int, steps: int) -> bool:
         if step == 3:
             raise KeyboardInterrupt
+        return is_due(self, step, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save_when_due", stopping)
+        patch.setattr(checkpoints.Checkpoints, "is_due", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(anchor, texts.code, tmp_path / "x.st", **settings)
     resumed = train(anchor, texts.code, tmp_path / "x.st", resume=True, **settings)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from flexctl.errors import UsageError
@@ -47,7 +53,12 @@ def open_checkpoints(folder: Path, *, resume: bool, reporter: Any = None, **chan
 def save(folder: Path, steps: list[int], state: TrainingState) -> None:
     checkpoints = open_checkpoints(folder, resume=True)
     for step in steps:
-        checkpoints.save_when_due(step, 100, state, [0.1 * i for i in range(step)])
+        save_when_due(checkpoints, step, 100, state, [0.1 * i for i in range(step)])
+
+
+def save_when_due(checkpoints: Checkpoints, step: int, steps: int, state: TrainingState, losses: list[float]) -> None:
+    if checkpoints.is_due(step, steps):
+        checkpoints.save(step, state, losses, lambda: None)
 
 
 def names(folder: Path) -> list[str]:
@@ -73,9 +84,18 @@ def test_state_comes_back_bit_for_bit_and_goes_on_alike(tmp_path: Path) -> None:
     assert same(saved, fresh)
 
 
+def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
+    state = make_state()
+    save(tmp_path, [2], state)
+    expected = torch.rand(3)
+    torch.rand(5)
+    open_checkpoints(tmp_path, resume=True).restore(state)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_losses_are_kept_exactly(tmp_path: Path) -> None:
     state, losses = make_state(), [1 / 3, 2.0**-40, 1e300]
-    open_checkpoints(tmp_path, resume=True).save_when_due(2, 100, state, losses)
+    save_when_due(open_checkpoints(tmp_path, resume=True), 2, 100, state, losses)
     assert open_checkpoints(tmp_path, resume=True).restore(make_state(1)) == losses
 
 
@@ -85,14 +105,32 @@ def test_only_due_steps_are_written_and_only_two_kept(tmp_path: Path) -> None:
 
 
 def test_the_last_step_needs_none(tmp_path: Path) -> None:
-    open_checkpoints(tmp_path, resume=False).save_when_due(4, 4, make_state(), [1.0] * 4)
+    save_when_due(open_checkpoints(tmp_path, resume=False), 4, 4, make_state(), [1.0] * 4)
     assert names(tmp_path) == []
 
 
-def test_never_means_never(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("writing_s", "next_s"), [(0.0, 300.0), (5.0, 300.0), (20.0, 1000.0)])
+def test_by_default_time_decides_and_what_takes_long_is_written_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writing_s: float, next_s: float
+) -> None:
+    """At most five minutes are lost, for at most a fiftieth of the time."""
+    clock = [0.0]
+
+    def check() -> None:
+        clock[0] += writing_s
+
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
     checkpoints = Checkpoints(tmp_path, SETTINGS, every_steps=None, resume=False, reporter=Listener())
-    checkpoints.save_when_due(2, 100, make_state(), [1.0, 1.0])
-    assert names(tmp_path) == []
+    clock[0] = 299.0
+    assert not checkpoints.is_due(2, 100)
+    clock[0] = 300.0
+    assert checkpoints.is_due(2, 100)
+    assert not checkpoints.is_due(100, 100)
+    checkpoints.save(2, make_state(), [1.0, 1.0], check)
+    clock[0] += next_s - 1
+    assert not checkpoints.is_due(3, 100)
+    clock[0] += 1
+    assert checkpoints.is_due(3, 100)
 
 
 def test_nothing_there_means_from_the_start(tmp_path: Path) -> None:
@@ -140,6 +178,59 @@ def test_broken_newest_is_passed_over_with_a_warning(tmp_path: Path, damage: Any
     assert "after step 2" in listener.notes[0]
 
 
+def test_after_a_broken_one_two_whole_ones_are_kept_again(tmp_path: Path) -> None:
+    save(tmp_path, [4, 8], make_state())
+    break_by_cutting(tmp_path / "checkpoint-00000008.safetensors")
+    save(tmp_path, [6], make_state())
+    assert names(tmp_path) == ["checkpoint-00000004.safetensors", "checkpoint-00000006.safetensors"]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_on_a_full_disk_the_old_one_stays(full_disk: Path) -> None:
+    state, listener = make_state(), Listener()
+    checkpoints = open_checkpoints(full_disk, resume=False, reporter=listener)
+    save_when_due(checkpoints, 2, 100, state, [1.0] * 2)
+    (full_disk / "other").write_bytes(bytes(52 * 1024))
+    save_when_due(checkpoints, 4, 100, state, [1.0] * 4)
+    assert names(full_disk) == ["checkpoint-00000002.safetensors", "other"]
+    (warning,) = listener.warnings
+    assert "checkpoint-00000004.safetensors: cannot be written (No space left on device)" in warning
+    assert "that of step 2 stays, and training goes on" in warning
+    (full_disk / "other").unlink()
+    save_when_due(checkpoints, 6, 100, state, [1.0] * 6)
+    assert len(listener.warnings) == 1
+    assert len(open_checkpoints(full_disk, resume=True).restore(make_state(9))) == 6
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_what_cannot_be_written_is_said_and_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise SafetensorError(f"I/O error: what the system says (os error {code})")
+
+    monkeypatch.setattr("safetensors.torch.save_file", refuse)
+    listener = Listener()
+    checkpoints = open_checkpoints(tmp_path, resume=False, reporter=listener)
+    save_when_due(checkpoints, 2, 100, make_state(), [1.0] * 2)
+    assert names(tmp_path) == []
+    assert f"({os.strerror(code)}); there is none yet, and training goes on" in listener.warnings[0]
+    assert checkpoints.newest is None
+
+
 def test_all_broken_means_from_the_start(tmp_path: Path) -> None:
     save(tmp_path, [2, 4], make_state())
     for path in tmp_path.iterdir():
@@ -176,8 +267,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path, changes: dict[str,
 
 def test_settings_may_hold_tuples(tmp_path: Path) -> None:
     """JSON makes lists of them; that is not another setting."""
-    Checkpoints(tmp_path, {"a": (1, 2)}, every_steps=1, resume=False, reporter=Listener()).save_when_due(
-        1, 9, make_state(), [1.0]
-    )
+    first = Checkpoints(tmp_path, {"a": (1, 2)}, every_steps=1, resume=False, reporter=Listener())
+    first.save(1, make_state(), [1.0], lambda: None)
     again = Checkpoints(tmp_path, {"a": (1, 2)}, every_steps=1, resume=True, reporter=Listener())
     assert again.restore(make_state()) == [1.0]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,14 @@ import tiny
 import torch
 from torch import nn
 
-from flexctl.errors import FlexctlError
+from flexctl.errors import FlexctlError, Interrupted, Terminated
 from flexctl.runtime import SILENT, Progress, SilentReporter
 from flexctl.text.tokens import TokenStream
+from flexctl.training import checkpoints
 from flexctl.training.batches import Mixture
 from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.loop import LoopSettings, Outcome, ParameterGroup, learning_rate, train
+from flexctl.training.track import UNTRACKED, Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +45,7 @@ def run(
     steps: int = 8,
     micro_batch: int = 4,
     checkpoints: Checkpoints | None = None,
+    track: Track = UNTRACKED,
     match: Callable[[torch.Tensor], torch.Tensor] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
@@ -64,7 +72,7 @@ def run(
     data = make_data()
     reporter = SILENT if after_step is None else Watching(after_step)
     return model, train(
-        model, groups, data, loop, reporter=reporter, checkpoints=checkpoints, match=match, penalty=penalty
+        model, groups, data, loop, reporter=reporter, checkpoints=checkpoints, track=track, match=match, penalty=penalty
     )
 
 
@@ -80,6 +88,14 @@ class Watching(SilentReporter):
     def advance(self, amount: float, **figures: float | str) -> None:
         if amount and "loss" in figures:
             self._after_step()
+
+
+@pytest.fixture
+def hears_control_c() -> Iterator[None]:
+    """A parent that ignores the signal, as a shell's background does, hands that down."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def states_equal(one: nn.Module, other: nn.Module) -> bool:
@@ -206,6 +222,106 @@ def test_stopped_and_resumed_is_as_if_never_stopped(tmp_path: Path, stop_at: int
     resumed, outcome = run(checkpoints=checkpoints_in(tmp_path, resume=True))
     assert outcome.losses == expected.losses
     assert states_equal(resumed, straight)
+
+
+class Signals:
+    """Sends signals to this process after a step."""
+
+    def __init__(self, step: int, *numbers: int) -> None:
+        self._left, self._numbers = step, numbers
+
+    def __call__(self) -> None:
+        self._left -= 1
+        for number in self._numbers if self._left == 0 else ():
+            signal.raise_signal(number)
+
+
+STOPS = [
+    ((signal.SIGTERM,), Terminated, 143, "SIGTERM"),
+    ((signal.SIGTERM, signal.SIGTERM), Terminated, 143, "SIGTERM"),
+    ((signal.SIGINT,), Interrupted, 130, "Ctrl-C"),
+    ((signal.SIGINT, signal.SIGTERM), Interrupted, 130, "Ctrl-C"),
+]
+
+
+@pytest.mark.usefixtures("hears_control_c")
+@pytest.mark.parametrize(("numbers", "kind", "code", "named"), STOPS)
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
+    tmp_path: Path, numbers: tuple[int, ...], kind: type[Interrupted], code: int, named: str, step: int
+) -> None:
+    straight, expected = run()
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as caught:
+        run(after_step=Signals(step, *numbers), checkpoints=checkpoints_in(tmp_path, resume=False, every=100))
+    assert (type(caught.value), caught.value.exit_code) == (kind, code)
+    assert str(caught.value) == f"stopped by {named} after step {step} of 8; {tmp_path} keeps all until step {step}"
+    assert "`resume`" in str(caught.value.hint)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    resumed, outcome = run(checkpoints=checkpoints_in(tmp_path, resume=True))
+    assert outcome.losses == expected.losses
+    assert states_equal(resumed, straight)
+
+
+@pytest.mark.usefixtures("hears_control_c")
+def test_a_second_control_c_stops_at_once_and_keeps_what_is_there(tmp_path: Path) -> None:
+    twice = Signals(5, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(after_step=twice, checkpoints=checkpoints_in(tmp_path, resume=False))
+    assert max(path.name for path in tmp_path.iterdir()) == "checkpoint-00000004.safetensors"
+
+
+def test_stopped_where_nothing_can_be_kept_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Terminated, match="after step 2 of 8; nothing of it is kept") as caught:
+        run(after_step=Signals(2, signal.SIGTERM))
+    assert caught.value.hint is None
+
+    def full(path: Path, *rest: Any) -> None:
+        if "00000005" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *rest)
+
+    write = checkpoints._write
+    monkeypatch.setattr(checkpoints, "_write", full)
+    with pytest.raises(Terminated, match=r"after step 5 of 8; .* keeps all until step 4"):
+        run(after_step=Signals(5, signal.SIGTERM), checkpoints=checkpoints_in(tmp_path, resume=False))
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, expected = run()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoints, "_write", full)
+    model, outcome = run(checkpoints=checkpoints_in(tmp_path, resume=False))
+    assert outcome.losses == expected.losses
+    assert states_equal(model, straight)
+
+
+def test_outside_the_main_thread_nobody_hears_and_ignored_signals_stay_ignored() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result()[1].losses == run()[1].losses
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert len(run(after_step=Signals(2, signal.SIGTERM))[1].losses) == 8
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_at_any_step_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """SIGKILL in a random step."""
+    straight, expected = run()
+    step, child = random.SystemRandom().randint(1, 7), os.fork()
+    if child == 0:
+        run(after_step=Signals(step, signal.SIGKILL), checkpoints=checkpoints_in(tmp_path, resume=False, every=1))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == min(step - 1, 2), f"step {step}"
+    resumed, outcome = run(checkpoints=checkpoints_in(tmp_path, resume=True))
+    assert outcome.losses == expected.losses, f"step {step}"
+    assert states_equal(resumed, straight), f"step {step}"
 
 
 def test_checkpoints_themselves_change_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from flexctl.errors import FlexctlError
 from flexctl.runtime import SILENT
 from flexctl.text.tokens import TokenStream, frame_documents, pack
-from flexctl.training import whole
+from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.whole import WholeSettings, train_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,9 +27,12 @@ def stream(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> TokenStr
     )
 
 
-def run(stream: TokenStream, work: Path) -> tuple[Any, int, float]:
-    model = tiny.make_dense(tiny.dense_config())
-    tokens, loss = train_whole(model, stream, SETTINGS, work=work, resume=False, autocast=None, reporter=SILENT)
+def run(
+    stream: TokenStream, work: Path, *, dropout: float = 0.0, resume: bool = False, **settings: Any
+) -> tuple[Any, int, float]:
+    model = tiny.make_dense(tiny.dense_config(attention_dropout=dropout))
+    told: dict[str, Any] = {"work": work, "resume": resume, "autocast": None, "reporter": SILENT, **settings}
+    tokens, loss = train_whole(model, stream, SETTINGS, **told)
     return model, tokens, loss
 
 
@@ -60,10 +63,9 @@ def test_text_is_gone_over_as_often_as_it_takes(tmp_path: Path, tokenizer: Any) 
 
 
 def test_checkpoints_of_another_start_or_another_text_are_not_gone_on_with(
-    stream: TokenStream, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    stream: TokenStream, tmp_path: Path, tokenizer: Any
 ) -> None:
-    monkeypatch.setattr(whole, "_CHECKPOINT_STEPS", 4)
-    run(stream, tmp_path)
+    run(stream, tmp_path, checkpoint_steps=4)
     model = tiny.make_dense(tiny.dense_config())
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1.0
@@ -73,3 +75,24 @@ def test_checkpoints_of_another_start_or_another_text_are_not_gone_on_with(
     other = pack(tmp_path / "o.tokens", frame_documents(tokenizer, tiny.make_texts("public", 40, seed=1)))
     with pytest.raises(FlexctlError, match="text"):
         train_whole(tiny.make_dense(tiny.dense_config()), other, SETTINGS, **again)
+
+
+def test_dropout_goes_on_where_it_was(stream: TokenStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint holds torch's random state, and a run begins with its seed, whatever was drawn before."""
+    straight, _, loss = run(stream, tmp_path / "1", dropout=0.3)
+    torch.rand(7)
+    stop, is_due = iter(range(1, 100)), Checkpoints.is_due
+
+    def stopping(self: Checkpoints, step: int, steps: int) -> bool:
+        if next(stop) == 7:
+            raise KeyboardInterrupt
+        return is_due(self, step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "is_due", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(stream, tmp_path / "2", dropout=0.3, checkpoint_steps=4)
+    resumed, _, again = run(stream, tmp_path / "2", dropout=0.3, resume=True)
+    assert again == loss
+    assert run(stream, tmp_path / "3")[2] != loss
+    assert all(torch.equal(value, straight.state_dict()[name]) for name, value in resumed.state_dict().items())

@@ -39,14 +39,8 @@ class Asked:
         return model_name(served.name, self.grant.selection.without)
 
     def account(self, served: Served) -> dict[str, Any]:
-        """Return who took part: what a log needs to prove it."""
-        selection = self.grant.selection
-        return {
-            "digest": served.digest,
-            "experts": [name for name in selection.experts if name not in selection.without],
-            "without": list(selection.without),
-            "reasons": dict(self.grant.reasons),
-        }
+        """Return who took part."""
+        return self.grant.account(served.digest)
 
 
 def read_asked(body: bytes, known: Container[str], served: Served, permits: Permits, key: Key | None) -> Asked:

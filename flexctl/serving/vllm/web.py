@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexctl.bundle import PUBLIC, open_merged, rights_of
 from flexctl.errors import UsageError
-from flexctl.serving.exchange import body_of
+from flexctl.serving.exchange import body_of, refusal_of
 from flexctl.serving.hosts import LOCAL_NAMES, check_host
 from flexctl.serving.listing import Listing
 from flexctl.serving.permits import Permits, read_keys
@@ -66,7 +66,7 @@ class Masks:
             try:
                 await self._answer(scope, receive, send)
             except Refused as refusal:
-                await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, send)
+                await refusal_of(refusal)(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         check_host(scope, LOCAL_NAMES if self._model.is_local else ())

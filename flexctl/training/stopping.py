@@ -1,0 +1,67 @@
+"""Being asked to stop: SIGTERM and Ctrl-C are heard between steps, so that a checkpoint is left and nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from flexctl.errors import Interrupted, Terminated
+from flexctl.training.checkpoints import Checkpoints
+
+__all__ = ["Stop", "hearing"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop:
+    """What was heard.
+
+    Attributes:
+        asked: The signal that asks the run to stop; None while none came.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        """Take a signal.
+
+        Schedulers and launchers may send SIGTERM twice, so only a second Ctrl-C stops at once.
+
+        Raises:
+            KeyboardInterrupt: It is the user's second word.
+        """
+        if number == signal.SIGINT and self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = self.asked or signal.Signals(number)
+
+    def ended(self, step: int, steps: int, checkpoints: Checkpoints | None) -> Interrupted:
+        """Return what ends the run after ``step`` of ``steps`` steps: what is kept of it, and how to go on."""
+        kind, by = (Terminated, "SIGTERM") if self.asked == signal.SIGTERM else (Interrupted, "Ctrl-C")
+        stopped = f"stopped by {by} after step {step} of {steps}"
+        if checkpoints is None or checkpoints.newest is None:
+            return kind(f"{stopped}; nothing of it is kept")
+        return kind(
+            f"{stopped}; {checkpoints.folder} keeps all until step {checkpoints.newest}",
+            hint="give the same command with `resume` to go on from there",
+        )
+
+
+@contextmanager
+def hearing() -> Iterator[Stop]:
+    """Hear signals inside the ``with`` statement, in the main thread; those that are ignored stay so."""
+    stop = Stop()
+    found = {number: signal.getsignal(number) for number in _SIGNALS}
+    heard = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
+    if threading.current_thread() is not threading.main_thread():
+        heard = {}
+    for number in heard:
+        signal.signal(number, stop.hear)
+    try:
+        yield stop
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
