@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 
 from flexctl.bundle.composition import LowRank
@@ -96,9 +96,10 @@ def place(files: Sequence[WeightFile], site: Site, public: Mapping[str, Span]) -
         public: Expert tensor name -> the public expert's, in a file that was proven before.
     """
     begun = [_begin(file, site) for file in files]
+    runs = [(file, list(pieces(file.spans))) for file in begun]
     # A piece of every file in turn: two threads that write to one file wait for each other.
-    turns = zip_longest(*([(file, piece) for piece in pieces(file.spans)] for file in begun))
-    work = [item for turn in turns for item in turn if item is not None]
+    turns = range(max((len(run) for _, run in runs), default=0))
+    work = [(file, run[turn]) for turn in turns for file, run in runs if turn < len(run)]
     found = in_parallel(lambda item: _place_piece(*item, site, public), work)
     tensors: dict[str, dict[str, TensorInfo]] = {file.name: {} for file in files}
     for (file, _), infos in zip(work, found, strict=True):
