@@ -103,6 +103,9 @@ from flexctl.errors import FlexctlError as FlexctlError
 from flexctl.errors import Interrupted as Interrupted
 from flexctl.errors import Terminated as Terminated
 from flexctl.errors import UsageError as UsageError
+from flexctl.evaluation.attacks.findings import Answers as Answers
+from flexctl.evaluation.attacks.findings import AtLeast as AtLeast
+from flexctl.evaluation.attacks.findings import AtMost as AtMost
 from flexctl.evaluation.attacks.findings import Audited as Audited
 from flexctl.evaluation.attacks.findings import CanaryBound as CanaryBound
 from flexctl.evaluation.attacks.findings import Extraction as Extraction
@@ -123,9 +126,12 @@ from flexctl.hub.remote import BundleFile as BundleFile
 from flexctl.runtime import SILENT as SILENT
 from flexctl.runtime import Progress as Progress
 from flexctl.runtime import Reporter as Reporter
+from flexctl.steps.outlook import DevicePlan as DevicePlan
+from flexctl.steps.outlook import TrainingPlan as TrainingPlan
 from flexctl.tracing.spans import Place as Place
 from flexctl.tracing.spans import Span as Span
 from flexctl.tracing.spans import Traced as Traced
+from flexctl.trust.records import Absence as Absence
 from flexctl.workspace import Workspace as Workspace
 
 __version__: str

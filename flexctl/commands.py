@@ -83,7 +83,16 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
     "workspace": ("Workspace",),
     "bundle.checks": ("Check",),
     "bundle.manifest": ("PrivacyInfo", "Tombstone"),
-    "evaluation.attacks.findings": ("Audited", "CanaryBound", "Extraction", "Membership", "Recovery"),
+    "evaluation.attacks.findings": (
+        "Answers",
+        "AtLeast",
+        "AtMost",
+        "Audited",
+        "CanaryBound",
+        "Extraction",
+        "Membership",
+        "Recovery",
+    ),
     "evaluation.explaining": ("Piece",),
     "evaluation.figures": (
         "Comparison",
@@ -98,7 +107,9 @@ PUBLIC: Mapping[str, tuple[str, ...]] = {
         "TaskScore",
     ),
     "hub.remote": ("BundleFile",),
+    "steps.outlook": ("DevicePlan", "TrainingPlan"),
     "tracing.spans": ("Place", "Span", "Traced"),
+    "trust.records": ("Absence",),
     **{f"engine.{row.name}": (row.config, row.result, row.name, *row.types) for row in COMMANDS},
 }
 """Module of the package -> the names that it gives to ``flexctl`` itself, imported on first use."""

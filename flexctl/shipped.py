@@ -13,7 +13,7 @@ def template(name: str) -> str:
     """Return the text of a template.
 
     Args:
-        name: Its file in templates/.
+        name: Its file in templates/, such as ``flexctl.toml`` or ``launch/slurm.sbatch``.
     """
     installed = _PACKAGE / "templates" / name
     file = installed if installed.is_file() else _PACKAGE.parent / "templates" / name

@@ -103,7 +103,12 @@ def start(root: Path, defaults: str = "") -> bool:
     file = root / FILE_NAME
     is_new = not file.is_file()
     if is_new:
-        file.write_text(template(FILE_NAME) + defaults, encoding="utf-8")
+        temporary = file.with_name(f".{FILE_NAME}.tmp")
+        try:
+            temporary.write_text(template(FILE_NAME) + defaults, encoding="utf-8")
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
     return is_new
 
 

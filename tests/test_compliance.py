@@ -1,4 +1,4 @@
-"""docs/compliance.md and docs/security.md: every command is run in its order, every test that is named exists."""
+"""docs/compliance.md and docs/security.md: every command is run in its order, every threat names its test."""
 
 from __future__ import annotations
 
@@ -88,13 +88,6 @@ def _start_again_with_both(arguments: list[str]) -> None:
     """Sections 2 and 3 begin with the model that section 1 took an expert out of."""
     files = ["experts/law.st", "experts/news.st"]
     assert main(["merge", *files, "--overwrite", "-q"]) == 0, arguments
-
-
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[\w/]+\.py(?:::\w+)?)`", COMPLIANCE + SECURITY))))
-def test_tests_that_the_pages_name_exist(name: str) -> None:
-    path, _, function = name.partition("::")
-    assert (ROOT / path).is_file()
-    assert not function or f"def {function}(" in (ROOT / path).read_text(encoding="utf-8")
 
 
 def test_every_threat_names_its_test() -> None:

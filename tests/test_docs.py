@@ -55,6 +55,15 @@ def test_sections_that_are_named_exist(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHOWN)
+def test_tests_that_are_named_exist(name: str) -> None:
+    for path, function in re.findall(
+        r"`(tests/[a-z0-9_/]+\.py)(?:::(\w+))?`", (ROOT / name).read_text(encoding="utf-8")
+    ):
+        assert (ROOT / path).is_file(), path
+        assert f"def {function}(" in (ROOT / path).read_text(encoding="utf-8") or not function, f"{path}::{function}"
+
+
+@pytest.mark.parametrize("name", SHOWN)
 def test_commands_that_are_shown_have_the_flags_that_they_are_shown_with(name: str) -> None:
     everywhere = {"--json", "--quiet", "--verbose", "--help"}
     flags = {row.shown: {option.shown for option in options(getattr(flexctl, row.config))} for row in COMMANDS}

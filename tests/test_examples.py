@@ -73,3 +73,39 @@ def test_what_privacy_costs_on_a_tiny_anchor(in_empty_folder: Path, anchor: Path
     assert len(table) == 4 + 2 + 8 + 4
     again = run("privacy/run.py", *asked, "--limit", "0")
     assert (again.returncode, again.stdout) == (0, "\n".join(table) + "\n")
+
+
+@pytest.mark.slow
+def test_the_page_of_two_experts_on_a_tiny_anchor(in_empty_folder: Path, anchor: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    data, output = in_empty_folder / "data", in_empty_folder / "run"
+    for domain in ("sums", "code"):
+        (data / domain).mkdir(parents=True)
+        write_jsonl(data / domain / "train.jsonl", tiny.make_texts(domain, 60))
+    sizes = {
+        "documents": 60,
+        "held-out": 40,
+        "canaries": 24,
+        "epochs": 4,
+        "steps": 4,
+        "batch": 16,
+        "tried": 30,
+        "draws": 1,
+    }
+    settings = [
+        word for name, value in {**sizes, "recover": 2, "threads": 1}.items() for word in (f"--{name}", str(value))
+    ]
+    asked = ["--anchor", str(anchor), "--data", str(data), "--owner", "sums", "--neighbour", "code", "-o", str(output)]
+    done = run("privacy/page.py", *asked, *settings)
+    assert done.returncode == 0, done.stderr
+    index = (output / "index.html").read_text()
+    assert index.count("<tr><th scope='row'>") == 2
+    assert "epsilon 7.9" in index or "epsilon 8" in index
+    assert "no bound" in index
+    for way in ("plain", "private"):
+        page = (output / f"{way}.html").read_text()
+        assert '<p class="answer">removed' in page
+        assert ('<p class="answer">no bound' in page) == (way == "plain")
+    before = (output / "plain.html").stat().st_mtime_ns
+    assert run("privacy/page.py", *asked, *settings).returncode == 0
+    assert (output / "plain.html").stat().st_mtime_ns == before

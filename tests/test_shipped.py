@@ -13,8 +13,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_a_checkout_has_its_templates_beside_the_package() -> None:
-    for file in (ROOT / "templates").iterdir():
-        assert shipped.template(file.name) == file.read_text(encoding="utf-8")
+    files = [file for file in (ROOT / "templates").rglob("*") if file.is_file()]
+    assert ROOT / "templates" / "launch" / "slurm.sbatch" in files
+    for file in files:
+        name = file.relative_to(ROOT / "templates").as_posix()
+        assert shipped.template(name) == file.read_text(encoding="utf-8")
 
 
 def test_an_installed_package_has_them_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

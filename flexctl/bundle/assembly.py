@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ def write_merged(
     overwrite: bool,
     trust_cache: bool = False,
     advance: Advance = silent,
+    ready: Callable[[Merged], object] = lambda _: None,
 ) -> tuple[Merged, int]:
     """Write a merged model; the same composition always gives the same bytes.
 
@@ -75,6 +76,7 @@ def write_merged(
             linked over instead of copied, as the old one goes.
         trust_cache: Whether files that were hashed before and did not change since need no hashing now.
         advance: Told the bytes done, of ``planned_bytes`` in all.
+        ready: Told the finished model before it takes its place; writes what must not be missing in it or beside it.
 
     Returns:
         The model as opened again from disk, and how many bytes of it were written rather than linked or shared.
@@ -98,7 +100,7 @@ def write_merged(
         tensors = {key: info for item in placed for key, info in item.tensors.items()}
         tensors |= _write_routers(composition, site)
         _write_small_files(composition, tensors, site)
-        open_merged(folder)
+        ready(open_merged(folder))
         written = sum(file.stat().st_size for file in folder.iterdir()) - sum(item.spared for item in placed)
     # Only now do times and link counts stand still: what was linked has lost its old name.
     remember([seal(path / item.name, item.tensors) for item in placed])

@@ -179,7 +179,11 @@ def write_expert(
     )
     text = write_manifest(manifest).decode("utf-8")
     head = expert_head(family_of(anchor.manifest.model_type), layout, text)
-    with new_file(path, overwrite=overwrite) as temporary:
+    bound = {} if asked is None else {"digest": manifest.digest, "asked": asked}
+    account = new_file(path.with_suffix(".run.json"), overwrite=True)
+    # All is on the disk before either takes its place.
+    with account as account_file, new_file(path, overwrite=overwrite) as temporary:
+        account_file.write_bytes(indented_json({**run, **bound}))
         with temporary.open("xb") as file:
             file.write(head)
             for tensor_name in layout:
@@ -187,9 +191,6 @@ def write_expert(
         for tensor_name, found, finite in hash_spans(temporary, open_expert(temporary).spans, advance):
             if found != infos[tensor_name] or not finite:
                 raise _broken(tensors[tensor_name], f"{path}: tensor {tensor_name}", finite)
-    bound = {} if asked is None else {"digest": manifest.digest, "asked": asked}
-    with new_file(path.with_suffix(".run.json"), overwrite=True) as temporary:
-        temporary.write_bytes(indented_json({**run, **bound}))
     return open_expert(path)
 
 

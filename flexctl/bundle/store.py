@@ -37,6 +37,7 @@ __all__ = [
     "own_file",
     "place_of_work",
     "require_space",
+    "sweep",
 ]
 
 _WEIGHTS = ("model*.safetensors", "router-*.safetensors", "model.safetensors.index.json")
@@ -69,10 +70,10 @@ def new_file(path: Path, *, overwrite: bool, beside: Path | None = None) -> Iter
     if target.is_dir():
         raise UsageError(f"{path}: is a directory; expected a file to write")
     _refuse_existing(target, overwrite)
-    with _parents(target), _sibling(place if _may_have_siblings(place) else target) as temporary:
-        with _named(target):
-            yield temporary
-            _flush(temporary)
+    beside_it = _sibling(place if _may_have_siblings(place) else target)
+    with _parents(target), beside_it as temporary, _named(target, temporary):
+        yield temporary
+        _flush(temporary)
         _refuse_existing(target, overwrite)
         os.replace(temporary, target)
         _flush(target.parent)
@@ -94,7 +95,7 @@ def new_directory(path: Path, *, kind: str, overwrite: bool) -> Iterator[Path]:
     """
     target = check_directory_target(path, kind=kind, overwrite=overwrite)
     fills = _is_vacant(target) and not (_may_have_siblings(target) and target != Path(os.path.realpath(os.curdir)))
-    with (_filled if fills else _swapped)(target) as temporary, _named(target):
+    with (_filled if fills else _swapped)(target) as temporary:
         yield temporary
         for item in temporary.iterdir():
             _flush(item)
@@ -105,7 +106,7 @@ def new_directory(path: Path, *, kind: str, overwrite: bool) -> Iterator[Path]:
 def _swapped(target: Path) -> Iterator[Path]:
     """Give a sibling, and move it to ``target`` in one step."""
     replaces = os.path.lexists(target) and not _is_vacant(target)
-    with _parents(target), _sibling(target) as temporary:
+    with _parents(target), _sibling(target) as temporary, _named(target, temporary):
         temporary.mkdir()
         if replaces:
             _try_exchange(temporary)
@@ -127,7 +128,7 @@ def _swapped(target: Path) -> Iterator[Path]:
 @contextmanager
 def _filled(target: Path) -> Iterator[Path]:
     """Give a folder inside ``target``, and move its files out, the manifest last."""
-    with _sibling(target / target.name) as temporary:
+    with _sibling(target / target.name) as temporary, _named(target, temporary):
         temporary.mkdir()
         yield temporary
         names = sorted((item.name for item in temporary.iterdir()), key=lambda name: name == MANIFEST_FILE)
@@ -268,13 +269,15 @@ def _is_mount(path: Path) -> bool:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Give an error of a disk without room the name of what was being written; the system does not know it."""
+def _named(target: Path, temporary: Path) -> Iterator[None]:
+    """Give an error the name of what was being written: the system has the temporary one, or of a full disk none."""
     try:
         yield
     except OSError as error:
         if error.errno in _NO_ROOM and error.filename is None:
-            error.filename = str(path)
+            error.filename = str(target)
+        elif isinstance(error.filename, (str, os.PathLike)) and Path(error.filename).is_relative_to(temporary):
+            error.filename = str(target / Path(error.filename).relative_to(temporary))
         raise
 
 
@@ -301,7 +304,7 @@ def _parents(target: Path) -> Iterator[None]:
 @contextmanager
 def _sibling(target: Path) -> Iterator[Path]:
     """Give an unused hidden name beside ``target``; whatever has it when the block ends is deleted."""
-    _sweep(target)
+    sweep(target)
     temporary = target.with_name(f".{target.name}.{_MACHINE}-{os.getpid()}-{next(_counter)}.tmp")
     try:
         yield temporary
@@ -309,14 +312,16 @@ def _sibling(target: Path) -> Iterator[Path]:
         _delete(temporary)
 
 
-def _sweep(target: Path) -> None:
-    """Delete what killed processes of this machine left beside ``target``."""
+def sweep(path: Path) -> None:
+    """Delete what killed processes of this machine left beside ``path``, a model that was replaced among it."""
+    target = Path(os.path.realpath(path))
     prefix = f".{target.name}.{_MACHINE}-"
-    for item in target.parent.iterdir():
-        if item.name.startswith(prefix) and item.name.endswith(".tmp"):
-            pid = item.name[len(prefix) :].split("-")[0]
-            if pid.isdigit() and not _is_alive(int(pid)):
-                _delete(item)
+    with suppress(OSError):
+        for item in target.parent.iterdir():
+            if item.name.startswith(prefix) and item.name.endswith(".tmp"):
+                pid = item.name[len(prefix) :].split("-")[0]
+                if pid.isdigit() and not _is_alive(int(pid)):
+                    _delete(item)
 
 
 def _is_alive(pid: int) -> bool:

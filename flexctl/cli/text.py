@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "amount",
     "cell",
+    "duration",
     "expert_colour",
     "local",
     "named",
@@ -134,7 +135,7 @@ def progress_line(title: str, figures: list[str], share: float | None, left_s: f
     if share is not None:
         parts.insert(1, f"{100 * share:.0f} %")
     if left_s is not None and left_s >= 1:
-        parts.append(f"{_duration(left_s)} left")
+        parts.append(f"{duration(left_s)} left")
     return "  ".join(parts)
 
 
@@ -146,7 +147,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds as a clock has them: ``4:05``, ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -9,12 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from flexctl import tracing
-from flexctl.cli.text import amount, cell, expert_colour, local, number, paint, pairs, printable, table
+from flexctl import evaluation, tracing
+from flexctl.cli.text import amount, cell, duration, expert_colour, local, number, paint, pairs, printable, table
 
 if TYPE_CHECKING:
     from flexctl import (
         AdoptResult,
+        Answers,
         AuditResult,
         ChatResult,
         CheckRightsResult,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         TraceFindResult,
         TraceIndexResult,
         TrainExpertResult,
+        TrainingPlan,
         TuneRouterResult,
         VerifyResult,
     )
@@ -125,6 +127,8 @@ def _init_anchor(result: InitAnchorResult) -> list[str]:
 
 
 def _train_expert(result: TrainExpertResult) -> list[str]:
+    if result.plan is not None:
+        return _training_plan(result.plan, result.rank)
     speed = amount(result.tokens_per_s, "tokens/s") if result.tokens_per_s is not None else None
     trained = f"{number(result.tokens)} tokens in " if result.tokens is not None else ""
     amounts = f"{trained}{number(result.steps)} steps" if result.steps else None
@@ -138,6 +142,32 @@ def _train_expert(result: TrainExpertResult) -> list[str]:
     if result.frozen_verified:
         lines += ["", "Everything but the expert is the anchor's, bit for bit."]
     return lines
+
+
+def _training_plan(plan: TrainingPlan, rank: int | None) -> list[str]:
+    kind = "a full expert" if rank is None else f"an expert of rank {rank}"
+    steps = f"steps of {number(plan.batch_size)} sequences of {number(plan.seq_len)} tokens"
+    rows = [
+        [
+            each.devices,
+            each.sequences,
+            amount(each.memory_bytes, "bytes"),
+            each.fits,
+            None if each.million_tokens_s is None else duration(each.million_tokens_s),
+        ]
+        for each in plan.devices
+    ]
+    parts = {part.replace("_", " "): size for part, size in plan.devices[0].parts_bytes.items() if size}
+    lines = [f"Plan for {kind} on {plan.device} in {plan.dtype}, {steps}: nothing was read but config.json.", ""]
+    lines += table(["devices", "at once", "memory of each", "fits", "a million tokens"], rows)
+    lines += ["", "One device: " + ", ".join(f"{part} {amount(size, 'bytes')}" for part, size in parts.items())]
+    if plan.limit_bytes is not None:
+        lines.append(f"Fits: into the {amount(plan.limit_bytes, 'bytes')} of this machine's {plan.device}.")
+    if plan.flops_per_s is None:
+        return [*lines, "Time: not known without a rate; give --plan-tflops."]
+    rate = f"{plan.share:.0%} of {number(plan.flops_per_s / 1e12)} TFLOP/s"
+    work = f"{number(plan.flops_per_token / 1e9)} GFLOP a token"
+    return [*lines, f"Time: {work} at {rate}; what devices tell each other is not counted (docs/scaling.md)."]
 
 
 def _import_expert(result: ImportExpertResult) -> list[str]:
@@ -481,7 +511,9 @@ def _audit(result: AuditResult) -> list[str]:
         [model, _with_span(found.extraction.near), _with_span(found.extraction.exact), "yes" if found.found else "no"]
         for model, found in result.models.items()
     ]
-    lines = [f"{cell(result.path)}: {tried}", "", *table(["goes on", near, exact, "anything found"], rows)]
+    lines = [f"{cell(result.path)}: {tried}", ""]
+    lines += _answers(result.answers, list(result.models)[1]) if result.answers else []
+    lines += ["", *table(["goes on", near, exact, "anything found"], rows)]
     told = {
         model: {score: _with_span(each.auc) for score, each in found.membership.items()}
         for model, found in result.models.items()
@@ -494,11 +526,17 @@ def _audit(result: AuditResult) -> list[str]:
     headers = ("canaries", "guesses", "right", "epsilon")
     bounds = [[m, *(getattr(f.canaries, h) for h in headers)] for m, f in result.models.items() if f.canaries]
     lines += ["", *table(["by canaries", *headers[:3], "epsilon at least"], bounds)] if bounds else []
-    claim = result.claimed
-    at_most = f"epsilon at most {claim.epsilon:g}, delta {claim.delta:g}" if claim else "no guarantee is claimed"
-    lines += ["", f"claimed: {at_most}" if claim else at_most]
     lines += ["", *_recovery(result.recovery)] if result.recovery else []
     return [*lines, "", f"report: {cell(result.report)}"] if result.report else lines
+
+
+def _answers(answers: Answers, kind: str) -> list[str]:
+    """Return an audit's three answers, each with what it means below."""
+    lines = []
+    for answer in evaluation.in_words(answers, kind):
+        beside = f" ({answer.beside})" if answer.beside else ""
+        lines += [printable(f"{answer.question}: {answer.figure}{beside}"), printable(f"  {answer.said}")]
+    return lines
 
 
 def _recovery(found: Recovery) -> list[str]:

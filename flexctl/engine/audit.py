@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from flexctl import evaluation, flags, model, text, tracing, training, workspace
+from flexctl import evaluation, flags, model, tracing, training, workspace
 from flexctl.bundle import Expert, Merged
 from flexctl.bundle.checks import prove
 from flexctl.bundle.index import Index, open_index
@@ -15,13 +15,17 @@ from flexctl.bundle.manifest import ExpertManifest, PrivacyInfo
 from flexctl.bundle.runnable import Runnable
 from flexctl.bundle.store import check_file_target, new_file, own_file
 from flexctl.errors import UsageError
-from flexctl.evaluation.attacks.findings import Audited, Recovery
+from flexctl.evaluation.attacks.findings import Answers, Audited, Recovery
 from flexctl.evaluation.lineage import lineage
-from flexctl.options import DATA, OUTPUT, TRAINING, Config, flag
+from flexctl.options import DATA, OUTPUT, TRAINING, TRUST, Config, flag
 from flexctl.runtime import SILENT, Parts, Reporter
 from flexctl.steps import sources
+from flexctl.steps.absence import refuse_unproven, show_absence
+from flexctl.steps.audit_texts import audit_texts, refuse_little_text, refuse_missing_text
+from flexctl.steps.claims import bound_of
 from flexctl.steps.machine import Machine, machine_of
 from flexctl.steps.recovery import recover
+from flexctl.trust.records import Absence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,9 +34,7 @@ __all__ = ["AuditConfig", "AuditResult", "audit"]
 
 _DELTA = 1e-5
 """Of the guarantee that canaries are held against where the expert claims none."""
-_FEW = 20
 _TRAINED_ON = 16
-_ANCHOR = "anchor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +44,13 @@ class AuditConfig(Config):
     Attacks the anchor, the model, and the model without the expert, with text that the expert was trained on and text
     of the same kind that it was not. Runs at the owner's, who has the text; the result holds figures and no text.
 
+    Answers what the expert gives away at most, by its guarantee; at least, by the strongest attack; and, with
+    `removed_from`, whether it is gone, by the signed record that `remove` left.
+
     Examples:
         flexctl audit merged --name law --data corpus/law
         flexctl audit experts/law.st --data corpus/law --planted experts/law.canaries --report audit.html
+        flexctl audit experts/law.st --data corpus/law --removed-from merged --trust trust.toml --report audit.html
     """
 
     bundle: flags.Bundle = None
@@ -61,6 +67,13 @@ class AuditConfig(Config):
         int | None,
         flag("STEPS", "See how fast removed text comes back by so many steps of training.", TRAINING, above=0),
     ] = None
+    removed_from: Annotated[
+        Path | None,
+        flag(
+            "DIR", "The model that it was removed from: NAME.removed.json beside it must prove that it is gone.", TRUST
+        ),
+    ] = None
+    trust: flags.Trust = None
     report: Annotated[Path | None, flag("FILE", "Write a page, one HTML file.", OUTPUT)] = None
     documents: Annotated[int, flag("N", "Documents of each kind that are tried.", DATA, above=0)] = 200
     draws: Annotated[int, flag("N", "Continuations of each document.", DATA, above=0)] = 10
@@ -94,6 +107,7 @@ class AuditResult:
         name: The expert whose text it is about.
         members: Documents that were trained on, of those tried.
         others: Documents that were not.
+        answers: At most, at least, gone; None after a dry run.
         models: Model -> what attacks on it found: the anchor, the whole, and the whole without the expert.
         claimed: The guarantee that the expert claims; None is none.
         recovery: What comes back after removal, where that was asked for.
@@ -108,6 +122,7 @@ class AuditResult:
     prefix_tokens: int
     max_new_tokens: int
     draws: int
+    answers: Answers | None = None
     models: dict[str, Audited] = field(default_factory=dict)
     claimed: PrivacyInfo | None = None
     recovery: Recovery | None = None
@@ -128,6 +143,7 @@ class _Run:
     texts: evaluation.Texts
     started: list[evaluation.Beginning]
     indexes: list[Index]
+    gone: Absence | None
 
     @property
     def variants(self) -> dict[str, evaluation.Variant]:
@@ -136,36 +152,39 @@ class _Run:
         alone = evaluation.public_alone(self.passes)
         without = evaluation.one_left_out(self.passes, whole)[self.name]
         kind = self.passes.runnable.bundles[0].manifest.kind
-        found = {_ANCHOR: alone, kind: whole}
+        found = {evaluation.ANCHOR: alone, kind: whole}
         return found if without == alone else {**found, f"without {self.name}": without}
 
 
-def audit(config: AuditConfig, reporter: Reporter = SILENT) -> AuditResult:
+def audit(config: AuditConfig, reporter: Reporter = SILENT, *, today: datetime.date | None = None) -> AuditResult:
     """Attack a model with an owner's text, and say what that finds.
 
     Args:
         config: Which model, whose text, how hard to try.
         reporter: Hears of progress, and of too little text.
+        today: The day that trust is asked on; the real one if None.
 
     Raises:
         UsageError: A setting or the data is wrong, or there is too little text.
-        BundleError: The bundle or the index is not valid.
+        BundleError: The bundle or the index is not valid, or the expert is not shown to be gone.
     """
     _refuse_bad_settings(config)
-    run = _set_up(config, reporter)
+    run = _set_up(config, reporter, today)
     if config.dry_run:
         return _result(run, dry_run=True)
     models = _attack(run)
     run.passes.free()
-    result = _result(run, models=models, recovery=_recover(run) if config.recover else None, report=config.report)
+    answers = Answers(at_most=bound_of(run.manifest.privacy), at_least=evaluation.strongest(models), gone=run.gone)
+    recovery = _recover(run) if config.recover else None
+    result = _result(run, answers=answers, models=models, recovery=recovery, report=config.report)
     if config.report:
         page = evaluation.render_audit(
             run.name,
+            answers,
             models,
-            result.recovery,
+            recovery,
             lineage=lineage(run.passes.runnable.bundles, ()),
             digest=result.digest,
-            claimed=result.claimed,
             facts=_facts(run),
         )
         with new_file(config.report, overwrite=config.overwrite) as temporary, own_file(temporary) as file:
@@ -175,26 +194,25 @@ def audit(config: AuditConfig, reporter: Reporter = SILENT) -> AuditResult:
 
 def _refuse_bad_settings(config: AuditConfig) -> None:
     tracing.require_rapidfuzz()
-    text.text_files(config.data)
-    if config.held_out is not None:
-        text.text_files([config.held_out], "held_out")
-    if config.planted is not None:
-        folder = text.CanaryFolder(config.planted)
-        if not (folder.planted.is_file() and folder.left_out.is_file()):
-            raise UsageError(f"{config.planted}: holds no canaries", hint="train-expert plants some", field="planted")
+    refuse_missing_text(config)
+    refuse_unproven(config)
     if config.report:
         check_file_target(config.report, overwrite=config.overwrite)
         evaluation.require_jinja()
         evaluation.require_matplotlib()
 
 
-def _set_up(config: AuditConfig, reporter: Reporter) -> _Run:
+def _set_up(config: AuditConfig, reporter: Reporter, today: datetime.date | None) -> _Run:
     place, machine = workspace.find(), machine_of(config)
     runnable = sources.runnable(config.bundle or place.merged, config.anchor or place.anchor, reporter)
-    name, manifest = _expert(runnable, config.name)
+    name, digest, manifest = _expert(runnable, config.name)
+    if config.recover and len(runnable.experts) < 3:
+        raise UsageError(f"without {name} this model is the anchor, and comes back as it does", field="recover")
     indexes = [open_index(path) for path in config.index]
     for bundle in runnable.bundles:
         prove(bundle, reporter)
+    first = runnable.bundles[0]
+    gone = show_absence(config, name, digest, first if isinstance(first, Expert) else None, reporter, today=today)
     passes = evaluation.Passes(
         runnable,
         seq_len=evaluation.window_length(runnable.weights.dense_config, config.seq_len),
@@ -205,11 +223,9 @@ def _set_up(config: AuditConfig, reporter: Reporter) -> _Run:
         special_as_text=bool(manifest.training.get("special_as_text")),
         reporter=Parts(reporter),
     )
-    texts = _read_texts(config, manifest, passes.tokenizer)
+    texts = audit_texts(config, manifest, passes.tokenizer)
     started = evaluation.beginnings(passes.tokenizer, texts.members, config.prefix_tokens, config.max_new_tokens)
-    _refuse_little(config, texts, started, reporter)
-    if config.recover and len(runnable.experts) < 3:
-        raise UsageError(f"without {name} this model is the anchor, and comes back as it does", field="recover")
+    refuse_little_text(config, texts, started, reporter)
     return _Run(
         config=config,
         reporter=reporter,
@@ -220,11 +236,12 @@ def _set_up(config: AuditConfig, reporter: Reporter) -> _Run:
         texts=texts,
         started=started,
         indexes=indexes,
+        gone=gone,
     )
 
 
-def _expert(runnable: Runnable, name: str | None) -> tuple[str, ExpertManifest]:
-    """Return the expert that an audit is about, and its owner's manifest."""
+def _expert(runnable: Runnable, name: str | None) -> tuple[str, str, ExpertManifest]:
+    """Return the expert that an audit is about, its digest, and its owner's manifest."""
     bundle, closed = runnable.bundles[0], runnable.experts[1:]
     if not closed:
         raise UsageError(f"{runnable.path}: has no closed expert", hint="audit an expert or a merged model")
@@ -234,62 +251,10 @@ def _expert(runnable: Runnable, name: str | None) -> tuple[str, ExpertManifest]:
     if name not in closed:
         raise UsageError(f"{name!r} is not in {runnable.path}, which holds {', '.join(closed)}", field="name")
     if isinstance(bundle, Merged):
-        return name, bundle.owner_manifest(closed.index(name) + 1)[0]
+        index = closed.index(name) + 1
+        return name, bundle.manifest.experts[index].digest, bundle.owner_manifest(index)[0]
     assert isinstance(bundle, Expert)
-    return name, bundle.manifest
-
-
-def _read_texts(config: AuditConfig, manifest: ExpertManifest, tokenizer: Any) -> evaluation.Texts:
-    folder = text.CanaryFolder(config.planted) if config.planted else None
-    paths = [*config.data, *([folder.planted] if folder else [])]
-    # Training under a guarantee holds nothing out.
-    seed = manifest.training.get("seed") if manifest.privacy is None else None
-    if config.held_out is None and not isinstance(seed, int):
-        raise UsageError(
-            "the expert does not say which documents training held out", hint="name such text", field="held_out"
-        )
-    split = text.split_of(text.read_documents(paths, config.text_field), seed) if isinstance(seed, int) else None
-
-    def own() -> Iterable[str]:
-        return text.read_documents(config.data, config.text_field)
-
-    members = split.training(own()) if split else own()
-    others = (
-        text.read_documents([config.held_out], config.text_field)
-        if config.held_out
-        else split.held_out(own())
-        if split
-        else []
-    )
-
-    def framed(documents: Iterable[str]) -> list[text.Framed]:
-        chosen = text.sample_documents(documents, config.documents, config.seed)
-        return list(text.frame_documents(tokenizer, chosen))
-
-    def all_of(file: Path) -> list[text.Framed]:
-        return list(text.frame_documents(tokenizer, text.read_documents([file], config.text_field)))
-
-    return evaluation.Texts(
-        members=framed(members),
-        others=framed(others),
-        planted=all_of(folder.planted) if folder else [],
-        left_out=all_of(folder.left_out) if folder else [],
-    )
-
-
-def _refuse_little(
-    config: AuditConfig, texts: evaluation.Texts, started: Sequence[evaluation.Beginning], reporter: Reporter
-) -> None:
-    for documents, name in ((texts.members, "data"), (texts.others, "held_out")):
-        if len(documents) < 2:
-            raise UsageError(f"{len(documents)} documents are too few to tell anything from", field=name)
-        if len(documents) < _FEW:
-            reporter.warn(f"`{name}`: {len(documents)} documents alone; intervals are wide")
-    if not started:
-        least = config.prefix_tokens + config.max_new_tokens
-        raise UsageError(
-            f"no document has {least} tokens", hint="give smaller `prefix_tokens` and `max_new_tokens`", field="data"
-        )
+    return name, bundle.digest, bundle.manifest
 
 
 def _attack(run: _Run) -> dict[str, Audited]:
@@ -302,28 +267,17 @@ def _attack(run: _Run) -> dict[str, Audited]:
         batch_tokens=config.forward_tokens,
         seed=config.seed,
     )
-    trials = {
-        name: evaluation.try_model(
-            passes.model_as(variant),
-            passes.tokenizer,
-            run.started,
-            run.texts,
-            effort,
-            name=name,
-            reporter=run.reporter,
-        )
-        for name, variant in run.variants.items()
-    }
-    delta = run.manifest.privacy.delta if run.manifest.privacy else _DELTA
-    anchor = trials.pop(_ANCHOR)
-    first = evaluation.audited(anchor, None, delta=delta, indexes=run.indexes)
-    if first.found:
-        run.reporter.warn("the anchor, which saw neither, tells `data` from `held_out`: they are not of one kind")
-    others = {
-        name: evaluation.audited(trial, anchor, delta=delta, indexes=run.indexes, are_alike=not first.found)
-        for name, trial in trials.items()
-    }
-    return {_ANCHOR: first, **others}
+    found: dict[str, Audited] = evaluation.attack(
+        passes,
+        run.variants,
+        run.started,
+        run.texts,
+        effort,
+        delta=run.manifest.privacy.delta if run.manifest.privacy else _DELTA,
+        indexes=run.indexes,
+        reporter=run.reporter,
+    )
+    return found
 
 
 def _recover(run: _Run) -> Recovery:
@@ -340,7 +294,7 @@ def _recover(run: _Run) -> Recovery:
 
     without = variants[f"without {run.name}"]
     return recover(
-        {f"without {run.name}": lambda: build(without), _ANCHOR: lambda: build(variants[_ANCHOR])},
+        {f"without {run.name}": lambda: build(without), evaluation.ANCHOR: lambda: build(variants[evaluation.ANCHOR])},
         run.texts.members[:_TRAINED_ON],
         run.texts.others,
         steps=config.recover or 0,

@@ -122,7 +122,7 @@ def _clear(root: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{root} exists already", hint="give another `output`, or `overwrite` to start again")
-    if not (root / "data").is_dir():
+    if not (root / "data").is_dir() and any(root.iterdir()):
         raise UsageError(f"{root} is no earlier demo", hint="give another `output`")
     shutil.rmtree(root)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from flexctl import flags
-from flexctl.bundle.store import check_file_target
+from flexctl.bundle.store import check_file_target, sweep
 from flexctl.errors import UsageError
 from flexctl.options import Config
 from flexctl.runtime import SILENT, Reporter
@@ -65,6 +65,8 @@ def keygen(config: KeygenConfig, reporter: Reporter = SILENT) -> KeygenResult:
     """
     require_sign()
     for path in (config.output, public_path(config.output)):
+        if not config.dry_run:
+            sweep(path)
         if os.path.lexists(path):
             raise UsageError(f"{path} exists already, and a key is never replaced", hint="give another `output`")
         check_file_target(path, overwrite=False)

@@ -13,7 +13,6 @@ from flexctl.bundle.anchor import open_anchor
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import OTHER_LICENSE
-from flexctl.bundle.merged import open_merged
 from flexctl.bundle.store import check_directory_target
 from flexctl.errors import BundleError
 from flexctl.evaluation.figures import Estimate
@@ -21,7 +20,7 @@ from flexctl.hub import is_remote
 from flexctl.options import MODEL, Config, argument, flag
 from flexctl.routing.overlap import Routing
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
-from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
+from flexctl.steps.change import assemble, open_to_change, place_of_change, warn_of_tuned
 from flexctl.steps.claims import refuse_false_claims
 from flexctl.steps.overlap import expected_between, warn_of_overlaps
 from flexctl.steps.screening import admit, anchor_at_hand, domains_of, look_at
@@ -193,7 +192,7 @@ def _compose(config: MergeConfig, reporter: Reporter) -> tuple[Composition, Path
     if files and files[0].is_dir():
         base, *rest = files
         files = tuple(rest)
-        composition = _compose_base(base, anchor, reporter)
+        composition = _compose_base(base, anchor, config, reporter)
     else:
         composition = compose_anchor(open_anchor(anchor or workspace.find().anchor))
     experts = [open_expert(file) for file in files]
@@ -202,8 +201,8 @@ def _compose(config: MergeConfig, reporter: Reporter) -> tuple[Composition, Path
     return replace(composition, top_k=config.top_k or composition.top_k), base, new
 
 
-def _compose_base(base: Path, anchor: Path | None, reporter: Reporter) -> Composition:
-    merged = open_merged(base)
+def _compose_base(base: Path, anchor: Path | None, config: MergeConfig, reporter: Reporter) -> Composition:
+    merged = open_to_change(base, dry_run=config.dry_run)
     expected = merged.manifest.anchor
     if anchor is not None and (found := open_anchor(anchor).digest) != expected.digest:
         raise BundleError(f"{anchor}: digest is {found}; {base} was made of {expected.digest} ({expected.name})")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -149,31 +151,31 @@ def _write(
     today: datetime.date | None,
 ) -> None:
     """Fetch, copy beside the target, verify, move into place."""
-    is_directory = isinstance(manifest, (AnchorManifest, MergedManifest))
-    if is_directory:
-        place = new_directory(target, kind=manifest.kind, overwrite=config.overwrite)
-    else:
-        place = new_file(target, overwrite=config.overwrite)
-    with place as temporary:
-        fetched = hub.fetch(remote, reporter)
-        signature = None if is_directory else read_signature(signature_path(fetched), manifest)
-        for name in names if is_directory else ():
-            _copy(fetched / name, temporary / name)
-        if not is_directory:
-            _copy(fetched, temporary)
+    if isinstance(manifest, (AnchorManifest, MergedManifest)):
+        with new_directory(target, kind=manifest.kind, overwrite=config.overwrite) as temporary:
+            fetched = hub.fetch(remote, reporter)
+            for name in names:
+                _copy(fetched / name, temporary / name)
+            _verify(temporary, remote, manifest, config, reporter, today)
+        return
+    fetched = hub.fetch(remote, reporter)
+    signature = read_signature(signature_path(fetched), manifest)
+    with _signed_by(target, signature), new_file(target, overwrite=config.overwrite) as temporary:
+        _copy(fetched, temporary)
         _verify(temporary, remote, manifest, config, reporter, today)
-    if not is_directory:
-        _place_signature(target, signature)
 
 
-def _place_signature(target: Path, signature: Envelope | None) -> None:
-    """Write what was signed of a file beside it; what signed the one before goes."""
-    place = target.with_name(f"{target.name}.sig")
+@contextmanager
+def _signed_by(target: Path, signature: Envelope | None) -> Iterator[None]:
+    """Put what was signed of a file beside it as the block ends; what signed the one before goes."""
+    place = signature_path(target)
     if signature is None:
+        yield
         place.unlink(missing_ok=True)
         return
     with new_file(place, overwrite=True) as temporary:
         temporary.write_bytes(signature.data)
+        yield
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Annotated
 
 from flexctl import flags, workspace
 from flexctl.bundle.composition import Composition, compose_merged
-from flexctl.bundle.merged import Merged, open_merged
+from flexctl.bundle.merged import Merged
 from flexctl.errors import UsageError
 from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Reporter
-from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
-from flexctl.steps.removal import recorder
+from flexctl.steps.change import assemble, open_to_change, place_of_change, warn_of_tuned
+from flexctl.steps.removal import recorded, recorder
 
 __all__ = ["RemoveConfig", "RemoveResult", "remove"]
 
@@ -89,20 +89,21 @@ def remove(config: RemoveConfig, reporter: Reporter = SILENT, *, today: datetime
     if not config.names:
         raise UsageError("remove needs the NAME of an expert", hint="flexctl list shows them")
     source = config.source or workspace.find().merged
-    merged = open_merged(source)
+    merged = open_to_change(source, dry_run=config.dry_run)
     composition = compose_merged(merged).without(config.names, tombstone=config.tombstone)
     target, replaces_own = place_of_change(source, config.output)
     _say(merged, composition, reporter)
     recording = recorder(merged, _unique(config.names), target, config, reporter)
-    digest, written = assemble(
-        target,
-        composition,
-        overwrite=config.overwrite or replaces_own,
-        trust_cache=config.trust_cache,
-        dry_run=config.dry_run,
-        reporter=reporter,
-    )
-    records = recording.write(target, "remove", today or datetime.date.today()) if recording and digest else ()
+    with recorded(recording, "remove", today or datetime.date.today()) as records:
+        digest, written = assemble(
+            target,
+            composition,
+            overwrite=config.overwrite or replaces_own,
+            trust_cache=config.trust_cache,
+            dry_run=config.dry_run,
+            reporter=reporter,
+            ready=records.write,
+        )
     return RemoveResult(
         path=target,
         digest=digest,
@@ -112,7 +113,7 @@ def remove(config: RemoveConfig, reporter: Reporter = SILENT, *, today: datetime
         bytes_written=written,
         exact=not composition.removed,
         dry_run=config.dry_run,
-        records=records,
+        records=records.files,
     )
 
 

@@ -18,10 +18,10 @@ from flexctl.bundle.store import check_directory_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import Config, argument
 from flexctl.runtime import SILENT, Parts, Reporter
-from flexctl.steps.change import assemble, place_of_change, warn_of_tuned
+from flexctl.steps.change import assemble, open_to_change, place_of_change, warn_of_tuned
 from flexctl.steps.claims import refuse_false_claims
 from flexctl.steps.machine import machine_of
-from flexctl.steps.removal import recorder
+from flexctl.steps.removal import recorded, recorder
 from flexctl.steps.screening import admit, anchor_at_hand, domains_of, look_at
 from flexctl.steps.sources import localise
 from flexctl.steps.trusting import refuse_untrusted, trust_of
@@ -122,7 +122,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     """
     domains = domains_of(config)
     source = config.source or workspace.find().merged
-    merged = open_merged(source)
+    merged = open_to_change(source, dry_run=config.dry_run)
     expert = open_expert(localise(config.expert, reporter))
     if expert.manifest.name != config.name:
         raise BundleError(
@@ -150,15 +150,16 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
     scoring = Parts(reporter)
     scoring.expect(2 * sum(domain.size_bytes() for domain in domains))
     before = _score(source, domains, config, scoring, "before")
-    digest, written = assemble(
-        target,
-        composition,
-        overwrite=overwrite,
-        trust_cache=config.trust_cache,
-        dry_run=config.dry_run,
-        reporter=reporter,
-    )
-    records = recording.write(target, "replace", today or datetime.date.today()) if recording and digest else ()
+    with recorded(recording, "replace", today or datetime.date.today()) as records:
+        digest, written = assemble(
+            target,
+            composition,
+            overwrite=overwrite,
+            trust_cache=config.trust_cache,
+            dry_run=config.dry_run,
+            reporter=reporter,
+            ready=records.write,
+        )
     after = _score(target, domains, config, scoring, "after")
     return ReplaceResult(
         path=target,
@@ -170,7 +171,7 @@ def replace(config: ReplaceConfig, reporter: Reporter = SILENT, *, today: dateti
         bytes_written=written,
         dry_run=config.dry_run,
         bits_per_byte={name: {"before": before[name], "after": after[name]} for name in before},
-        records=records,
+        records=records.files,
     )
 
 

@@ -15,12 +15,13 @@ from flexctl.bundle.lowrank import refuse_useless_rank
 from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
-from flexctl.errors import FlexctlError
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag, switch
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.guarantee import Plan, planned
 from flexctl.steps.machine import machine_of
+from flexctl.steps.outlook import TrainingPlan, plan_training, refuse_what_cannot_fit
 from flexctl.steps.private_run import PrivateRun
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 from flexctl.steps.terms import data_info, warn_of_expired
@@ -42,6 +43,7 @@ class TrainExpertConfig(Config):
     Examples:
         flexctl train-expert --data law/
         flexctl train-expert --data law.jsonl --name law --max-tokens 2000000 --license CC-BY-4.0
+        flexctl train-expert --data law/ --rank 16 --plan
     """
 
     data: flags.Data
@@ -86,6 +88,19 @@ class TrainExpertConfig(Config):
         bool,
         switch("Compute layers' inner values again on the way back: less memory, more time, the same file.", HARDWARE),
     ] = False
+    plan: Annotated[
+        bool,
+        switch("Tell memory and time on 1 to 8 devices, from the anchor's config.json alone; do nothing.", HARDWARE),
+    ] = False
+    plan_tflops: Annotated[
+        float | None,
+        flag(
+            "X",
+            "Rate of a device for `plan`, in 10^12 operations a second (default: measured here).",
+            HARDWARE,
+            above=0,
+        ),
+    ] = None
     public_match: Annotated[
         float,
         flag("X", "How strongly the expert is held to the public one on public text.", TRAINING, at_least=0),
@@ -148,12 +163,13 @@ class TrainExpertResult:
         rank: Of a low-rank expert; None of a full one.
         bytes_written: Size of the expert's file.
         peak_rss_bytes: Most memory that was in use; 0 under a guarantee, as it depends on the owner's text.
+        plan: What it would take, where only that was asked for; the anchor's digest is then not known.
     """
 
     path: Path
     digest: str | None
     name: str
-    anchor_digest: str
+    anchor_digest: str | None
     tokens: int | None
     public_tokens: int
     steps: int
@@ -167,6 +183,7 @@ class TrainExpertResult:
     bytes_written: int = 0
     peak_rss_bytes: int = 0
     dry_run: bool = False
+    plan: TrainingPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,20 +242,24 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         FlexctlError: Training failed.
     """
     place = workspace.find()
-    base = open_anchored(config, reporter)
     name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.st"
+    if config.plan:
+        return _planned(config, name, target)
+    base = open_anchored(config, reporter)
     work_path = target.parent / f".{target.stem}.work"
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     training.refuse_busy(work_path)
     log = training.log_beside(target) if config.track else None
     plan = planned(config, base.anchor)
-    canaries = text.CanaryFolder.beside(target)
-    data = (*text.pinned(config.data), *([canaries.planted] if config.canaries else []))
+    canaries, made = text.CanaryFolder.beside(target), text.CanaryFolder(work_path / "canaries")
+    in_place = ends and not made.left_out.is_file()
+    planted = [(canaries if in_place else made).planted] if config.canaries else []
+    data = (*text.pinned(config.data), *planted)
     task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan)
     if ends:
-        return _finished(task, work_path, reporter)
+        return _finished(task, work_path, made, reporter)
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
     warn_of_expired(config, reporter)
     if plan is not None:
@@ -252,28 +273,43 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
         if config.canaries:
-            text.plant_canaries(canaries, config.canaries, config.text_field, keep=config.resume)
+            text.plant_canaries(made, config.canaries, config.text_field, keep=config.resume)
         if plan is None:
-            return _run(task, work, track, reporter)
-        return _run_privately(task, plan, work, track, reporter)
+            result = _run(task, work, track, reporter)
+        else:
+            result = _run_privately(task, plan, work, track, reporter)
+        text.hand_over(made, canaries)
+        return result
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
+    if config.plan_tflops is not None:
+        raise UsageError("is for `plan` alone", hint="leave it out", field="plan_tflops")
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
-    machine_of(config)
+    machine = machine_of(config, anchor.weights().shared)
+    if not exists:  # a finished run needs no memory to give its result
+        refuse_what_cannot_fit(config, anchor.manifest.moe_config, machine)
     given_rows(config, anchor)
     if config.public is not None:
         text.text_files([config.public], "public")
 
 
-def _finished(task: _Task, work_path: Path, reporter: Reporter) -> TrainExpertResult:
+def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertResult:
+    plan = plan_training(config)
+    nothing: dict[str, Any] = {"digest": None, "anchor_digest": None, "tokens": 0, "public_tokens": 0, "steps": 0}
+    return TrainExpertResult(path=target, name=name, rank=config.rank, plan=plan, dry_run=True, **nothing)
+
+
+def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: Reporter) -> TrainExpertResult:
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
     asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed) if task.plan is None else None)
     training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
+    if not config.dry_run:
+        text.hand_over(made, text.CanaryFolder.beside(target))
     training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     about = expert.manifest.training
     return task.result(

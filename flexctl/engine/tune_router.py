@@ -12,7 +12,7 @@ from flexctl.bundle import PUBLIC, Anchor, Merged, RawTensor, open_merged
 from flexctl.bundle.codec import indented_json
 from flexctl.bundle.composition import compose_merged
 from flexctl.bundle.proxy import Proxy, open_proxy
-from flexctl.bundle.store import check_directory_target, new_file, place_of_work
+from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.hub import is_remote
 from flexctl.options import DATA, TRAINING, Config, argument, flag
@@ -193,9 +193,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="merged", overwrite=config.overwrite)
-        result = _run(task, texts, work, track, reporter)
-        _keep(result, asked)
-    return result
+        return _run(task, texts, asked, work, track, reporter)
 
 
 def _asked(task: _Task) -> dict[str, Any]:
@@ -229,11 +227,10 @@ def _finished(config: TuneRouterConfig, target: Path, asked: Mapping[str, Any]) 
     )
 
 
-def _keep(result: TuneRouterResult, asked: Mapping[str, Any]) -> None:
-    """Write the model's run.json: what was asked for, and what came of it on any machine."""
+def _keep(made: Merged, result: TuneRouterResult, asked: Mapping[str, Any]) -> None:
+    """Write run.json into a model: what was asked for, and what came of it on any machine."""
     about = {name: getattr(result, name) for name in ("documents", "tokens", "steps", "final_loss", "held_out")}
-    with new_file(result.path / "run.json", overwrite=True, beside=result.path) as temporary:
-        temporary.write_bytes(indented_json({"digest": result.digest, "asked": asked, "result": about}))
+    (made.path / "run.json").write_bytes(indented_json({"digest": made.digest, "asked": asked, "result": about}))
 
 
 def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[tuple[Path, Proxy]]:
@@ -294,7 +291,9 @@ def _texts(task: _Task) -> _Texts:
     )
 
 
-def _run(task: _Task, texts: _Texts, work: Path, track: training.Track, reporter: Reporter) -> TuneRouterResult:
+def _run(
+    task: _Task, texts: _Texts, asked: Mapping[str, Any], work: Path, track: training.Track, reporter: Reporter
+) -> TuneRouterResult:
     setup = _set_up(task, texts)
     before = setup.losses(reporter)
     track.held_out(0, before)
@@ -304,6 +303,14 @@ def _run(task: _Task, texts: _Texts, work: Path, track: training.Track, reporter
     held_out = {name: {"before": before[name], "after": after[name]} for name in before}
     _refuse_worse(held_out, reporter)
     tuned = tuple(RawTensor(*model.to_bytes(rows)) for rows in setup.tuning.rows)
+    result = task.result(
+        digest=None,
+        tokens=setup.loop.steps * setup.data.batch_size * setup.data.seq_len,
+        steps=setup.loop.steps,
+        final_loss=outcome.final_loss,
+        held_out=held_out,
+        tokens_per_s=outcome.tokens_per_s,
+    )
     digest, written = assemble(
         task.target,
         replace(compose_merged(task.merged), tuned=tuned),
@@ -311,17 +318,9 @@ def _run(task: _Task, texts: _Texts, work: Path, track: training.Track, reporter
         trust_cache=False,
         dry_run=False,
         reporter=reporter,
+        ready=lambda made: _keep(made, result, asked),
     )
-    return task.result(
-        digest=digest,
-        tokens=setup.loop.steps * setup.data.batch_size * setup.data.seq_len,
-        steps=setup.loop.steps,
-        final_loss=outcome.final_loss,
-        held_out=held_out,
-        tokens_per_s=outcome.tokens_per_s,
-        bytes_written=written,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+    return replace(result, digest=digest, bytes_written=written, peak_rss_bytes=peak_rss_bytes())
 
 
 def _set_up(task: _Task, texts: _Texts) -> _Setup:

@@ -1,12 +1,13 @@
 # Written by `make docs`; a test checks that it is current.
 
+from flexctl.evaluation.attacks.every_model import ANCHOR as ANCHOR
+from flexctl.evaluation.attacks.every_model import attack as attack
+from flexctl.evaluation.attacks.every_model import strongest as strongest
 from flexctl.evaluation.attacks.extraction import Beginning as Beginning
 from flexctl.evaluation.attacks.extraction import beginnings as beginnings
 from flexctl.evaluation.attacks.findings import Recovery as Recovery
 from flexctl.evaluation.attacks.trial import Effort as Effort
 from flexctl.evaluation.attacks.trial import Texts as Texts
-from flexctl.evaluation.attacks.trial import audited as audited
-from flexctl.evaluation.attacks.trial import try_model as try_model
 from flexctl.evaluation.baselines import Baselines as Baselines
 from flexctl.evaluation.baselines import Ingredients as Ingredients
 from flexctl.evaluation.baselines import find_ingredients as find_ingredients
@@ -30,6 +31,7 @@ from flexctl.evaluation.records import write_results as write_results
 from flexctl.evaluation.records import write_samples as write_samples
 from flexctl.evaluation.report import Excerpt as Excerpt
 from flexctl.evaluation.report import render as render
+from flexctl.evaluation.report.answers import in_words as in_words
 from flexctl.evaluation.report.audit import render_audit as render_audit
 from flexctl.evaluation.report.charts import require_matplotlib as require_matplotlib
 from flexctl.evaluation.report.excerpts import take_excerpt as take_excerpt

@@ -11,7 +11,7 @@ from __future__ import annotations
 from flexctl.hub.address import Address, DataAddress, is_remote, parse, parse_data
 from flexctl.hub.data import DataFile, data_files
 from flexctl.hub.remote import IGNORED, BundleFile, Remote, look, manifest_of
-from flexctl.hub.transfer import earlier_manifests, fetch, fetch_checkpoint, prepare, send
+from flexctl.hub.transfer import earlier_manifests, fetch, fetch_checkpoint, fetch_config, prepare, send
 
 __all__ = [
     "IGNORED",
@@ -24,6 +24,7 @@ __all__ = [
     "earlier_manifests",
     "fetch",
     "fetch_checkpoint",
+    "fetch_config",
     "is_remote",
     "look",
     "manifest_of",

@@ -17,7 +17,7 @@ from flexctl.hub.refusals import explained
 from flexctl.hub.remote import IGNORED, Remote, look
 from flexctl.runtime import SILENT, Progress, Reporter
 
-__all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "prepare", "send", "quiet_hub"]
+__all__ = ["earlier_manifests", "fetch", "fetch_checkpoint", "fetch_config", "prepare", "send", "quiet_hub"]
 
 _ALONE_BYTES = 100_000
 _EARLIER_COMMITS = 50
@@ -232,3 +232,20 @@ def _bar_class(count: _Count) -> Any:
             return None
 
     return Bar
+
+
+def fetch_config(path: Path) -> Path:
+    """Return a local directory with the config.json of a repository, an anchor's or a checkpoint's; nothing else comes.
+
+    Args:
+        path: Its address.
+
+    Raises:
+        UsageError: There is no such repository.
+        FlexctlError: The Hub cannot be reached, or refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    address = parse(path)
+    with explained(address), quiet_hub():
+        return Path(snapshot_download(address.repository, revision=address.revision, allow_patterns=["config.json"]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["LOGIT_BUDGET", "score_tokens", "training_loss"]
+__all__ = ["CARD_LOGITS", "LOGIT_BUDGET", "score_tokens", "training_loss"]
 
 LOGIT_BUDGET = 4 * 1024 * 1024
 """Logits that may exist at once; positions are taken in chunks of LOGIT_BUDGET / vocab_size.
@@ -20,7 +20,7 @@ LOGIT_BUDGET = 4 * 1024 * 1024
 More of them are slower on a CPU: memory of that size is given back to the system and asked for again each time.
 """
 
-_ON_A_CARD = 32
+CARD_LOGITS = 32
 """As many times LOGIT_BUDGET: products of fewer rows leave a GPU idle."""
 
 
@@ -110,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _positions_at_once(head: Any) -> int:
-    budget = LOGIT_BUDGET * (_ON_A_CARD if head.weight.is_cuda else 1)
+    budget = LOGIT_BUDGET * (CARD_LOGITS if head.weight.is_cuda else 1)
     return max(1, budget // int(head.out_features))
 
 

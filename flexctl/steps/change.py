@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from flexctl import workspace
 from flexctl.bundle.assembly import planned_bytes, write_merged
 from flexctl.bundle.composition import Composition
-from flexctl.bundle.merged import Merged
-from flexctl.bundle.store import check_directory_target
+from flexctl.bundle.merged import Merged, open_merged
+from flexctl.bundle.store import check_directory_target, sweep
 from flexctl.runtime import Reporter
 
-__all__ = ["assemble", "place_of_change", "warn_of_tuned"]
+__all__ = ["assemble", "open_to_change", "place_of_change", "warn_of_tuned"]
+
+
+def open_to_change(source: Path, *, dry_run: bool) -> Merged:
+    """Return a merged model that is to be changed.
+
+    What killed commands left beside it is deleted first: a model that was replaced may be among that, with an expert
+    that was to go.
+    """
+    if not dry_run:
+        sweep(source)
+    return open_merged(source)
 
 
 def place_of_change(source: Path, output: Path | None) -> tuple[Path, bool]:
@@ -39,7 +51,14 @@ def warn_of_tuned(merged: Merged, reporter: Reporter) -> None:
 
 
 def assemble(
-    target: Path, composition: Composition, *, overwrite: bool, trust_cache: bool, dry_run: bool, reporter: Reporter
+    target: Path,
+    composition: Composition,
+    *,
+    overwrite: bool,
+    trust_cache: bool,
+    dry_run: bool,
+    reporter: Reporter,
+    ready: Callable[[Merged], object] = lambda _: None,
 ) -> tuple[str | None, int]:
     """Write a merged model with a progress bar, or only check that it could be written.
 
@@ -50,6 +69,7 @@ def assemble(
         trust_cache: As for ``write_merged``.
         dry_run: Write nothing.
         reporter: Where progress goes.
+        ready: As for ``write_merged``.
 
     Returns:
         Digest and bytes written; None and what the weights would take after a dry run.
@@ -63,6 +83,6 @@ def assemble(
         return None, total
     with reporter.progress("writing", total, "bytes") as progress:
         model, written = write_merged(
-            target, composition, overwrite=overwrite, trust_cache=trust_cache, advance=progress.advance
+            target, composition, overwrite=overwrite, trust_cache=trust_cache, advance=progress.advance, ready=ready
         )
     return model.digest, written

@@ -10,8 +10,9 @@ from flexctl.bundle import Expert, Merged, PrivacyInfo, open_bundle
 from flexctl.bundle.checks import Check
 from flexctl.bundle.composition import Composition
 from flexctl.errors import BundleError
+from flexctl.evaluation.attacks.findings import AtMost
 
-__all__ = ["check_claims", "refuse_false_claims"]
+__all__ = ["bound_of", "check_claims", "refuse_false_claims"]
 
 
 def check_claims(path: Path) -> list[Check]:
@@ -49,6 +50,20 @@ def refuse_false_claims(composition: Composition, names: Collection[str]) -> Non
             raise BundleError(
                 f"{part.source}: expert {part.entry.name}: privacy.{found}", hint="ask its owner; nothing was written"
             )
+
+
+def bound_of(claimed: PrivacyInfo | None) -> AtMost | None:
+    """Return what an expert's guarantee bounds, its epsilon computed again; None where it claims none."""
+    if claimed is None:
+        return None
+    is_known = privacy.is_installed()
+    return AtMost(
+        epsilon=claimed.epsilon,
+        delta=claimed.delta,
+        unit=claimed.unit,
+        recomputed=is_known,
+        refuted=privacy.refutation(claimed) if is_known else None,
+    )
 
 
 def _claims(path: Path) -> Iterator[tuple[str, PrivacyInfo]]:

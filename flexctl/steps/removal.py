@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from flexctl.bundle import Merged, open_merged
+from flexctl.bundle import Merged
 from flexctl.bundle.store import check_file_target, new_file
 from flexctl.errors import UsageError
 from flexctl.runtime import Reporter
@@ -19,7 +20,7 @@ from flexctl.trust.signing import seal
 if TYPE_CHECKING:
     from securesystemslib.signer import CryptoSigner
 
-__all__ = ["Recorder", "RecordConfig", "recorder"]
+__all__ = ["RecordConfig", "Recorder", "Records", "recorded", "recorder"]
 
 
 class RecordConfig(PassphraseConfig, Protocol):
@@ -48,26 +49,79 @@ class Recorder:
 
     Attributes:
         before: The model with the experts.
+        target: Where the model that is left goes.
         traces: Expert -> the hashes of its tensors and rows.
         reason: Why they go.
         signer: The key.
     """
 
     before: Merged
+    target: Path
     traces: dict[str, tuple[frozenset[str], frozenset[str]]]
     reason: str
     signer: CryptoSigner
 
-    def write(self, target: Path, act: str, today: datetime.date) -> tuple[Path, ...]:
-        """Write a record for each expert beside the model that is left, and return their files."""
-        after = open_merged(target)
-        files = []
-        for name, traces in self.traces.items():
-            payload = record_statement(self.before, traces, name, after, act=act, reason=self.reason, today=today)
-            files.append(record_path(target, name))
-            with new_file(files[-1], overwrite=True) as temporary:
-                temporary.write_bytes(seal(payload, self.signer))
-        return tuple(files)
+
+class Records:
+    """Records that are written while a model changes: before it does, so that no change is without its record."""
+
+    def __init__(self, recorder: Recorder | None, act: str, today: datetime.date) -> None:
+        self._recorder, self._act, self._today = recorder, act, today
+        self._before: dict[Path, bytes | None] = {}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those that were written."""
+        return tuple(self._before)
+
+    def write(self, after: Merged) -> None:
+        """Write a record for each expert beside the place that ``after``, the model that is left, will have."""
+        told = self._recorder
+        if told is None:
+            return
+        for name, traces in told.traces.items():
+            payload = record_statement(
+                told.before, traces, name, after, act=self._act, reason=told.reason, today=self._today
+            )
+            path = record_path(told.target, name)
+            before = path.read_bytes() if path.exists() else None
+            _write(path, seal(payload, told.signer))
+            self._before[path] = before
+
+    def take_back(self) -> None:
+        """Put back what was there before, as nothing was changed."""
+        for path, before in self._before.items():
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                _write(path, before)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with new_file(path, overwrite=True) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def recorded(recorder: Recorder | None, act: str, today: datetime.date) -> Iterator[Records]:
+    """Give the records of a change that happens in the block; where it fails, there are none.
+
+    Whoever is killed in the moment between the two leaves a record, and the model as it was. The record is then not
+    true of that model, as ``verify`` says, and the next try asks for ``overwrite``.
+
+    Args:
+        recorder: What they need; None writes none.
+        act: ``remove`` or ``replace``.
+        today: The day that stands in them.
+    """
+    records = Records(recorder, act, today)
+    done = False
+    try:
+        yield records
+        done = True
+    finally:
+        if not done:
+            records.take_back()
 
 
 def recorder(
@@ -98,6 +152,7 @@ def recorder(
         check_file_target(record_path(target, name), overwrite=config.overwrite)
     return Recorder(
         before=before,
+        target=target,
         traces={name: traces_of(before, name) for name in names},
         reason=config.reason,
         signer=open_key(config.key, config, reporter),

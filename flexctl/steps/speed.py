@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import platform
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexctl import cache
 from flexctl.runtime import software_versions
 
-__all__ = ["bfloat16_pays", "matmul_gflops_per_s", "remember_rates"]
+if TYPE_CHECKING:
+    import torch
 
-_SIZE, _REPEATS = 512, 3
-"""Rows of the square matrices that are multiplied, and how often; the fastest counts."""
+__all__ = ["bfloat16_pays", "matmul_flops_per_s", "matmul_gflops_per_s", "remember_rates"]
+
+_SIZES, _REPEATS = {"cpu": 512, "cuda": 8192}, 3
+"""Rows of the square matrices that are multiplied, by kind of device, and how often; the fastest counts."""
 
 _PAYS_FROM = 1.3
 """A processor that multiplies bfloat16 does it at least twice as fast, one that emulates it several times slower."""
@@ -24,16 +27,25 @@ def matmul_gflops_per_s() -> dict[str, float]:
     """Return dtype -> billions of operations a second in products of square matrices on the CPU, measured now."""
     import torch
 
-    speeds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(_SIZE, _SIZE, dtype=dtype)
-        times_s = []
-        for _ in range(1 + _REPEATS):  # the first one also sets up what the others use
-            start_s = time.perf_counter()
-            torch.mm(matrix, matrix)
-            times_s.append(time.perf_counter() - start_s)
-        speeds[str(dtype).removeprefix("torch.")] = 2 * _SIZE**3 / min(times_s[1:]) / 1e9
-    return speeds
+    cpu = torch.device("cpu")
+    rates = {dtype: matmul_flops_per_s(cpu, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)}
+    return {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()}
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    """Return operations a second in products of square matrices, measured now: on a CPU in milliseconds."""
+    import torch
+
+    size = _SIZES[device.type]
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    times_s = []
+    for _ in range(1 + _REPEATS):  # the first one also sets up what the others use
+        start_s = time.perf_counter()
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times_s.append(time.perf_counter() - start_s)
+    return 2 * float(size) ** 3 / min(times_s[1:])
 
 
 def bfloat16_pays() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexctl.faces import face
 
 NAMES = {
-    "canaries": ("CanaryFolder", "plant_canaries"),
+    "canaries": ("CanaryFolder", "hand_over", "plant_canaries"),
     "corpus": ("Corpus", "prepare_corpus", "split_of", "text_digest"),
     "documents": (
         "Record",

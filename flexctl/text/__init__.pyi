@@ -1,6 +1,7 @@
 # Written by `make docs`; a test checks that it is current.
 
 from flexctl.text.canaries import CanaryFolder as CanaryFolder
+from flexctl.text.canaries import hand_over as hand_over
 from flexctl.text.canaries import plant_canaries as plant_canaries
 from flexctl.text.corpus import Corpus as Corpus
 from flexctl.text.corpus import prepare_corpus as prepare_corpus

@@ -1,8 +1,9 @@
 """Canaries: made-up documents, of which a coin puts half into training, so that an audit can tell what training shows.
 
-They lie in a folder beside the expert, for its owner's eyes alone: ``planted.jsonl`` has those that were trained on,
-``left-out.jsonl`` the others. Whoever knows which are which can recognise the expert's training text, so the folder
-stays at home, and neither manifest nor file says that there are canaries.
+They lie in the run's own folder until it is done, then in one beside the expert, for its owner's eyes alone:
+``planted.jsonl`` has those that were trained on, ``left-out.jsonl`` the others. Whoever knows which are which can
+recognise the expert's training text, so the folder stays at home, and neither manifest nor run.json nor the expert's
+file says that there are canaries.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from flexctl.bundle.store import own_file
 
-__all__ = ["CanaryFolder", "plant_canaries"]
+__all__ = ["CanaryFolder", "hand_over", "plant_canaries"]
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _WORDS, _LEAST_SYLLABLES, _MOST_SYLLABLES = 32, 1, 3
@@ -49,7 +50,7 @@ def plant_canaries(folder: CanaryFolder, count: int, text_field: str, *, keep: b
     Words and coins are from the system's secret entropy, never from a seed: whoever could make them again would know.
 
     Args:
-        folder: Where to; what an earlier run wrote there is replaced.
+        folder: Where to, until the run is done; what an earlier one wrote there is replaced.
         count: How many.
         text_field: The field of a line that holds the text.
         keep: Whether those that are there already are kept, as a run that goes on must.
@@ -63,6 +64,20 @@ def plant_canaries(folder: CanaryFolder, count: int, text_field: str, *, keep: b
         for _ in range(count):
             file = planted if secrets.randbelow(2) else left_out
             file.write((json.dumps({text_field: _canary()}) + "\n").encode())
+
+
+def hand_over(made: CanaryFolder, folder: CanaryFolder) -> None:
+    """Put the canaries of a run that is done where its expert is; those of the expert that was there before go.
+
+    Args:
+        made: Where they are; the folder around it is the run's own.
+        folder: Where they belong.
+    """
+    if not made.left_out.is_file():
+        return
+    if folder.path.exists():
+        folder.path.rename(made.path.with_name("replaced-canaries"))
+    made.path.rename(folder.path)
 
 
 def _canary() -> str:

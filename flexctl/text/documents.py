@@ -331,6 +331,10 @@ def _parsed(where: str, text: str) -> Any:
         raise UsageError(f"{where}: not JSON: {error}", hint="text that is no JSON belongs in a .txt file") from error
 
 
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+"""What a value of JSON is called, by its type in Python."""
+
+
 def _text_of(where: str, record: Any, text_field: str) -> str:
     if not isinstance(record, dict):
         raise UsageError(f"{where}: no record with fields", hint=f'a record is {{"{text_field}": "..."}}')
@@ -338,7 +342,8 @@ def _text_of(where: str, record: Any, text_field: str) -> str:
         raise missing_field(where, text_field, record, "field")
     text = "" if record[text_field] is None else record[text_field]
     if not isinstance(text, str):
-        raise UsageError(f"{where}: {text_field!r} holds {json.dumps(text)[:40]}, not text")
+        # What it holds may be the owner's own words, and a message goes into logs.
+        raise UsageError(f"{where}: {text_field!r} holds {_KINDS[type(text)]}, not text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,8 +1,9 @@
 """Near matches: passages of a text that stand in an index with a few letters changed.
 
 A near match is a passage of the text and one of a document whose normalised Levenshtein similarity is at least
-LEAST_SIMILARITY. It grows from seeds, verbatim spans of SEED_BYTES or more: seeds that follow each other in the text
-and in one document, at nearly the same distance in both, are one passage with whatever lies between them.
+LEAST_SIMILARITY. It grows from seeds: verbatim spans of SEED_BYTES or more, and of RARE_SEED_BYTES or more where they
+stand in few places. Seeds that follow each other in the text and in one document, at nearly the same distance in both,
+are one passage with whatever lies between them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from flexctl.errors import UsageError
 from flexctl.runtime import Progress
 from flexctl.tracing.spans import Span, log_probability, longest_spans, place_of
 
-__all__ = ["LEAST_SIMILARITY", "SEED_BYTES", "near_spans", "require_rapidfuzz"]
+__all__ = ["LEAST_SIMILARITY", "RARE_SEED_BYTES", "SEED_BYTES", "near_spans", "require_rapidfuzz"]
 
 LEAST_SIMILARITY = 0.9
 """As the extraction attack counts a hit: FlexOlmo, section 5.4."""
 
 SEED_BYTES = 16
+RARE_SEED_BYTES = 9
+"""What an error in every tenth byte leaves of a text, which is as many as a near match has."""
+
+_RARE_PLACES = 8
 _SEED_PLACES = 64
 _GAP_BYTES = 64
 _SHIFT_BYTES = 32
@@ -80,7 +85,9 @@ def near_spans(
 
 
 def _seeds(index: Index, data: bytes, progress: Progress) -> Iterator[_Seed]:
-    for start, stop in longest_spans(index, data, SEED_BYTES, progress):
+    for start, stop in longest_spans(index, data, RARE_SEED_BYTES, progress):
+        if stop - start < SEED_BYTES and index.count(data[start:stop]) > _RARE_PLACES:
+            continue
         left = _SEED_PLACES
         for number, shard in enumerate(index.shards):
             places = shard.places(shard.interval(data[start:stop]), left) if left else []
@@ -98,19 +105,26 @@ def _chains(seeds: Iterator[_Seed]) -> list[list[_Seed]]:
     ):
         here: list[list[_Seed]] = []
         for seed in inside:
+            # Seeds come in the order of the text: a chain that ended too long ago has ended.
+            chains += [chain for chain in here if not _reaches(chain[-1], seed)]
+            here = [chain for chain in here if _reaches(chain[-1], seed)]
             chain = next((chain for chain in reversed(here) if _continues(chain[-1], seed)), None)
             if chain is None:
                 here.append([seed])
             else:
                 chain.append(seed)
-        chains += [chain for chain in here if len(chain) > 1]
-    return chains
+        chains += here
+    return [chain for chain in chains if len(chain) > 1]
+
+
+def _reaches(last: _Seed, seed: _Seed) -> bool:
+    return seed.start - last.stop <= _GAP_BYTES
 
 
 def _continues(last: _Seed, seed: _Seed) -> bool:
     shift = (seed.place - seed.start) - (last.place - last.start)
     goes_on = seed.stop > last.stop and seed.end > last.end
-    return goes_on and seed.start - last.stop <= _GAP_BYTES and abs(shift) <= _SHIFT_BYTES
+    return goes_on and abs(shift) <= _SHIFT_BYTES
 
 
 def _span(index: Index, data: bytes, chain: Sequence[_Seed]) -> Span:

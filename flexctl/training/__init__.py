@@ -9,6 +9,7 @@ NAMES = {
     "budget": ("Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"),
     "checkpoints": ("Checkpoints",),
     "finished": ("asked_for", "before_after", "folder_digest", "refuse_other_request", "say_done"),
+    "footprint": ("Sizes", "Step", "flops_per_token", "least_bytes", "memory_of_step"),
     "loop": ("LoopSettings", "Outcome", "train"),
     "pair": ("Pair",),
     "private": ("PrivateSteps", "gradient_norm", "train_privately"),

@@ -14,6 +14,11 @@ from flexctl.training.finished import before_after as before_after
 from flexctl.training.finished import folder_digest as folder_digest
 from flexctl.training.finished import refuse_other_request as refuse_other_request
 from flexctl.training.finished import say_done as say_done
+from flexctl.training.footprint import Sizes as Sizes
+from flexctl.training.footprint import Step as Step
+from flexctl.training.footprint import flops_per_token as flops_per_token
+from flexctl.training.footprint import least_bytes as least_bytes
+from flexctl.training.footprint import memory_of_step as memory_of_step
 from flexctl.training.loop import LoopSettings as LoopSettings
 from flexctl.training.loop import Outcome as Outcome
 from flexctl.training.loop import train as train

@@ -93,8 +93,7 @@ def tracked(path: Path | None, name: str, *, resume: bool, reporter: Reporter) -
         return
     last = _cut(path) if resume and path.exists() else (-1, False)
     with ExitStack() as open_ones:
-        file = open_ones.enter_context(open(path, "ab" if resume else "wb", buffering=0))
-        sinks: list[Sink] = [_Lines(path, file, reporter)]
+        sinks: list[Sink] = [_Lines(path, open_ones, resume=resume, reporter=reporter)]
         if _keeps_here(reporter):
             sinks.append(open_ones.enter_context(_trackio(name, resume=resume)))
         reporter.note(f"log: {path}{' and trackio' if len(sinks) > 1 else ''}")
@@ -134,10 +133,15 @@ class RowLogits:
 
 
 class _Lines:
-    """The file: a line is in the system's hands when the step is over. A full disk ends the log and not the run."""
+    """The file: a line is in the system's hands when the step is over. A full disk ends the log and not the run.
 
-    def __init__(self, path: Path, file: io.FileIO, reporter: Reporter) -> None:
-        self._path, self._file, self._reporter = path, file, reporter
+    It is opened for the first line, so that a run that fails before leaves an earlier log, or none, as it was.
+    """
+
+    def __init__(self, path: Path, open_ones: ExitStack, *, resume: bool, reporter: Reporter) -> None:
+        self._path, self._open_ones, self._reporter = path, open_ones, reporter
+        self._mode = "ab" if resume else "wb"
+        self._file: io.FileIO | None = None
         self._is_whole = True
 
     def __call__(self, step: int, figures: Mapping[str, float]) -> None:
@@ -145,6 +149,8 @@ class _Lines:
             return
         line = json.dumps({"step": step, **figures}).encode() + b"\n"
         try:
+            if self._file is None:
+                self._file = self._open_ones.enter_context(io.FileIO(self._path, self._mode))
             self._is_whole, reason = self._file.write(line) == len(line), os.strerror(errno.ENOSPC)
         except OSError as error:
             self._is_whole, reason = False, str(error.strerror)

@@ -6,6 +6,7 @@ people.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
@@ -65,14 +66,18 @@ def refuse_busy(path: Path) -> None:
 
 @contextmanager
 def _held(path: Path, reporter: Reporter) -> Iterator[None]:
+    missing = list(itertools.takewhile(lambda parent: not parent.exists(), path.parents))
     descriptor = _lock(path, reporter)
+    done = False
     try:
         yield
+        done = True
     finally:
         # The name goes while the lock is held: whoever opens it from now on makes a file of its own.
         (path / _LOCK).unlink(missing_ok=True)
         with suppress(OSError):
-            path.rmdir()  # unless something is to stay, or the next run has moved in
+            for folder in (path, *(() if done else missing)):
+                folder.rmdir()  # unless something is to stay, or the next run has moved in
         os.close(descriptor)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,10 +62,12 @@ def make_key(path: Path, passphrase: str) -> SSlibKey:
     private = Ed25519PrivateKey.generate()
     slowly = PrivateFormat.OpenSSH.encryption_builder().kdf_rounds(KDF_ROUNDS).build(passphrase.encode("utf-8"))
     sealed = private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, slowly)
-    with new_file(path, overwrite=False) as temporary, own_file(temporary) as file:
-        file.write(sealed)
-    with new_file(public_path(path), overwrite=False) as temporary:
-        temporary.write_bytes(private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    shown_half = private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    # Both are on the disk before either takes its place, the public half first.
+    with new_file(path, overwrite=False) as temporary, new_file(public_path(path), overwrite=False) as shown_file:
+        with own_file(temporary) as file:
+            file.write(sealed)
+        shown_file.write_bytes(shown_half)
     return SSlibKey.from_crypto(private.public_key())
 
 
@@ -94,16 +98,27 @@ def load_key(path: Path, passphrase: str) -> CryptoSigner:
 
 
 def read_key_file(path: Path) -> bytes:
-    """Return a key file's bytes.
+    """Return the bytes of a private key's file.
 
     Raises:
-        UsageError: There is no such file, or it is too large for a key.
+        UsageError: There is no such file, it is too large for a key, or it is the user's own and others may read it.
     """
     if not path.is_file():
         raise UsageError(f"{path}: no such file", hint="flexctl keygen makes a key")
     if path.stat().st_size > _MOST_BYTES:
         raise UsageError(f"{path}: has more than {_MOST_BYTES} bytes, too many for a key")
-    return path.read_bytes()
+    data = path.read_bytes()
+    if b"PRIVATE KEY" in data:
+        _refuse_shared(path)
+    return data
+
+
+def _refuse_shared(path: Path) -> None:
+    """Refuse as ssh does: one's own file that is open to others. Who may read another's file, its owner decides."""
+    found = path.stat()
+    if hasattr(os, "geteuid") and found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        mode = stat.S_IMODE(found.st_mode)
+        raise UsageError(f"{path}: has mode {mode:04o}, by which others may use the key", hint=f"chmod 600 {path}")
 
 
 def public_line(key: SSlibKey) -> str:

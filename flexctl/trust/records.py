@@ -20,7 +20,17 @@ from flexctl.bundle.signatures import STATEMENT_TYPE, Envelope, read_envelope
 from flexctl.errors import BundleError, UsageError
 from flexctl.trust.signing import Trust, named, signers_of
 
-__all__ = ["Gone", "Record", "read_record", "record_check", "record_path", "record_statement", "traces_of"]
+__all__ = [
+    "Absence",
+    "Gone",
+    "Record",
+    "prove_record",
+    "read_record",
+    "record_check",
+    "record_path",
+    "record_statement",
+    "traces_of",
+]
 
 RECORD_PREDICATE = "urn:flexctl:removal:1"
 _ACTS = ("remove", "replace")
@@ -66,6 +76,35 @@ class Record:
     reason: str
     date: str
     check: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Absence:
+    """What a record that holds proves of a model at hand: an expert is not inside.
+
+    Attributes:
+        act: ``remove`` or ``replace``.
+        date: When, as YYYY-MM-DD, as the signer says.
+        reason: Why, in the signer's words.
+        signers: Who signed, and when trust in each ends.
+        before: Digest of the model with the expert.
+        after: Digest of the model that was left.
+        tensors: How many of the expert's tensors were looked for.
+        rows: How many of its router rows.
+        shared: How many are also others', and therefore are still inside.
+        is_left: Whether the model at hand is the one that was left; else it was made from that.
+    """
+
+    act: str
+    date: str
+    reason: str
+    signers: str
+    before: str
+    after: str
+    tensors: int
+    rows: int
+    shared: int
+    is_left: bool
 
 
 def record_path(target: Path, name: str) -> Path:
@@ -159,7 +198,23 @@ def read_record(path: Path) -> tuple[Record, Envelope]:
 
 
 def record_check(merged: Merged, path: Path, record: Record, envelope: Envelope, trust: Trust) -> Check:
-    """Return whether a record is signed by somebody trusted and true of a merged model.
+    """Return whether a record is signed by somebody trusted and true of a merged model, as ``prove_record`` finds."""
+    name = f"record {path.name}"
+    try:
+        found = prove_record(merged, path, record, envelope, trust)
+    except BundleError as error:
+        return Check(name=name, ok=False, detail=error.message)
+    shared = f"; {found.shared} others have too" if found.shared else ""
+    facts = (
+        f"{found.act}d on {found.date}, signed by {found.signers}, because: {shown(found.reason)}",
+        "this is the model that was left" if found.is_left else "this model descends from the one that was left",
+        f"none of the {found.tensors} tensors and {found.rows} rows is inside{shared}",
+    )
+    return Check(name=name, ok=True, detail="; ".join(facts))
+
+
+def prove_record(merged: Merged, path: Path, record: Record, envelope: Envelope, trust: Trust) -> Absence:
+    """Return what a record proves of a merged model.
 
     Args:
         merged: The model at hand; that its bytes are those of its manifest is another check's business.
@@ -167,24 +222,26 @@ def record_check(merged: Merged, path: Path, record: Record, envelope: Envelope,
         record: What it says.
         envelope: Its signatures. The day on which a key must have been valid is the record's own.
         trust: Whom to trust.
+
+    Raises:
+        BundleError: Nobody trusted has signed it, or it is not true of the model.
     """
-    name = f"record {path.name}"
-    try:
-        signers = signers_of(envelope, "merged", trust, str(path), day=_day(record, path))
-    except BundleError as error:
-        return Check(name=name, ok=False, detail=error.message)
+    signers = signers_of(envelope, "merged", trust, str(path), day=_day(record, path))
     problems = list(_problems(merged, record))
     if problems:
-        more = and_more(len(problems))
-        return Check(name=name, ok=False, detail=f"{merged.path}: {problems[0]}{more}")
-    is_left = merged.digest == record.after
-    shared = f"; {record.shared} others have too" if record.shared else ""
-    facts = (
-        f"{record.act}d on {record.date}, signed by {named(signers)}, because: {shown(record.reason)}",
-        "this is the model that was left" if is_left else "this model descends from the one that was left",
-        f"none of the {len(record.tensors)} tensors and {len(record.rows)} rows is inside{shared}",
+        raise BundleError(f"{merged.path}: {problems[0]}{and_more(len(problems))}")
+    return Absence(
+        act=record.act,
+        date=record.date,
+        reason=record.reason,
+        signers=named(signers),
+        before=record.before,
+        after=record.after,
+        tensors=len(record.tensors),
+        rows=len(record.rows),
+        shared=record.shared,
+        is_left=merged.digest == record.after,
     )
-    return Check(name=name, ok=True, detail="; ".join(facts))
 
 
 def _problems(merged: Merged, record: Record) -> Iterator[str]:

@@ -221,12 +221,6 @@ def files_up_to(size_bytes: int) -> Iterator[None]:
     ("command", "limit", "more", "file"),
     [
         ("train-expert", 1000, ["--max-steps", "1"], ".new.work/own.tokens"),
-        (
-            "train-expert",
-            100_000,
-            ["--max-steps", "2", "--checkpoint-steps", "1", "--seq-len", "32", "--batch-tokens", "64"],
-            ".new.work/checkpoints/checkpoint-00000001.safetensors",
-        ),
         ("evaluate", 1000, ["--samples", "new.jsonl"], "new.jsonl"),
         ("merge", 1000, [], "new"),
         ("init-anchor", 1000, ["--sample-tokens", "2000"], "new"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,38 @@ from typing import Any
 import pytest
 from builders import forge_expert
 from conftest import Texts, write_jsonl
+from signers import cheap_keys, make_key, make_trust
 
+from flexctl import privacy
 from flexctl.bundle.codec import encode
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import PrivacyInfo
+from flexctl.bundle.merged import open_merged
 from flexctl.engine.audit import AuditConfig, AuditResult, audit
 from flexctl.engine.merge import MergeConfig, merge
+from flexctl.engine.remove import RemoveConfig, remove
 from flexctl.engine.trace_index import TraceIndexConfig, trace_index
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
-from flexctl.errors import UsageError
+from flexctl.errors import BundleError, UsageError
+from flexctl.steps.claims import bound_of
 from flexctl.text import canaries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+MECHANISM = privacy.Mechanism(noise_multiplier=2.0, sampling_rate=0.1, steps=20, row_noise_multiplier=10.0)
+GUARANTEE = PrivacyInfo(
+    mechanism=privacy.MECHANISM,
+    epsilon=privacy.spent(MECHANISM, 1e-3) if privacy.is_installed() else 8.0,
+    delta=1e-3,
+    unit=privacy.UNIT,
+    accountant=privacy.ACCOUNTANT,
+    noise_multiplier=MECHANISM.noise_multiplier,
+    sampling_rate=MECHANISM.sampling_rate,
+    steps=MECHANISM.steps,
+    max_grad_norm=1.0,
+    adjacency=privacy.ADJACENCY,
+    row_noise_multiplier=MECHANISM.row_noise_multiplier,
+)
 
 DOCUMENTS, CANARIES = 40, 12
 SMALL: dict[str, Any] = {"draws": 1, "prefix_tokens": 4, "max_new_tokens": 8, "threads": 1}
@@ -127,6 +149,63 @@ def test_canaries_bound_epsilon_for_the_model_alone(found: AuditResult) -> None:
     assert bounds["anchor"].epsilon == 0
 
 
+def test_three_answers(found: AuditResult) -> None:
+    answers = found.answers
+    assert answers is not None
+    assert (answers.at_most, answers.gone) == (None, None)
+    assert answers.at_least.found
+    bound = found.models["merged"].canaries
+    assert bound is not None
+    assert answers.at_least.epsilon == bound.epsilon
+
+
+def test_a_guarantee_is_computed_again() -> None:
+    """A claim that holds, and one that is below its own figures."""
+    honest = bound_of(GUARANTEE)
+    assert honest is not None
+    assert (honest.epsilon, honest.recomputed, honest.refuted) == (GUARANTEE.epsilon, True, None)
+    boasting = bound_of(dataclasses.replace(GUARANTEE, epsilon=GUARANTEE.epsilon / 2))
+    assert boasting is not None
+    assert f"its own noise, sampling rate and steps make it {GUARANTEE.epsilon:g}" in str(boasting.refuted)
+    assert bound_of(None) is None
+
+
+def test_gone_is_what_a_signed_record_proves(
+    case: Case, anchor: Path, in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Audited where the owner has the file; the model that was left lies beside its record."""
+    cheap_keys(monkeypatch)
+    key, entry = make_key("hub")
+    trust = make_trust(entry)
+    left = in_empty_folder / "left"
+    asked: dict[str, Any] = {"removed_from": left, "trust": trust, "dry_run": True}
+    remove(RemoveConfig(names=("law",), source=case.merged, output=left))
+    with pytest.raises(UsageError, match=r"removed_from: .*law.removed.json: no such record"):
+        case.audit(**asked)
+    signed: dict[str, Any] = {"tombstone": True, "reason": "withdrawn", "key": key, "overwrite": True}
+    remove(RemoveConfig(names=("law",), source=case.merged, output=left, **signed), today=datetime.date(2026, 3, 1))
+    for bundle in (case.merged, case.expert):
+        answers = case.audit(**{**asked, "dry_run": False}, bundle=bundle, anchor=anchor, documents=4).answers
+        assert answers is not None
+        assert answers.gone is not None
+        assert (answers.gone.date, answers.gone.signers) == ("2026-03-01", "hub (trusted without end)")
+        assert (answers.gone.before, answers.gone.after) == (open_merged(case.merged).digest, open_merged(left).digest)
+        assert answers.gone.is_left
+    shutil.copy("law.removed.json", "code.removed.json")
+    with pytest.raises(UsageError, match=r"code.removed.json is about law, .* audited is code, "):
+        case.audit(**asked, name="code")
+    with pytest.raises(UsageError, match="removed_from: is proven by a signed record: say whose keys count"):
+        case.audit(removed_from=left, dry_run=True)
+    with pytest.raises(UsageError, match="nowhere is no merged model"):
+        case.audit(**{**asked, "removed_from": Path("nowhere")})
+    with pytest.raises(BundleError, match=r"no key of .*strange.toml signed it"):
+        case.audit(**{**asked, "trust": make_trust(make_key("stranger")[1], path="strange.toml")})
+    shutil.rmtree(left)
+    shutil.copytree(case.merged, left)
+    with pytest.raises(BundleError, match="absent law: "):
+        case.audit(**asked)
+
+
 def test_recovery_is_measured_beside_the_anchor(found: AuditResult) -> None:
     curves = found.recovery
     assert curves is not None
@@ -151,6 +230,7 @@ def test_nothing_that_is_shared_says_that_there_are_canaries(case: Case) -> None
     assert b"canar" not in case.expert.read_bytes()
     assert "canar" not in json.dumps(open_expert(case.expert).manifest.training)
     assert not [item for item in case.merged.iterdir() if b"canar" in item.read_bytes()]
+    assert "canar" not in case.expert.with_suffix(".run.json").read_text()
 
 
 def test_a_finished_run_knows_its_canaries(case: Case) -> None:
@@ -242,5 +322,8 @@ def test_under_a_guarantee_nothing_was_held_out(case: Case, anchor: Path) -> Non
         case.audit(bundle=private, anchor=anchor, held_out=None)
     found = case.audit(bundle=private, anchor=anchor, planted=case.canaries)
     assert (found.members, found.claimed) == (DOCUMENTS, claim)
+    assert found.answers is not None
+    assert found.answers.at_most is not None
+    assert "adjacency is None" in str(found.answers.at_most.refuted)
     assert found.models["expert"].canaries is not None
     assert found.models["expert"].canaries.delta == 1e-3

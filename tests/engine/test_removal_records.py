@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from signers import cheap_keys, make_key, make_trust, refused_in_one_line
 
-from flexctl.bundle import open_merged
+from flexctl.bundle import open_merged, store
 from flexctl.cli.app import main
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
 from flexctl.engine.replace import ReplaceConfig, replace
 from flexctl.engine.verify import VerifyConfig, verify
-from flexctl.errors import BundleError, UsageError
+from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.trust.records import read_record
 
 DAY = datetime.date(2026, 3, 1)
@@ -85,6 +85,45 @@ def test_later_models_descend_from_the_one_that_was_left(world: World) -> None:
     ok, said = found("elsewhere")
     assert not ok
     assert "is neither the model that was left" in said
+
+
+@pytest.mark.usefixtures("world")
+def test_a_later_model_must_be_signed_and_the_one_that_was_left_need_not() -> None:
+    """A tombstone is a line that anybody can write; the digest of the model that was left stands in the record."""
+    ask = ["verify", "--record", "law.removed.json", "--trust", "trust.toml", "-q"]
+    remove(RemoveConfig(names=("law",), **ASKED))
+    assert main([*ask, "merged"]) == 0
+    remove(RemoveConfig(names=("code",), source=Path("merged"), output=Path("less")))
+    result = verify(VerifyConfig(path=Path("less"), record=Path("law.removed.json"), trust=Path("trust.toml")))
+    assert [(check.name, check.detail) for check in result.checks if not check.ok] == [
+        ("signed", "less/flexctl.sig: is missing: nobody signed this")
+    ]
+    assert main(["sign", "less", "--key", "hub.key", "-q"]) == 0
+    assert main([*ask, "less"]) == 0
+    stranger, _ = make_key("stranger")
+    assert main(["sign", "less", "--key", str(stranger), "--overwrite", "-q"]) == 0
+    assert main([*ask, "less"]) == 3
+
+
+def fail_to_move(*_: object) -> None:
+    raise FlexctlError("no")
+
+
+@pytest.mark.usefixtures("world")
+def test_no_record_of_a_removal_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_exchange", fail_to_move)
+        with pytest.raises(FlexctlError, match=r"^no$"):
+            remove(RemoveConfig(names=("law",), **ASKED))
+    assert not Path("law.removed.json").exists()
+    remove(RemoveConfig(names=("law",), output=Path("rest"), **ASKED))
+    first = Path("law.removed.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_exchange", fail_to_move)
+        with pytest.raises(FlexctlError, match=r"^no$"):
+            remove(RemoveConfig(names=("law", "code"), overwrite=True, **ASKED))
+    assert Path("law.removed.json").read_bytes() == first
+    assert not Path("code.removed.json").exists()
 
 
 def test_what_came_back_is_found_under_whatever_name(world: World) -> None:

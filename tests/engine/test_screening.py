@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from builders import World, make_expert, make_world, read_directory
 from conftest import Texts
 from hypothesis import given, settings
@@ -20,10 +21,13 @@ from flexctl.bundle.composition import compose_anchor, compose_merged
 from flexctl.bundle.tensors import from_float32, to_float32
 from flexctl.bundle.weights import weights_digest
 from flexctl.cli.app import main
+from flexctl.engine.init_anchor import InitAnchorConfig, init_anchor
 from flexctl.engine.merge import MergeConfig, MergeResult, merge
 from flexctl.engine.replace import ReplaceConfig, replace
 from flexctl.engine.sign import SignConfig, sign
+from flexctl.engine.train_expert import TrainExpertConfig, train_expert
 from flexctl.errors import BundleError, UsageError
+from flexctl.families import FAMILIES
 from flexctl.runtime import SilentReporter
 
 Change = Callable[[str, np.ndarray], np.ndarray]
@@ -157,6 +161,29 @@ def test_what_is_tried_is_what_will_be_written(tmp_path_factory: pytest.TempPath
     written = open_merged(root / "m")
     assert weights_digest(composed_weights(composition)) == weights_digest(written.weights())
     assert weights_digest(composed_weights(compose_merged(written))) == weights_digest(written.weights())
+
+
+@pytest.mark.usefixtures("in_empty_folder", "one_thread")
+@pytest.mark.parametrize("model_type", [family.dense_type for family in FAMILIES])
+def test_in_every_family_trained_experts_are_taken_and_hostile_ones_are_not(
+    model_type: str, tokenizer: Any, texts: Texts
+) -> None:
+    """Full and low-rank, trained hard on little text; nobody asked for a look, and no model runs for it."""
+    tiny.make_dense(tiny.dense_config(model_type)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    init_anchor(InitAnchorConfig(data=(texts.public_test,), source="base", sample_tokens=2000, threads=1))
+    anchor = open_anchor(Path("anchor"))
+    settings: dict[str, Any] = {"data": (texts.code_test,), "max_steps": 12, "epochs": 50, "seq_len": 32, "lr": 1e-2}
+    for name, rank in (("full", None), ("low", 4)):
+        train_expert(TrainExpertConfig(name=name, output=Path(f"{name}.st"), rank=rank, threads=1, **settings))
+    honest = (Path("full.st"), Path("low.st"))
+    assert merge(MergeConfig(experts=honest)).screening == {}
+    for change, says in ((larger(100), "times as large"), (grabbing(anchor, 30), "by its rows it takes")):
+        bad = changed(honest[0], anchor, "bad.st", change)
+        with pytest.raises(BundleError, match=rf"^bad\.st: expert bad: .*{says}"):
+            merge(MergeConfig(experts=(*honest, bad), output=Path("never")))
+        merge(MergeConfig(experts=(*honest, bad), output=Path("taken"), accept=("bad",), overwrite=True))
+        bad.unlink()
 
 
 # By running it: on a trained anchor.

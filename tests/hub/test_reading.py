@@ -48,6 +48,14 @@ def test_addresses() -> None:
             parse(text)
 
 
+def test_a_plan_fetches_config_json(published: Hub, world: World, terminal: Terminal) -> None:
+    where = ("--data", "nowhere", "--plan", "--plan-tflops", "1", "--anchor")
+    there = terminal.json("train-expert", *where, "hf://acme/anchor")
+    assert published.sent_bytes < 16_000
+    assert there["plan"] == terminal.json("train-expert", *where, world.anchor.path)["plan"]
+    assert "no such" in terminal.error("train-expert", *where, "hf://acme/nothing", code=2)
+
+
 def test_inspect_fetches_a_few_kilobytes(published: Hub, world: World, terminal: Terminal) -> None:
     for name, local in (("law", world.experts["law"].path), ("anchor", world.anchor.path)):
         published.sent_bytes = 0

@@ -143,3 +143,11 @@ def test_nobody_else_may_look_into_it(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_run_that_fails_takes_folders_away_that_it_made(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for place in ("there/new/out", "there"):
+        with pytest.raises(FlexctlError), working_folder(tmp_path / place / ".x.work", SILENT):
+            raise FlexctlError("no")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]

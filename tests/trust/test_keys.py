@@ -63,6 +63,19 @@ def _line(path: Path) -> str:
     return Path(f"{path}.pub").read_text().splitlines()[1]
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes")
+@pytest.mark.parametrize("mode", [0o640, 0o644, 0o604, 0o620, 0o601])
+def test_a_key_that_others_may_read_is_not_used(mode: int) -> None:
+    """As ssh refuses it; the owner of somebody else's file decides who may read that."""
+    path, _ = make_key("a")
+    path.chmod(mode)
+    with pytest.raises(UsageError, match=rf"^a\.key: has mode 0{mode:o}, by which others may use the key$") as caught:
+        load_key(path, SECRET)
+    assert caught.value.hint == "chmod 600 a.key"
+    path.chmod(0o400)
+    load_key(path, SECRET)
+
+
 def test_the_public_line_is_that_of_the_pub_file_and_of_openssl() -> None:
     path, entry = make_key("a")
     assert f'key = "{_line(path)}"' in entry

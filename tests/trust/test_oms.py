@@ -31,6 +31,7 @@ def world(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     key = generate_private_key(SECP256R1())
     sealed = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(SECRET.encode()))
     Path("ec.key").write_bytes(sealed)
+    Path("ec.key").chmod(0o600)
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     Path("ec.pub").write_bytes(public)
     return make_world(in_empty_folder, ("law",))

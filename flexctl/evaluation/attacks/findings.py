@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flexctl.evaluation.figures import Estimate
+from flexctl.trust.records import Absence
 
-__all__ = ["Audited", "CanaryBound", "Extraction", "Membership", "Recovery"]
+__all__ = ["Answers", "AtLeast", "AtMost", "Audited", "CanaryBound", "Extraction", "Membership", "Recovery"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,9 +108,64 @@ class Recovery:
     def comes_back(self) -> bool:
         """Whether the text comes back faster than it comes to the anchor.
 
-        That is, at some step the model is ahead and has gained more, both with intervals that leave zero out. One that
-        begins behind and catches up has no memory of the text; one that begins ahead and stays so has it from others.
+        That is, after the last step the model is ahead and has gained more, both with intervals that leave zero out.
+        One look, at the end: a model that began behind passes the anchor for a step or two by chance. One that begins
+        ahead and stays so has it from others, and so may one that gains more: intervals are over documents, and know
+        nothing of what other experts bring along.
         """
-        return any(
-            ahead.is_above() and faster.is_above() for ahead, faster in zip(self.ahead, self.faster, strict=True)
-        )
+        return self.ahead[-1].is_above() and self.faster[-1].is_above()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AtMost:
+    """The guarantee that an expert claims, and whether its own figures bear it out.
+
+    Attributes:
+        epsilon: The bound.
+        delta: How likely it may fail.
+        unit: For what: ``document``.
+        recomputed: Whether the accounting was made again; not without the ``privacy`` extra.
+        refuted: What is wrong with the claim; None where nothing was found.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    recomputed: bool
+    refuted: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AtLeast:
+    """The strongest attack on the model with the expert.
+
+    Attributes:
+        attack: ``extraction`` where more is drawn out than from the anchor, else ``membership``.
+        found: Whether it finds anything, by an interval that leaves out the anchor's share, or guessing.
+        figure: Of extraction the share of documents; of membership the area under the curve of the calibrated score.
+        without: The same of the anchor's share; 0.5, guessing, for membership.
+        counts: Whether ``membership`` may be counted: not where the anchor itself tells the two samples apart.
+        epsilon: Lower bound by canaries, at 95 % confidence; None where none were planted.
+    """
+
+    attack: str
+    found: bool
+    figure: Estimate
+    without: float
+    counts: bool = True
+    epsilon: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What an expert gives away at most, at least, and whether it is gone.
+
+    Attributes:
+        at_most: None where no guarantee is claimed: nothing bounds it.
+        at_least: What an attack found.
+        gone: What a signed record proves; None where no removal was shown.
+    """
+
+    at_most: AtMost | None
+    at_least: AtLeast
+    gone: Absence | None

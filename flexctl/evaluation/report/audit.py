@@ -1,15 +1,15 @@
-"""The page of an audit: what attacks found, model by model, beside what the expert claims."""
+"""The page of an audit: at most, at least, gone; and what attacks found, model by model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flexctl.bundle.manifest import PrivacyInfo
-from flexctl.evaluation.attacks.findings import Audited, Recovery
+from flexctl.evaluation.attacks.findings import Answers, Audited, Recovery
 from flexctl.evaluation.figures import Lineage
 from flexctl.evaluation.report import charts
+from flexctl.evaluation.report.answers import in_words
 from flexctl.evaluation.report.template import fill
-from flexctl.evaluation.report.words import joined, share
+from flexctl.evaluation.report.words import bits, interval, joined, share
 
 __all__ = ["render_audit"]
 
@@ -23,23 +23,23 @@ _ATTACKS = {
 
 def render_audit(
     name: str,
+    answers: Answers,
     models: Mapping[str, Audited],
     recovery: Recovery | None,
     *,
     lineage: Lineage,
     digest: str,
-    claimed: PrivacyInfo | None,
     facts: Mapping[str, int],
 ) -> str:
     """Return the page.
 
     Args:
         name: The expert whose text it is about.
+        answers: At most, at least, gone.
         models: Model -> what attacks found, the anchor first.
         recovery: What comes back after removal.
         lineage: Who is in the model.
         digest: Of the bundle.
-        claimed: The guarantee that the expert claims.
         facts: How hard it was tried, as ``AuditResult`` has it.
 
     Raises:
@@ -51,16 +51,18 @@ def render_audit(
     return fill(
         "audit.html",
         name=name,
+        answers=in_words(answers, lineage.kind),
+        claimed=answers.at_most,
+        gone=answers.gone,
         models=models,
         recovery=recovery,
         lineage=lineage,
         digest_of_model=digest,
-        claimed=claimed,
         facts=facts,
         attacks=_ATTACKS,
         has_copied=any(found.extraction.copied for found in models.values()),
         has_canaries=any(found.canaries for found in models.values()),
-        summary=" ".join(_summary(name, models, recovery, claimed)),
+        summary=" ".join(_summary(name, models, recovery)),
         charts={
             "extraction": charts.shares(
                 {model: found.extraction.near for model, found in models.items()},
@@ -75,41 +77,35 @@ def render_audit(
     )
 
 
-def _summary(
-    name: str, models: Mapping[str, Audited], recovery: Recovery | None, claimed: PrivacyInfo | None
-) -> list[str]:
-    """Return what was found, a sentence each."""
+def _summary(name: str, models: Mapping[str, Audited], recovery: Recovery | None) -> list[str]:
+    """Return what attacks found, a sentence each."""
     anchor, *others = models
     found = [model for model in others if models[model].found]
     clean = [model for model in others if not models[model].found]
     told = []
     if found:
         told.append(f"Attacks find something of {name} in {joined(map(_called, found))}.")
-    if clean:
-        where = joined(map(_called, clean))
+    where = joined(map(_called, clean)) if clean else ""
+    if clean and models[anchor].found:
+        told.append(
+            f"Of {where} nothing can be said: even the anchor tells the two samples apart, and membership counts for "
+            "nothing."
+        )
+    elif clean:
         told.append(f"They find nothing in {where}." if found else f"Attacks find nothing in {where}.")
     whole = models[others[0]].extraction
     told.append(
         f"The {others[0]} model goes on with {share(whole.near.value)} of the documents nearly as they do; the anchor, "
         f"which never saw them, with {share(models[anchor].extraction.near.value)}."
     )
-    if models[anchor].found:
-        told.append(
-            "Even the anchor tells the two samples apart: they are not of one kind, and membership counts for nothing."
-        )
-    bound = models[others[0]].canaries
-    if bound:
-        told.append(f"By its canaries, epsilon is at least {bound.epsilon:.2f}.")
-    told.append(
-        f"By its guarantee, epsilon is at most {claimed.epsilon:g}, at delta {claimed.delta:g}, for a {claimed.unit}."
-        if claimed
-        else f"No guarantee is claimed, so nothing bounds what {name} gives away at most."
-    )
-    if bound and claimed and bound.epsilon > claimed.epsilon:
-        told.append("The canaries refute the guarantee.")
     if recovery:
-        faster = "comes back faster than it comes" if recovery.comes_back else "comes back no faster than it comes"
-        told.append(f"After removal the text {faster} to the anchor.")
+        ahead = recovery.ahead[-1]
+        told.append(
+            f"After removal it comes back faster than to the anchor, by {bits(ahead.value)} bits per byte "
+            f"({interval(ahead)}): other experts here had it too, or help with text of its kind."
+            if recovery.comes_back
+            else "After removal the text comes back no faster than it comes to the anchor."
+        )
     return told
 
 

@@ -7,27 +7,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import CHROMIUM, LOWEST_CONTRAST, Browser
 
-from flexctl.bundle.manifest import PrivacyInfo
-from flexctl.evaluation.attacks.findings import Audited, CanaryBound, Extraction, Membership, Recovery
+from flexctl.evaluation.attacks.every_model import strongest
+from flexctl.evaluation.attacks.findings import (
+    Answers,
+    AtMost,
+    Audited,
+    CanaryBound,
+    Extraction,
+    Membership,
+    Recovery,
+)
 from flexctl.evaluation.figures import Estimate, Lineage, Member
 from flexctl.evaluation.report.audit import render_audit
 from flexctl.evaluation.report.trace import render_trace
 from flexctl.tracing.spans import Place, Span, Traced
+from flexctl.trust.records import Absence
 
 HOSTILE = "<script>alert(1)</script>"
 NONE, SOME, MOST = (Estimate(value=at, low=max(0.0, at - 0.05), high=min(1.0, at + 0.05)) for at in (0.0, 0.5, 0.9))
-CLAIM = PrivacyInfo(
-    mechanism="dp-sgd",
-    epsilon=8.0,
-    delta=1e-5,
-    unit="document",
-    accountant="pld",
-    noise_multiplier=0.7,
-    sampling_rate=0.01,
-    steps=100,
-    max_grad_norm=1.0,
+CLAIM = AtMost(epsilon=8.0, delta=1e-5, unit="document", recomputed=True)
+GONE = Absence(
+    act="remove",
+    date="2026-11-26",
+    reason=HOSTILE,
+    signers="hub (trusted without end)",
+    before="sha256:" + "ab" * 32,
+    after="sha256:" + "cd" * 32,
+    tensors=210,
+    rows=30,
+    shared=1,
+    is_left=True,
 )
 
 
@@ -69,10 +80,14 @@ LINEAGE = Lineage(
 FACTS = {"members": 200, "others": 150, "prefix_tokens": 32, "max_new_tokens": 64, "draws": 10}
 
 
-def audit_page(recovery: Recovery | None = RECOVERY, claimed: PrivacyInfo | None = CLAIM) -> str:
-    return render_audit(
-        "law", MODELS, recovery, lineage=LINEAGE, digest="sha256:" + "0" * 64, claimed=claimed, facts=FACTS
-    )
+def audit_page(
+    recovery: Recovery | None = RECOVERY,
+    claimed: AtMost | None = CLAIM,
+    gone: Absence | None = GONE,
+    models: dict[str, Audited] = MODELS,
+) -> str:
+    answers = Answers(at_most=claimed, at_least=strongest(models), gone=gone)
+    return render_audit("law", answers, models, recovery, lineage=LINEAGE, digest="sha256:" + "0" * 64, facts=FACTS)
 
 
 def trace_page() -> str:
@@ -101,17 +116,69 @@ def test_what_an_audit_says_in_short() -> None:
     for said in (
         "Attacks find something of law in the merged model.",
         "They find nothing in the model without law.",
-        "By its canaries, epsilon is at least 3.25.",
-        "By its guarantee, epsilon is at most 8, at delta ",
-        "comes back faster than it comes to the anchor",
+        "comes back faster than to the anchor, by 0.500 bits per byte (0.450 to 0.550): other experts here",
     ):
         assert said in page
-    bare = audit_page(None, None)
-    assert "No guarantee is claimed, so nothing bounds what law gives away at most." in bare
-    refuted = audit_page(claimed=dataclasses.replace(CLAIM, epsilon=3.0))
-    assert ("The canaries refute the guarantee." in refuted, "refute" in page) == (True, False)
+    passing = dataclasses.replace(RECOVERY, ahead=[NONE, SOME, NONE], faster=[NONE, SOME, SOME])
+    assert "comes back no faster than it comes to the anchor" in audit_page(passing)
+    unlike = audit_page(models={**MODELS, "anchor": audited(NONE, MOST, is_anchor=True, found=True)})
+    assert "Of the model without law nothing can be said: even the anchor tells the two samples apart" in unlike
+    bare = audit_page(None)
     assert "was not measured" in bare
     assert "nothing is left here but the anchor" not in bare
+
+
+def test_at_most() -> None:
+    for claim, figure, said in (
+        (CLAIM, "epsilon 8 ", "computed again from its own figures"),
+        (dataclasses.replace(CLAIM, recomputed=False), "epsilon 8 ", "not computed again: no privacy extra"),
+        (None, "no bound", "trained without a guarantee"),
+        (dataclasses.replace(CLAIM, epsilon=3.0), "no bound", "its canaries refute that: they show 3.25"),
+        (dataclasses.replace(CLAIM, refuted="epsilon is 8; it is 9"), "no bound", "does not hold: epsilon is 8; it is"),
+    ):
+        page = audit_page(claimed=claim)
+        assert f'<p class="answer">{figure}' in page
+        assert said in page
+        assert ("nobody can say how much" in page) == (figure == "no bound")
+
+
+def test_at_least() -> None:
+    anchor, whole = MODELS["anchor"], MODELS["merged"]
+    told = audited(NONE, MOST, found=True)
+    for first, second, figure, said in (
+        (anchor, whole, "90\u00a0% drawn out", "the anchor, which never saw them, with 0\u00a0%"),
+        (anchor, told, "AUC 0.90", "guessing has 0.50"),
+        (anchor, audited(NONE, SOME), "nothing found", "has an AUC of 0.50 (0.45 to 0.55); guessing has 0.50"),
+        (
+            audited(NONE, MOST, is_anchor=True, found=True),
+            audited(NONE, MOST),
+            "not known",
+            "0.90 (0.85 to 0.95), which counts for nothing: the anchor, which",
+        ),
+    ):
+        page = audit_page(models={"anchor": first, "merged": second})
+        assert f'<p class="answer">{figure}' in page
+        assert said in page
+        assert "By its canaries, epsilon is at least 3.25; its guarantee says at most 8." in page
+    assert "epsilon is at least 3.25." in audit_page(claimed=None)
+    unplanted = {name: dataclasses.replace(found, canaries=None) for name, found in MODELS.items()}
+    assert "By its canaries" not in audit_page(models=unplanted)
+
+
+def test_gone() -> None:
+    page = audit_page()
+    assert '<p class="answer">removed <span class="label">2026-11-26</span>' in page
+    assert (
+        "Signed by hub (trusted without end). None of the expert&#39;s 210 tensors and 30 router rows is in the" in page
+    )
+    assert GONE.before in page
+    assert GONE.after in page
+    later = audit_page(gone=dataclasses.replace(GONE, is_left=False, act="replace"))
+    assert "made from the one that was left" in later
+    assert '<p class="answer">replaced' in later
+    here = audit_page(gone=None)
+    assert '<p class="answer">not removed' in here
+    assert "It is in the model that was audited, and no signed record says" in here
 
 
 def test_what_a_trace_says_in_short() -> None:
@@ -147,3 +214,22 @@ def test_nothing_is_logged_fetched_or_cut_off(browser: Browser, name: str, width
     fetched = [said["request"]["url"] for said in browser.said("Network.requestWillBeSent")]
     assert [url for url in fetched if not url.startswith(("file:", "data:"))] == []
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_of_an_audit_is_readable(browser: Browser, scheme: str) -> None:
+    """Contrast by WCAG 2.2, 1.4.3, as on the report."""
+    browser.open((browser.folder / "audit.html").as_uri())
+    browser.set_screen(1000, scheme=scheme)
+    lowest = browser.evaluate(LOWEST_CONTRAST)
+    assert lowest[0] >= 4.5, lowest
+
+
+def test_the_three_answers_stand_side_by_side_where_there_is_room(browser: Browser) -> None:
+    browser.open((browser.folder / "audit.html").as_uri())
+    tops = "new Set([...document.querySelectorAll('.answers > div')].map(e => e.getBoundingClientRect().top)).size"
+    found = []
+    for width in (390, 1000):
+        browser.set_screen(width)
+        found.append(browser.evaluate(tops))
+    assert found == [3, 1]
