@@ -78,6 +78,8 @@ ONLY_IMPORTER = {
     "vllm": ("serving/vllm/",),
     "uvloop": ("serving/vllm/",),
     "dp_accounting": ("privacy/accounting.py",),
+    "datasketch": ("text/near_duplicates.py",),
+    "xxhash": ("text/",),
     "trackio": ("training/track.py",),
     "click": (),
 }

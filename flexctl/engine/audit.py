@@ -60,6 +60,9 @@ class AuditConfig(Config):
         Path | None,
         flag("PATH", "Text of the same kind that it never saw (default: what training held out of `data`).", DATA),
     ] = None
+    decontaminate: Annotated[
+        tuple[Path, ...], flag("PATH", "The test text that training left out, as it was given there.", DATA)
+    ] = ()
     planted: Annotated[
         Path | None, flag("DIR", "The canaries that train-expert planted, as experts/NAME.canaries.", DATA)
     ] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
 
+_COUNTS = ("duplicates", "near_duplicates", "contaminated")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainExpertConfig(Config):
@@ -58,6 +60,11 @@ class TrainExpertConfig(Config):
     ] = None
     text_field: flags.TextField = "text"
     special_as_text: flags.SpecialAsText = False
+    decontaminate: flags.Decontaminate = ()
+    near_duplicates: flags.NearDuplicates = False
+    token_cache: Annotated[
+        Path | None, flag("DIR", "Keep the tokens of `data` here, for other runs on the same text.", DATA)
+    ] = None
     public_mix: Annotated[
         float, flag("SHARE", "Share of public text in each step, from 0 to below 1.", DATA, at_least=0, below=1)
     ] = 0.3
@@ -166,6 +173,9 @@ class TrainExpertResult:
         tokens_per_s: Own and public tokens a second; None when the run only finished what was there.
         frozen_verified: Every frozen tensor equals the anchor's, bit for bit.
         bias: The router bias of each layer.
+        duplicates: Documents whose text had come before; None under a guarantee, as are the next two.
+        near_duplicates: Others that are nearly the same as one before; None where nobody asked.
+        contaminated: Documents left out as they share words with ``decontaminate``; None where there is none.
         rank: Of a low-rank expert; None of a full one.
         bytes_written: Size of the expert's file.
         peak_rss_bytes: Most memory that was in use; 0 under a guarantee, as it depends on the owner's text.
@@ -186,6 +196,9 @@ class TrainExpertResult:
     privacy: PrivacyInfo | None = None
     bias: list[float] = field(default_factory=list)
     rank: int | None = None
+    duplicates: int | None = None
+    near_duplicates: int | None = None
+    contaminated: int | None = None
     bytes_written: int = 0
     peak_rss_bytes: int = 0
     dry_run: bool = False
@@ -194,7 +207,7 @@ class TrainExpertResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Task:
-    """What is to be made: the settings, the anchor, the expert's name and its file, and its guarantee if it has one.
+    """What is to be made: settings, anchor, name and file, its guarantee, and what it must not be trained on.
 
     Attributes:
         world: The processes that make it.
@@ -205,6 +218,7 @@ class _Task:
     name: str
     target: Path
     plan: Plan | None
+    decontamination: text.Decontamination
     world: World
 
     def result(self, **figures: Any) -> TrainExpertResult:
@@ -274,7 +288,15 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
     in_place = ends and not made.left_out.is_file()
     planted = [(canaries if in_place else made).planted] if config.canaries else []
     data = (*text.pinned(config.data), *planted)
-    task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan, world=world)
+    task = _Task(
+        config=replace(config, data=data),
+        base=base,
+        name=name,
+        target=target,
+        plan=plan,
+        decontamination=text.Decontamination.read(config.decontaminate, config.text_field),
+        world=world,
+    )
     if ends:
         return world.by_writer(lambda: _finished(task, work_path, made, reporter))
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
@@ -313,6 +335,21 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     given_rows(config, anchor)
     if config.public is not None:
         text.text_files([config.public], "public")
+    if config.near_duplicates:
+        text.require_datasketch()
+    if config.token_cache is not None:
+        _refuse_bad_cache(config.token_cache, config.data)
+
+
+def _refuse_bad_cache(folder: Path, data: Sequence[Path]) -> None:
+    place = folder.resolve()
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{folder}: is no folder", field="token_cache")
+    for path in data:
+        if path.resolve() in (place, *place.parents):
+            raise UsageError(
+                f"{folder}: lies inside {path}, and would be read as text", hint="elsewhere", field="token_cache"
+            )
 
 
 def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertResult:
@@ -325,8 +362,8 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
-    asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed) if task.plan is None else None)
-    training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
+    asked = _asked(task, text.text_digest(config.data, config.text_field) if task.plan is None else None)
+    run = training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
     if not config.dry_run:
         text.hand_over(made, text.CanaryFolder.beside(target))
@@ -343,6 +380,7 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
         privacy=expert.manifest.privacy,
         bias=list(expert.manifest.router.bias),
         rank=expert.manifest.rank,
+        **{name: run.get(name) for name in _COUNTS},
         bytes_written=target.stat().st_size,
         peak_rss_bytes=peak_rss_bytes(),
         dry_run=config.dry_run,
@@ -357,14 +395,17 @@ def _asked(task: _Task, digest: str | None) -> dict[str, Any]:
         name=task.name,
         anchor=task.base.anchor.digest,
         text=digest,
-        public=config.public and text.text_digest([config.public], config.text_field, config.seed),
+        public=config.public and text.text_digest([config.public], config.text_field),
+        decontaminate=task.decontamination.digest,
         router=hash_file(Path(config.router)) if names_a_file(config.router) else config.router,
     )
 
 
 def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
     config, (setup, reader) = task.config, _set_up(task, work, reporter)
-    asked = _asked(task, setup.corpus.survey.digest)
+    survey = setup.corpus.survey
+    counts = {name: getattr(survey, name) for name in _COUNTS}
+    asked = _asked(task, survey.digest)
     before = setup.losses(reader, task.world, reporter)
     track.held_out(0, before)
     if task.world.size > 1:
@@ -385,8 +426,8 @@ def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> 
         frozen_verified=True,
         bias=list(setup.router.bias),
         rank=config.rank,
+        **counts,
     )
-    survey = setup.corpus.survey
     digest, size = task.world.by_writer(
         lambda: _written(
             task,
@@ -399,7 +440,7 @@ def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> 
             run={
                 "tokens_per_s": result.tokens_per_s,
                 "peak_rss_bytes": peak_rss_bytes(),
-                "duplicates": survey.duplicates,
+                **counts,
             },
         )
     )
@@ -409,9 +450,9 @@ def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> 
 def _run_privately(task: _Task, plan: Plan, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
     config, base = task.config, task.base
     note_busy_cores(config.threads, reporter)
-    public = _public_sample(config, base)
+    public = _public_sample(task, reporter)
     machine = machine_of(config, base.anchor.weights().shared)
-    run = PrivateRun(config, plan, base, public, machine, work, track, reporter)
+    run = PrivateRun(config, plan, base, public, task.decontamination, machine, work, track, reporter)
     released = run.train()
     _refuse_moved(run.reader, base.anchor, task.world)
     result = task.result(
@@ -447,10 +488,19 @@ def _set_up(task: _Task, work: Path, reporter: Reporter) -> tuple[_Setup, nn.Mod
     # What the writer has tokenised, the others find.
     corpus = task.world.writer_first(
         lambda: text.prepare_corpus(
-            config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
+            config.data,
+            base.tokenizer,
+            work,
+            text_field=config.text_field,
+            seed=config.seed,
+            passages=0 if names_a_file(config.router) else training.MOST_PASSAGES,
+            decontamination=task.decontamination,
+            near_duplicates=config.near_duplicates and task.world.is_writer,
+            cache=config.token_cache,
+            reporter=reporter,
         )
     )
-    public = _public_sample(config, base)
+    public = _public_sample(task, reporter)
     budget = _budget(config, base.anchor, corpus)
     data = training.Mixture(
         corpus.stream,
@@ -484,11 +534,24 @@ def _set_up(task: _Task, work: Path, reporter: Reporter) -> tuple[_Setup, nn.Mod
     return setup, reader
 
 
-def _public_sample(config: TrainExpertConfig, base: Anchored) -> text.PublicSample:
-    if config.public is None:
-        return base.sample
-    documents = text.frame_documents(base.tokenizer, text.read_documents([config.public], config.text_field))
-    return text.draw_sample(documents, base.anchor.public_sample()["tokens"].shape[0], config.seed)
+def _public_sample(task: _Task, reporter: Reporter) -> text.PublicSample:
+    config, base = task.config, task.base
+    sample = base.sample
+    if config.public is not None:
+        documents = text.frame_documents(base.tokenizer, text.read_documents([config.public], config.text_field))
+        sample = text.draw_sample(documents, base.anchor.public_sample()["tokens"].shape[0], config.seed)
+    if not task.decontamination:
+        return sample
+    kept = [
+        document
+        for document, words in zip(sample.documents, sample.texts(base.tokenizer), strict=True)
+        if not task.decontamination.shares(words)
+    ]
+    if not kept:
+        raise UsageError("shares words with every document of public text", field="decontaminate")
+    if count := len(sample.documents) - len(kept):
+        reporter.note(f"{count} of {len(sample.documents)} public documents share words with `decontaminate`")
+    return text.PublicSample(kept)
 
 
 def _budget(config: TrainExpertConfig, anchor: Anchor, corpus: text.Corpus) -> training.Budget:
@@ -512,7 +575,7 @@ def _start_rows(
     config, base = task.config, task.base
     if (given := given_rows(config, base.anchor)) is not None:
         return model.to_torch(given.rows), given.info
-    own = text.sample_passages(corpus.documents(), passages, config.seed)
+    own = corpus.passages[:passages]
     rows, info = measured_rows(
         config,
         base,
@@ -538,6 +601,7 @@ def _train(
         "rows": [float(row) for row in setup.rows.norm(dim=1)],
         "rank": config.rank,
         "special_as_text": config.special_as_text,
+        "decontaminate": task.decontamination.digest,
     }
     checkpoints = training.Checkpoints(
         work / "checkpoints",

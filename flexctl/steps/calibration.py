@@ -46,34 +46,29 @@ class Calibration:
 def calibrate(
     checkpoint: Path,
     *,
-    data: Sequence[Path],
+    sample: text.PublicSample,
+    kinds: Sequence[Path] = (),
     text_field: str,
-    kinds: Sequence[Path],
-    sample_tokens: int,
     special_as_text: bool,
     seed: int,
     machine: Machine,
     reporter: Reporter,
     world: World = ALONE,
 ) -> Calibration:
-    """Draw a public sample and measure a dense model's router inputs on it.
+    """Measure a dense model's router inputs on a public sample.
 
     Args:
         checkpoint: Directory of the model.
-        data: Public text.
-        text_field: Column or .jsonl field that holds it.
+        sample: Public text.
         kinds: Text of other kinds, measured only, one kind each.
-        sample_tokens: Tokens of public text to keep.
+        text_field: Column or .jsonl field that holds it.
         special_as_text: Whether special tokens that stand in text are plain text.
-        seed: Of the draw.
+        seed: Of the passages.
         machine: What the model runs on.
         reporter: Hears of progress.
         world: The processes that share the work.
     """
-    reporter.note("drawing the public sample")
     tokenizer = model.load_tokenizer(checkpoint, special_as_text=special_as_text)
-    documents = text.frame_documents(tokenizer, text.read_documents(data, text_field))
-    sample = text.draw_sample(documents, sample_tokens, seed)
     dense = model.load_dense(checkpoint)
     num_parameters = dense.num_parameters()
     routed = model.route(dense.to(machine.dtype)).to(machine.device)
