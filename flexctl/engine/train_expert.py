@@ -5,34 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from flexctl import evaluation, flags, model, text, training, workspace
-from flexctl.bundle import PUBLIC, Anchor, DataInfo, RawTensor, RouterInfo, open_expert, write_expert
+from flexctl import flags, model, text, training, workspace
+from flexctl.bundle import Anchor, RawTensor, open_expert, write_expert
 from flexctl.bundle.checks import prove
 from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.lowrank import refuse_useless_rank
 from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
-from flexctl.errors import FlexctlError, UsageError
+from flexctl.errors import UsageError
 from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag, switch
 from flexctl.processes import Joined, World, refuse_many
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
+from flexctl.steps.expert_run import Inputs, Trained, public_sample
 from flexctl.steps.guarantee import Plan, planned
-from flexctl.steps.machine import Machine, machine_of
+from flexctl.steps.machine import machine_of
+from flexctl.steps.open_run import COUNTS, train_openly
 from flexctl.steps.outlook import TrainingPlan, plan_training, refuse_what_cannot_fit
 from flexctl.steps.private_run import PrivateRun
-from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
+from flexctl.steps.router_rows import given_rows, names_a_file
 from flexctl.steps.terms import data_info, warn_of_expired
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
-
-_COUNTS = ("duplicates", "near_duplicates", "contaminated")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,31 +223,6 @@ class _Task:
         return TrainExpertResult(path=self.target, name=self.name, anchor_digest=self.base.anchor.digest, **figures)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Setup:
-    """Everything a run needs, ready."""
-
-    machine: Machine
-    corpus: text.Corpus
-    public: text.PublicSample
-    data: training.Mixture
-    loop: training.LoopSettings
-    rows: Tensor
-    router: RouterInfo
-
-    @property
-    def own_tokens(self) -> int:
-        """Tokens of the owner's that the run trains on."""
-        return self.data.own_tokens(self.loop.steps)
-
-    def losses(self, reader: nn.Module, world: World, reporter: Reporter) -> dict[str, float]:
-        """Return a model's loss on documents kept out of training, the owner's and public ones, nats a token."""
-        most = training.held_out_tokens(self.own_tokens)
-        parts = {"own": self.corpus.held_out, "public": self.public.held_out}
-        held_out = {name: text.leading(documents, most) for name, documents in parts.items() if documents is not None}
-        return evaluation.held_out_losses(reader, held_out, seq_len=self.data.seq_len, reporter=reporter, world=world)
-
-
 def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> TrainExpertResult:
     """Train an expert against the anchor and write its file.
 
@@ -314,10 +286,9 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
         if config.canaries:
             count = config.canaries
             world.by_writer(lambda: text.plant_canaries(made, count, config.text_field, keep=config.resume))
-        if plan is None:
-            result = _run(task, work, track, reporter)
-        else:
-            result = _run_privately(task, plan, work, track, reporter)
+        asked = _asked(task)
+        trained = _trained(task, work, track, reporter)
+        result = world.by_writer(lambda: _written(task, trained, {**asked, "text": trained.told.digest}))
         world.by_writer(lambda: text.hand_over(made, canaries))
         return result
 
@@ -362,7 +333,8 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
-    asked = _asked(task, text.text_digest(config.data, config.text_field) if task.plan is None else None)
+    digest = text.text_digest(config.data, config.text_field) if task.plan is None else None
+    asked = {**_asked(task), "text": digest}
     run = training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
     if not config.dry_run:
@@ -380,310 +352,83 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
         privacy=expert.manifest.privacy,
         bias=list(expert.manifest.router.bias),
         rank=expert.manifest.rank,
-        **{name: run.get(name) for name in _COUNTS},
+        **{name: run.get(name) for name in COUNTS},
         bytes_written=target.stat().st_size,
         peak_rss_bytes=peak_rss_bytes(),
         dry_run=config.dry_run,
     )
 
 
-def _asked(task: _Task, digest: str | None) -> dict[str, Any]:
-    """Return what decides the result; ``digest`` is that of the owner's text, None where a guarantee keeps it."""
+def _asked(task: _Task) -> dict[str, Any]:
+    """Return what decides the result, beside the digest of the owner's text; a guarantee keeps that."""
     config = task.config
     return training.asked_for(
         config,
         name=task.name,
         anchor=task.base.anchor.digest,
-        text=digest,
+        text=None,
         public=config.public and text.text_digest([config.public], config.text_field),
         decontaminate=task.decontamination.digest,
         router=hash_file(Path(config.router)) if names_a_file(config.router) else config.router,
     )
 
 
-def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
-    config, (setup, reader) = task.config, _set_up(task, work, reporter)
-    survey = setup.corpus.survey
-    counts = {name: getattr(survey, name) for name in _COUNTS}
-    asked = _asked(task, survey.digest)
-    before = setup.losses(reader, task.world, reporter)
-    track.held_out(0, before)
-    if task.world.size > 1:
-        del reader  # FSDP takes no module after the first pass, so that the expert goes into a new one
-        reader = setup.machine.build(task.base.anchor.weights(), task.world)
-    tensors, outcome = _train(task, setup, reader, work, track, reporter)
-    after = setup.losses(reader, task.world, reporter)
-    track.held_out(setup.loop.steps, after)
-    _refuse_moved(reader, task.base.anchor, task.world)
-    result = task.result(
-        digest=None,
-        tokens=setup.own_tokens,
-        public_tokens=setup.data.public_before(setup.loop.steps) * setup.data.seq_len,
-        steps=setup.loop.steps,
-        final_loss=outcome.final_loss,
-        held_out={part: {"before": before[part], "after": after[part]} for part in before},
-        tokens_per_s=outcome.tokens_per_s,
-        frozen_verified=True,
-        bias=list(setup.router.bias),
-        rank=config.rank,
-        **counts,
-    )
-    digest, size = task.world.by_writer(
-        lambda: _written(
-            task,
-            {**tensors, "router.weight": setup.rows},
-            data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
-            result,
-            asked,
-            settings=_identity(config, setup),
-            router=setup.router,
-            run={
-                "tokens_per_s": result.tokens_per_s,
-                "peak_rss_bytes": peak_rss_bytes(),
-                **counts,
-            },
-        )
-    )
-    return replace(result, digest=digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
-
-
-def _run_privately(task: _Task, plan: Plan, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
-    config, base = task.config, task.base
-    note_busy_cores(config.threads, reporter)
-    public = _public_sample(task, reporter)
-    machine = machine_of(config, base.anchor.weights().shared)
-    run = PrivateRun(config, plan, base, public, task.decontamination, machine, work, track, reporter)
-    released = run.train()
-    _refuse_moved(run.reader, base.anchor, task.world)
-    result = task.result(
-        digest=None,
-        tokens=None,
-        public_tokens=run.public_tokens,
-        steps=plan.mechanism.steps,
-        held_out=released.held_out,
-        frozen_verified=True,
-        privacy=released.privacy,
-        bias=list(released.router.bias),
-        rank=config.rank,
-    )
-    told = data_info(config, documents=None, tokens=None, num_bytes=None)
-    digest, size = _written(
-        task,
-        released.tensors,
-        told,
-        result,
-        _asked(task, None),
-        settings=released.settings,
-        router=released.router,
-        run={},
-    )
-    return replace(result, digest=digest, bytes_written=size)
-
-
-def _set_up(task: _Task, work: Path, reporter: Reporter) -> tuple[_Setup, nn.Module]:
-    """Return what a run needs, and the anchor as a model."""
+def _trained(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> Trained:
     config, base = task.config, task.base
     machine = machine_of(config, base.anchor.weights().shared)
     note_busy_cores(config.threads, reporter)
-    # What the writer has tokenised, the others find.
-    corpus = task.world.writer_first(
-        lambda: text.prepare_corpus(
-            config.data,
-            base.tokenizer,
-            work,
-            text_field=config.text_field,
-            seed=config.seed,
-            passages=0 if names_a_file(config.router) else training.MOST_PASSAGES,
-            decontamination=task.decontamination,
-            near_duplicates=config.near_duplicates and task.world.is_writer,
-            cache=config.token_cache,
-            reporter=reporter,
-        )
-    )
-    public = _public_sample(task, reporter)
-    budget = _budget(config, base.anchor, corpus)
-    data = training.Mixture(
-        corpus.stream,
-        text.PublicSample(public.to_train_on).stream() if public.to_train_on else None,
-        seq_len=budget.seq_len,
-        batch_size=budget.batch_size,
-        public_share=config.public_mix,
-        seed=config.seed,
-    )
-    most = data.steps_for(budget.own_tokens)
-    steps = min(most, config.max_steps or most)
-    reader = machine.build(base.anchor.weights(), task.world)
-    reporter.note(f"router rows: {config.router}")
-    passages = training.passages(data.own_tokens(steps))
-    rows, router = _start_rows(task, reader, corpus, public, passages, reporter)
-    setup = _Setup(
+    given = Inputs(
+        base=base,
+        public=public_sample(config, base, task.decontamination, reporter),
+        decontamination=task.decontamination,
         machine=machine,
-        corpus=corpus,
-        public=public,
-        data=data,
-        loop=training.LoopSettings(
-            steps=steps,
-            lr=budget.lr,
-            warmup_steps=training.warmup_steps(steps, config.warmup_steps),
-            micro_batch=budget.micro_batch,
-            autocast=machine.autocast,
-        ),
-        rows=rows,
-        router=router,
-    )
-    return setup, reader
-
-
-def _public_sample(task: _Task, reporter: Reporter) -> text.PublicSample:
-    config, base = task.config, task.base
-    sample = base.sample
-    if config.public is not None:
-        documents = text.frame_documents(base.tokenizer, text.read_documents([config.public], config.text_field))
-        sample = text.draw_sample(documents, base.anchor.public_sample()["tokens"].shape[0], config.seed)
-    if not task.decontamination:
-        return sample
-    kept = [
-        document
-        for document, words in zip(sample.documents, sample.texts(base.tokenizer), strict=True)
-        if not task.decontamination.shares(words)
-    ]
-    if not kept:
-        raise UsageError("shares words with every document of public text", field="decontaminate")
-    if count := len(sample.documents) - len(kept):
-        reporter.note(f"{count} of {len(sample.documents)} public documents share words with `decontaminate`")
-    return text.PublicSample(kept)
-
-
-def _budget(config: TrainExpertConfig, anchor: Anchor, corpus: text.Corpus) -> training.Budget:
-    return training.resolve_budget(
-        available_tokens=len(corpus.stream),
-        epochs=config.epochs or 1.0,
-        max_tokens=config.max_tokens,
-        public_mix=config.public_mix,
-        seq_len=config.seq_len,
-        batch_tokens=config.batch_tokens,
-        micro_batch=config.micro_batch,
-        lr=config.lr,
-        hidden_size=anchor.manifest.architecture.hidden_size,
-        max_position_embeddings=anchor.config.get("max_position_embeddings"),
-    )
-
-
-def _start_rows(
-    task: _Task, reader: nn.Module, corpus: text.Corpus, public: text.PublicSample, passages: int, reporter: Reporter
-) -> tuple[Tensor, RouterInfo]:
-    config, base = task.config, task.base
-    if (given := given_rows(config, base.anchor)) is not None:
-        return model.to_torch(given.rows), given.info
-    own = corpus.passages[:passages]
-    rows, info = measured_rows(
-        config,
-        base,
-        reader,
-        own,
-        lambda: text.sample_passages(public.texts(base.tokenizer), passages, config.seed),
-        reporter,
-        task.world,
-    )
-    return task.world.by_writer(lambda: (rows.rows, info))
-
-
-def _train(
-    task: _Task, setup: _Setup, reader: nn.Module, work: Path, track: training.Track, reporter: Reporter
-) -> tuple[dict[str, Tensor], training.Outcome]:
-    """Train the pair; return the expert's tensors, rounded as they are stored, and what the run did."""
-    config, anchor = task.config, task.base.anchor
-    identity = {
-        **_identity(config, setup),
-        "anchor": anchor.digest,
-        "data": setup.corpus.survey.digest,
-        "public": setup.public.digest,
-        "rows": [float(row) for row in setup.rows.norm(dim=1)],
-        "rank": config.rank,
-        "special_as_text": config.special_as_text,
-        "decontaminate": task.decontamination.digest,
-    }
-    checkpoints = training.Checkpoints(
-        work / "checkpoints",
-        identity,
-        every_steps=config.checkpoint_steps,
-        resume=config.resume,
-        reporter=reporter,
-        world=task.world,
-    )
-    match = config.public_match if config.public_mix else 0.0
-    pair = training.Pair(reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed, world=task.world)
-    if config.recompute:
-        model.recompute_layers(reader)
-    outcome = training.train(
-        reader,
-        pair.groups(),
-        setup.data,
-        setup.loop,
-        reporter=reporter,
-        match=pair.match if match else None,
-        checkpoints=checkpoints,
+        work=work,
         track=track,
+        reporter=reporter,
         world=task.world,
     )
-    pair.close()
-    public = anchor.weights().experts[PUBLIC]
-    return pair.round_weights(anchor.manifest.architecture.dtype, public), outcome
+    return train_openly(config, given) if task.plan is None else PrivateRun(config, task.plan, given).train()
 
 
-def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
-    """Return every resolved setting that decides the result."""
-    return {
-        "lr": setup.loop.lr,
-        "steps": setup.loop.steps,
-        "warmup_steps": setup.loop.warmup_steps,
-        "seq_len": setup.data.seq_len,
-        "batch_size": setup.data.batch_size,
-        "micro_batch": setup.loop.micro_batch,
-        "public_mix": config.public_mix,
-        "public_match": config.public_match,
-        "seed": config.seed,
-        "dtype": setup.loop.dtype,
-    }
-
-
-def _refuse_moved(reader: nn.Module, anchor: Anchor, world: World) -> None:
-    if moved := model.moved_tensors(reader, anchor.weights(), world):
-        raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
-
-
-def _written(
-    task: _Task,
-    tensors: Mapping[str, Tensor],
-    data: DataInfo,
-    result: TrainExpertResult,
-    asked: Mapping[str, Any],
-    *,
-    settings: Mapping[str, Any],
-    router: RouterInfo,
-    run: Mapping[str, Any],
-) -> tuple[str, int]:
-    """Write the expert; return its digest and its size in bytes."""
+def _written(task: _Task, trained: Trained, asked: Mapping[str, Any]) -> TrainExpertResult:
+    """Write the expert; nothing that depends on the owner's text is told of a run under a guarantee."""
+    config, told = task.config, trained.told
+    is_open = trained.privacy is None
     expert = write_expert(
         task.target,
         anchor=task.base.anchor,
         name=task.name,
-        tensors={key: RawTensor(*model.to_bytes(tensor)) for key, tensor in tensors.items()},
-        data=data,
+        tensors={key: RawTensor(*model.to_bytes(tensor)) for key, tensor in trained.tensors.items()},
+        data=data_info(config, documents=told.documents, tokens=told.num_tokens, num_bytes=told.num_bytes),
         training={
-            **settings,
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "public_tokens": result.public_tokens,
-            "losses": {"final": result.final_loss, "held_out": result.held_out},
+            **trained.settings,
+            "steps": trained.steps,
+            "tokens": told.tokens,
+            "public_tokens": trained.public_tokens,
+            "losses": {"final": told.final_loss, "held_out": trained.held_out},
             "frozen_verified": True,
-            **({"special_as_text": True} if task.config.special_as_text else {}),
+            **({"special_as_text": True} if config.special_as_text else {}),
         },
-        router=router,
-        run=run,
-        privacy=result.privacy,
+        router=trained.router,
+        run={"tokens_per_s": told.tokens_per_s, "peak_rss_bytes": peak_rss_bytes(), **told.counts} if is_open else {},
+        privacy=trained.privacy,
         asked=asked,
-        overwrite=task.config.overwrite,
-        rank=task.config.rank,
+        overwrite=config.overwrite,
+        rank=config.rank,
     )
-    return expert.digest, task.target.stat().st_size
+    return task.result(
+        digest=expert.digest,
+        tokens=told.tokens,
+        public_tokens=trained.public_tokens,
+        steps=trained.steps,
+        final_loss=told.final_loss,
+        held_out=trained.held_out,
+        tokens_per_s=told.tokens_per_s,
+        frozen_verified=True,
+        privacy=trained.privacy,
+        bias=list(trained.router.bias),
+        rank=config.rank,
+        **told.counts,
+        bytes_written=task.target.stat().st_size,
+        peak_rss_bytes=peak_rss_bytes() if is_open else 0,
+    )

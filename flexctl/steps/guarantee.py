@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from flexctl import flags, privacy, training
+from flexctl import flags, privacy
 from flexctl.bundle import Anchor, PrivacyInfo
 from flexctl.errors import UsageError
-from flexctl.steps.router_rows import RowConfig, names_a_file
+from flexctl.steps.expert_run import ExpertConfig, budget_of
+from flexctl.steps.router_rows import names_a_file
 
 __all__ = ["Plan", "PrivateConfig", "planned"]
 
@@ -20,92 +21,16 @@ _ROW_SHARE = 0.25
 _ALONE = ("dp_delta", "dp_documents", "dp_max_grad_norm", "dp_noise_multiplier", "dp_row_epsilon")
 
 
-class PrivateConfig(RowConfig, Protocol):
-    """What ``train_expert``'s Config says of a run under a guarantee, beside router rows."""
-
-    @property
-    def data(self) -> tuple[Path, ...]:
-        """The owner's text."""
-
-    @property
-    def text_field(self) -> str:
-        """Column or field that holds it."""
+class PrivateConfig(ExpertConfig, Protocol):
+    """What ``train_expert``'s Config says of a run under a guarantee, beside what any run goes by."""
 
     @property
     def decontaminate(self) -> tuple[Path, ...]:
         """Test text that must not be trained on."""
 
     @property
-    def near_duplicates(self) -> bool:
-        """Whether documents that are nearly the same are counted; never under a guarantee."""
-
-    @property
-    def token_cache(self) -> Path | None:
-        """Where tokens stay; nowhere under a guarantee."""
-
-    @property
-    def public(self) -> Path | None:
-        """Public text in place of the anchor's sample."""
-
-    @property
-    def public_mix(self) -> float:
-        """Weight of public text in a step."""
-
-    @property
-    def public_match(self) -> float:
-        """Weight of the match."""
-
-    @property
-    def rank(self) -> int | None:
-        """Of a low-rank expert."""
-
-    @property
-    def seq_len(self) -> int | None:
-        """Tokens of a document at most."""
-
-    @property
-    def batch_tokens(self) -> int | None:
-        """Tokens of a step."""
-
-    @property
-    def micro_batch(self) -> int | None:
-        """Documents in memory at once."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """Of the owner's; a guarantee has none."""
-
-    @property
-    def max_steps(self) -> int | None:
-        """Steps."""
-
-    @property
-    def epochs(self) -> float | None:
-        """Passes over the documents."""
-
-    @property
-    def warmup_steps(self) -> int | None:
-        """Steps of warm-up."""
-
-    @property
-    def lr(self) -> float | None:
-        """Peak learning rate."""
-
-    @property
-    def seed(self) -> int:
-        """Of the order of public text."""
-
-    @property
     def dtype(self) -> str:
         """Of the model, for the manifest."""
-
-    @property
-    def resume(self) -> bool:
-        """Whether to go on."""
-
-    @property
-    def checkpoint_steps(self) -> int | None:
-        """How often to leave a checkpoint; None for by time."""
 
     @property
     def dp_epsilon(self) -> float | None:
@@ -266,17 +191,11 @@ def _overlap(one: Path, other: Path) -> bool:
 
 
 def _plan(config: PrivateConfig, anchor: Anchor, epsilon: float, delta: float, documents: int) -> Plan:
-    budget = training.resolve_budget(
+    budget = budget_of(
+        config,
         available_tokens=documents,
-        epochs=1.0,
-        max_tokens=None,
-        public_mix=config.public_mix,
-        seq_len=config.seq_len,
-        batch_tokens=config.batch_tokens,
-        micro_batch=config.micro_batch,
-        lr=config.lr,
         hidden_size=anchor.manifest.architecture.hidden_size,
-        max_position_embeddings=anchor.config.get("max_position_embeddings"),
+        longest=anchor.config.get("max_position_embeddings"),
     )
     default = min(max(1, documents // _BATCHES), _LARGEST_BATCH)
     size = budget.batch_size if config.batch_tokens is not None else default

@@ -15,7 +15,8 @@ from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.stock import read_dense_config
 from flexctl.bundle.tensors import TensorType
 from flexctl.errors import UsageError
-from flexctl.steps.machine import Machine, machine_of
+from flexctl.steps.expert_run import BudgetConfig, budget_of
+from flexctl.steps.machine import Machine, MachineConfig, machine_of
 from flexctl.steps.speed import matmul_flops_per_s
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _ENDLESS = 10**15
 _USUAL_RANK = 16
 
 
-class PlanConfig(Protocol):
+class PlanConfig(BudgetConfig, MachineConfig, Protocol):
     """What ``train_expert``'s Config says of how much a step takes."""
 
     @property
@@ -59,44 +60,12 @@ class PlanConfig(Protocol):
         """Whether layers compute again on the way back."""
 
     @property
-    def seq_len(self) -> int | None:
-        """Targets a sequence; None is the default. Likewise the next three."""
-
-    @property
-    def batch_tokens(self) -> int | None:
-        """Tokens of a step."""
-
-    @property
-    def micro_batch(self) -> int | None:
-        """Sequences in memory at once."""
-
-    @property
-    def max_tokens(self) -> int | None:
-        """The owner's tokens at most."""
-
-    @property
-    def public_mix(self) -> float:
-        """Share of public text."""
-
-    @property
     def public_match(self) -> float:
         """Weight of the match."""
 
     @property
     def dp_epsilon(self) -> float | None:
         """The guarantee, where there is one."""
-
-    @property
-    def threads(self) -> int | None:
-        """CPU threads."""
-
-    @property
-    def device(self) -> str:
-        """auto, cpu, cuda or cuda:N."""
-
-    @property
-    def dtype(self) -> str:
-        """auto, float32 or bfloat16."""
 
     @property
     def plan_tflops(self) -> float | None:
@@ -263,18 +232,7 @@ def _on(run: _Run, count: int, limit: int | None, alone_s: float | None) -> Devi
 
 
 def _budget(config: PlanConfig, sizes: training.Sizes, longest: int | None, available_tokens: int) -> training.Budget:
-    return training.resolve_budget(
-        available_tokens=available_tokens,
-        epochs=1.0,
-        max_tokens=config.max_tokens,
-        public_mix=config.public_mix,
-        seq_len=config.seq_len,
-        batch_tokens=config.batch_tokens,
-        micro_batch=config.micro_batch,
-        lr=None,
-        hidden_size=sizes.hidden,
-        max_position_embeddings=longest,
-    )
+    return budget_of(config, available_tokens=available_tokens, hidden_size=sizes.hidden, longest=longest)
 
 
 def _refuse(run: _Run, step: training.Step, most: int) -> None:

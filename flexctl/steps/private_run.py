@@ -7,44 +7,21 @@ router rows with noise, and their clipped gradients into the steps with noise. N
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexctl import evaluation, privacy, routing, text, training
-from flexctl.bundle import PUBLIC, PrivacyInfo, RouterInfo
+from flexctl.bundle import PUBLIC, RouterInfo
 from flexctl.errors import UsageError
-from flexctl.runtime import Reporter
-from flexctl.steps.anchored import Anchored
+from flexctl.steps.expert_run import Inputs, Trained, refuse_moved
 from flexctl.steps.guarantee import Plan, PrivateConfig
-from flexctl.steps.machine import Machine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["PrivateRun", "Released"]
+__all__ = ["PrivateRun"]
 
 _PUBLIC_DOCUMENTS = 64
 _ROW_TOKENS = 256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Released:
-    """What comes out of a private run.
-
-    Attributes:
-        tensors: The expert's, rounded as they are stored, with its router rows.
-        router: How the rows came about.
-        privacy: The claim.
-        settings: Resolved ones, for the manifest.
-        held_out: Loss on held-out public text before and after, nats a token.
-    """
-
-    tensors: dict[str, Tensor]
-    router: RouterInfo
-    privacy: PrivacyInfo
-    settings: dict[str, Any]
-    held_out: dict[str, dict[str, float]]
 
 
 class PrivateRun:
@@ -53,49 +30,33 @@ class PrivateRun:
     Args:
         config: The command's.
         plan: The guarantee.
-        base: The anchor.
-        public: Public text.
-        decontamination: Test text; documents that share words with it are left out, and nobody hears of it.
-        machine: What it runs on.
-        work: Its working folder.
-        track: Its log, of public losses.
-        reporter: Hears of progress, and nothing of documents.
+        given: What it is trained against, with and on. Its log is of public losses, documents that share words with
+            test text are left out and nobody hears of it, and its reporter hears nothing of documents.
     """
 
-    def __init__(
-        self,
-        config: PrivateConfig,
-        plan: Plan,
-        base: Anchored,
-        public: text.PublicSample,
-        decontamination: text.Decontamination,
-        machine: Machine,
-        work: Path,
-        track: training.Track,
-        reporter: Reporter,
-    ) -> None:
-        self._config, self._plan, self._base, self._public = config, plan, base, public
-        self._decontamination = decontamination
-        self._machine, self._work, self._track, self._reporter = machine, work, track, reporter
-        self.reader = self._built()
+    def __init__(self, config: PrivateConfig, plan: Plan, given: Inputs) -> None:
+        self._config, self._plan, self._given = config, plan, given
+        self._base, self._public, self._work = given.base, given.public, given.work
+        self._track, self._reporter = given.track, given.reporter
+        self._reader = self._built()
         self._loop = training.LoopSettings(
             steps=plan.mechanism.steps,
             lr=plan.lr,
             warmup_steps=training.warmup_steps(plan.mechanism.steps, config.warmup_steps),
             micro_batch=plan.micro_batch,
-            autocast=machine.autocast,
+            autocast=given.machine.autocast,
         )
-        if not public.to_train_on:
+        if not self._public.to_train_on:
             raise UsageError("the public sample is a single document", hint="give more of it with `public`")
-        stream = text.PublicSample(public.to_train_on).stream()
+        stream = text.PublicSample(self._public.to_train_on).stream()
         self._sequences = training.EqualShares(
             {PUBLIC: stream}, seq_len=plan.seq_len, batch_size=plan.public_batch, seed=config.seed
         )
 
     def _built(self) -> nn.Module:
-        return self._machine.build(self._base.anchor.weights())
+        return self._given.machine.build(self._base.anchor.weights())
 
-    def train(self) -> Released:
+    def train(self) -> Trained:
         """Train the expert and return what may leave the house.
 
         Raises:
@@ -118,9 +79,9 @@ class PrivateRun:
         reporter.note(f"router rows: {config.router}, with noise")
         rows = self._rows(documents, ledger)
         checkpoints = self._checkpoints(ledger)
-        pair = self._pair(self.reader, rows.rows)
+        pair = self._pair(self._reader, rows.rows)
         training.train_privately(
-            self.reader,
+            self._reader,
             pair.groups(),
             documents,
             self._sequences if config.public_mix else None,
@@ -137,12 +98,15 @@ class PrivateRun:
         tensors = pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC])
         after = self._losses()
         self._track.held_out(self._loop.steps, after)
-        return Released(
+        refuse_moved(self._reader, anchor, self._given.world)
+        return Trained(
             tensors={**tensors, "router.weight": rows.rows},
             router=self._router_info(rows),
-            privacy=plan.info(ledger.max_grad_norm),
             settings=self._settings(),
+            steps=plan.mechanism.steps,
+            public_tokens=plan.mechanism.steps * plan.public_batch * plan.seq_len if config.public_mix else 0,
             held_out={part: {"before": before[part], "after": after[part]} for part in before},
+            privacy=plan.info(ledger.max_grad_norm),
         )
 
     def _own_texts(self) -> Iterator[str]:
@@ -150,19 +114,13 @@ class PrivateRun:
 
         Whether one does depends on no other, so texts that differ by one document still do afterwards, or are the same.
         """
-        return self._decontamination.kept(text.read_documents(self._config.data, self._config.text_field))
-
-    @property
-    def public_tokens(self) -> int:
-        """Public tokens of all steps."""
-        plan = self._plan
-        return plan.mechanism.steps * plan.public_batch * plan.seq_len if self._config.public_mix else 0
+        return self._given.decontamination.kept(text.read_documents(self._config.data, self._config.text_field))
 
     def _clips(self) -> tuple[float, float]:
         """Return how long a document's gradient and its share in the rows may be, by public documents."""
         config, plan = self._config, self._plan
         documents = self._public.to_train_on[:_PUBLIC_DOCUMENTS]
-        row_norm = routing.shift_norm(self.reader, self._base.space, self._beside(documents, _ROW_TOKENS))
+        row_norm = routing.shift_norm(self._reader, self._base.space, self._beside(documents, _ROW_TOKENS))
         if config.dp_max_grad_norm is not None:
             return config.dp_max_grad_norm, row_norm
         self._reporter.note("measuring the clip on public text")
@@ -200,7 +158,7 @@ class PrivateRun:
 
         return routing.private_rows(
             self._config.router,
-            self.reader,
+            self._reader,
             self._base.space,
             batches(),
             documents=plan.documents,
@@ -253,7 +211,7 @@ class PrivateRun:
             **self._settings(),
             "anchor": self._base.anchor.digest,
             "public": self._public.digest,
-            "decontaminate": self._decontamination.digest,
+            "decontaminate": self._given.decontamination.digest,
             "router": config.router,
             "rank": config.rank,
             "epsilon": plan.epsilon,
@@ -281,4 +239,4 @@ class PrivateRun:
             return {}
         most = training.held_out_tokens(self._plan.documents * self._plan.seq_len)
         parts = {PUBLIC: text.leading(held_out, most)}
-        return evaluation.held_out_losses(self.reader, parts, seq_len=self._plan.seq_len, reporter=self._reporter)
+        return evaluation.held_out_losses(self._reader, parts, seq_len=self._plan.seq_len, reporter=self._reporter)
