@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["ALONE", "Echo", "Joined", "Part", "World", "launched", "refuse_many"]
+__all__ = ["ALONE", "Echo", "Joined", "Part", "World", "launched", "launched_here", "refuse_many"]
 
 Value = TypeVar("Value")
 
@@ -300,6 +300,15 @@ def launched() -> tuple[int, int]:
     if rank >= size:
         raise UsageError(f"RANK is {rank} and WORLD_SIZE is {size}", hint="start the run with torchrun")
     return rank, size
+
+
+def launched_here() -> int:
+    """Return how many processes a launcher started on this machine, by LOCAL_WORLD_SIZE; 1 where that is not set.
+
+    Raises:
+        UsageError: It is no number.
+    """
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
 
 
 def refuse_many(what: str) -> None:

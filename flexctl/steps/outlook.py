@@ -15,6 +15,7 @@ from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.stock import read_dense_config
 from flexctl.bundle.tensors import TensorType
 from flexctl.errors import UsageError
+from flexctl.processes import launched, launched_here
 from flexctl.steps.expert_run import BudgetConfig, budget_of
 from flexctl.steps.machine import Machine, MachineConfig, machine_of
 from flexctl.steps.speed import matmul_flops_per_s
@@ -213,8 +214,8 @@ def refuse_what_cannot_fit(config: PlanConfig, moe_config: Mapping[str, Any], ma
     budget = _budget(config, sizes, moe_config.get("max_position_embeddings"), available_tokens=0)
     run = _Run(config=config, sizes=sizes, budget=budget, device=machine.device.type, dtype=_name(machine.dtype))
     # Under a guarantee documents may be of any length.
-    step = run.step(_launched("WORLD_SIZE"), **({"tokens": 0} if config.dp_epsilon is not None else {}))
-    _refuse(run, step, _most_bytes(machine.device) // (1 if step.on_card else _launched("LOCAL_WORLD_SIZE")))
+    step = run.step(launched()[1], **({"tokens": 0} if config.dp_epsilon is not None else {}))
+    _refuse(run, step, _most_bytes(machine.device) // (1 if step.on_card else launched_here()))
 
 
 def _on(run: _Run, count: int, limit: int | None, alone_s: float | None) -> DevicePlan:
@@ -289,12 +290,6 @@ def _most_bytes(device: torch.device) -> int:
     found = re.search(r"^SwapTotal:\s+(\d+) kB", figures.read_text(), re.M) if figures.exists() else None
     swap = int(found[1]) * 1024 if found and device.type == "cpu" else 0
     return _memory_bytes(device) + swap
-
-
-def _launched(name: str) -> int:
-    """Return how many processes a launcher such as torchrun started, as it tells each of them; 1 without one."""
-    value = os.environ.get(name, "")
-    return max(1, int(value)) if value.isdecimal() else 1
 
 
 def _architecture(sizes: training.Sizes) -> Architecture:

@@ -11,10 +11,12 @@ import torch
 from builders import make_anchor, make_checkpoint
 from conftest import Texts
 
+from flexctl.bundle import open_anchor
 from flexctl.cli.app import main
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
 from flexctl.errors import BundleError, UsageError
 from flexctl.steps import outlook
+from flexctl.steps.machine import machine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -189,12 +191,15 @@ def test_a_run_is_refused_by_what_it_takes_at_the_least(
                 run(anchor, texts)
     memory(least - 7 * 48 * 4 * 1024 + 4 * trained, monkeypatch)
     run(anchor, texts, recompute=True)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    config, opened = TrainExpertConfig(data=(texts.code,), anchor=anchor, threads=1), open_anchor(anchor)
+    given = (config, opened.manifest.moe_config, machine_of(config, opened.weights().shared))
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     memory(least // 4 + 4, monkeypatch)
-    run(anchor, texts)
+    outlook.refuse_what_cannot_fit(*given)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="each of 4 processes takes at least"):
-        run(anchor, texts)
+        outlook.refuse_what_cannot_fit(*given)
 
 
 def test_a_finished_run_gives_its_result_wherever_it_is_asked(
