@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl import cache
+from flexctl.model.batching import of_like_length
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
 from flexctl.processes import ALONE, World
@@ -141,8 +142,8 @@ def score_documents(
     totals = _Totals(model)
     stream = _windows(documents, seq_len, totals)
     while together := list(islice(stream, _SORTED_TOGETHER)):
-        together.sort(key=lambda window: len(window.tokens) - 1)
-        for batch in _batches(together, batch_tokens):
+        for numbers in of_like_length([len(window.tokens) - 1 for window in together], batch_tokens):
+            batch = [together[number] for number in numbers]
             _add_batch(model, batch, totals, world)
             if scored:
                 scored(len(batch), sum(window.num_bytes for window in batch))
@@ -210,16 +211,6 @@ def _windows(documents: Iterable[FramedDocument], seq_len: int, totals: _Totals)
         for start in range(0, targets, seq_len):
             tokens = document.tokens[start : start + seq_len + 1]
             yield _Window(number, tokens, document.num_bytes * (len(tokens) - 1) / targets)
-
-
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
-    batch: list[_Window] = []
-    for window in windows:
-        if batch and (len(batch) + 1) * (len(window.tokens) - 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(window)
-    yield batch
 
 
 def _add_batch(model: nn.Module, batch: Sequence[_Window], totals: _Totals, world: World) -> None:

@@ -5,13 +5,14 @@ Shapes: L num_hidden_layers, H hidden_size, R rank, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from flexctl.errors import BundleError, UsageError
+from flexctl.model.batching import of_like_length
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.processes import ALONE, World
@@ -311,7 +312,7 @@ def _measure_each(
         add(layer, ((states - current[:, layer, None]) * real[:, :, None]).flatten(0, 1))
 
     with torch.no_grad(), observing(model, observe):
-        for batch in _of_like_length([len(tokens) for tokens in documents]):
+        for batch in of_like_length([len(tokens) for tokens in documents], BATCH_TOKENS):
             part = world.part(len(batch))
             mine = [documents[batch[number]] for number in part.numbers]
             ids = nn.utils.rnn.pad_sequence(mine, batch_first=True).to(device)
@@ -325,14 +326,3 @@ def _measure_each(
             if advance is not None:
                 advance(len(batch))
     return means
-
-
-def _of_like_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the numbers of documents, shortest first, in batches of ``BATCH_TOKENS`` with padding, or of one."""
-    batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[number] > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(number)
-    yield batch

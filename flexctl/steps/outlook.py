@@ -173,7 +173,8 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     refuse_useless_rank(config.rank, _architecture(sizes))
     machine, is_here = _machine(config, dense)
     device, dtype = machine.device.type, _name(machine.dtype)
-    budget = _budget(config, sizes, dense.get("max_position_embeddings"), available_tokens=_ENDLESS)
+    longest = dense.get("max_position_embeddings")
+    budget = budget_of(config, available_tokens=_ENDLESS, hidden_size=sizes.hidden, longest=longest)
     run = _Run(config=config, sizes=sizes, budget=budget, device=device, dtype=dtype)
     limit = _memory_bytes(machine.device) if is_here else None
     if is_here:
@@ -211,7 +212,8 @@ def refuse_what_cannot_fit(config: PlanConfig, moe_config: Mapping[str, Any], ma
         UsageError: It cannot fit; the hint says what would, by the estimate.
     """
     sizes = training.Sizes.of(moe_config)
-    budget = _budget(config, sizes, moe_config.get("max_position_embeddings"), available_tokens=0)
+    longest = moe_config.get("max_position_embeddings")
+    budget = budget_of(config, available_tokens=0, hidden_size=sizes.hidden, longest=longest)
     run = _Run(config=config, sizes=sizes, budget=budget, device=machine.device.type, dtype=_name(machine.dtype))
     # Under a guarantee documents may be of any length.
     step = run.step(launched()[1], **({"tokens": 0} if config.dp_epsilon is not None else {}))
@@ -228,12 +230,8 @@ def _on(run: _Run, count: int, limit: int | None, alone_s: float | None) -> Devi
         memory_bytes=memory,
         parts_bytes=parts,
         fits=None if limit is None else memory <= limit,
-        million_tokens_s=None if alone_s is None else alone_s * step.tokens / (run.step(1).tokens),
+        million_tokens_s=None if alone_s is None else alone_s * step.tokens / run.step(1).tokens,
     )
-
-
-def _budget(config: PlanConfig, sizes: training.Sizes, longest: int | None, available_tokens: int) -> training.Budget:
-    return budget_of(config, available_tokens=available_tokens, hidden_size=sizes.hidden, longest=longest)
 
 
 def _refuse(run: _Run, step: training.Step, most: int) -> None:

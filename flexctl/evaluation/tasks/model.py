@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexctl.errors import UsageError
+from flexctl.model.batching import of_like_length
 from flexctl.model.losses import LOGIT_BUDGET
 from flexctl.runtime import Progress, Reporter
 
@@ -96,10 +97,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [total for total, _ in self._loglikelihood_tokens(encoded)]
 
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
-        pieces = sorted(self._pieces(requests), key=lambda piece: len(piece.tokens))
+        pieces = list(self._pieces(requests))
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
         with self._reporter.progress(self.title, sum(len(piece.tokens) for piece in pieces), "tokens") as bar:
-            for batch in _batches(pieces, self._batch_tokens):
+            for batch in self._batches(pieces):
                 for piece, (total, hit) in zip(batch, self._score(batch), strict=True):
                     totals[piece.request] += total
                     greedy[piece.request] &= hit
@@ -115,6 +116,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                 targets = answer[start : start + self._longest]
                 tokens = [*context, *answer[: start + len(targets)]][-(self._longest + 1) :]
                 yield _Cut(request=index, tokens=tokens, targets=len(targets))
+
+    def _batches(self, pieces: Sequence[_Cut], new: int = 0) -> Iterator[list[_Cut]]:
+        """Yield pieces of like length together, each to grow by ``new`` tokens."""
+        for numbers in of_like_length([len(piece.tokens) + new for piece in pieces], self._batch_tokens):
+            yield [pieces[number] for number in numbers]
 
     @torch.no_grad()
     def _score(self, batch: Sequence[_Cut]) -> list[tuple[float, bool]]:
@@ -172,8 +178,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             _Cut(request=index, tokens=self.tok_encode(prompt)[-room:] or [self.prefix_token_id], targets=0)
             for index, prompt in enumerate(prompts)
         ]
-        pieces.sort(key=lambda piece: len(piece.tokens))
-        for batch in _batches(pieces, self._batch_tokens, new):
+        for batch in self._batches(pieces, new):
             for piece, text in zip(batch, self._continue(batch, new, until), strict=True):
                 yield piece.request, postprocess_generated_text(text, until, None)
             bar.advance(len(batch))
@@ -208,15 +213,3 @@ class _Until(transformers.StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         texts = self._tokenizer.batch_decode(input_ids[:, self._start :])
         return torch.tensor([any(end in text for end in self._until) for text in texts], device=input_ids.device)
-
-
-def _batches(pieces: Sequence[_Cut], batch_tokens: int, new: int = 0) -> Iterator[list[_Cut]]:
-    """Yield pieces of like length together, each to grow by ``new`` tokens."""
-    batch: list[_Cut] = []
-    for piece in pieces:
-        if batch and (len(batch) + 1) * (len(piece.tokens) + new) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch

@@ -1,0 +1,24 @@
+"""Which sequences go through a model together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+__all__ = ["of_like_length"]
+
+
+def of_like_length(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:
+    """Yield the numbers of sequences in batches, shortest first: of ``positions`` with padding at most, or of one.
+
+    Args:
+        lengths: Positions of each sequence.
+        positions: That go through the model at once.
+    """
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[number] > positions:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
