@@ -92,7 +92,7 @@ class World:
         return self.rank == 0
 
     def rows(self, count: int) -> tuple[int, int]:
-        """Return the first and the last but one of ``count`` rows that this process has: ceil(count / size) of them."""
+        """Return where this process's rows of ``count`` begin and end: ceil(count / size) of them, or what is left."""
         each = -(-count // self.size)
         return min(self.rank * each, count), min((self.rank + 1) * each, count)
 

@@ -35,7 +35,6 @@ from flexctl.steps.machine import machine_of
 
 __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 
-_COUNTS = ("duplicates", "near_duplicates", "contaminated")
 _ANNEAL: dict[str, Any] = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
 
 
@@ -235,7 +234,7 @@ def _finished(
         loss=run["loss"],
         constant_std=run["constant_std"],
         sample_tokens=anchor.public_sample()["tokens"].shape[0],
-        **{name: run.get(name) for name in _COUNTS},
+        **{name: run.get(name) for name in text.COUNTS},
         dry_run=config.dry_run,
     )
 
@@ -501,7 +500,7 @@ def _written(
 ) -> InitAnchorResult:
     """Write the anchor, and the workspace around it where it is in a workspace's place."""
     dense = read_dense_config(checkpoint)
-    counts = {name: getattr(public.inventory, name) for name in _COUNTS}
+    counts = {name: getattr(public.inventory, name) for name in text.COUNTS}
     anchor = write_anchor(
         target,
         checkpoint=checkpoint,

@@ -23,7 +23,7 @@ from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.expert_run import Inputs, Trained, public_sample
 from flexctl.steps.guarantee import Plan, planned
 from flexctl.steps.machine import machine_of
-from flexctl.steps.open_run import COUNTS, train_openly
+from flexctl.steps.open_run import train_openly
 from flexctl.steps.outlook import TrainingPlan, plan_training, refuse_what_cannot_fit
 from flexctl.steps.private_run import PrivateRun
 from flexctl.steps.router_rows import given_rows, names_a_file
@@ -352,7 +352,7 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
         privacy=expert.manifest.privacy,
         bias=list(expert.manifest.router.bias),
         rank=expert.manifest.rank,
-        **{name: run.get(name) for name in COUNTS},
+        **{name: run.get(name) for name in text.COUNTS},
         bytes_written=target.stat().st_size,
         peak_rss_bytes=peak_rss_bytes(),
         dry_run=config.dry_run,

@@ -6,7 +6,6 @@ so training, evaluation and generation share one forward whatever the family.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -321,12 +320,9 @@ def add_expert(
         public, device = block.experts[0], block.router.public.device
         if rank is not None:
             expert = low_rank_copy(public, rank, generator)
-        elif world.size == 1:
-            expert = copy.deepcopy(public).float().requires_grad_(True)
+            shard_trained(expert, runs_in=next(public.parameters()).dtype, world=world)
         else:
             expert = trained_copy(public, device=device, world=world)
-        if rank is not None and world.size > 1:
-            shard_trained(expert, runs_in=next(public.parameters()).dtype, world=world)
         block.experts.append(expert)
         block.router = Router(torch.cat([block.router.rows, row[None].to(device)]))
         block.top_k = len(block.experts)

@@ -7,6 +7,7 @@ embedding, the last norm, the head and the router rows are whole everywhere.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,10 +55,14 @@ def shard_frozen(model: Any, tensors: Mapping[str, RawBytes], *, device: torch.d
 
 
 def trained_copy(public: Any, *, device: torch.device, world: World) -> nn.Module:
-    """Return a feed-forward network in float32 that trains and begins as a sharded one; rows lie where its rows do."""
+    """Return a feed-forward network in float32 that trains and begins as another; its rows lie where the other's do."""
+    network: nn.Module
+    if world.size == 1:
+        network = copy.deepcopy(public).float().requires_grad_(True)
+        return network
     runs_in = public.gate_proj.weight.dtype
     with torch.device("meta"):
-        network: nn.Module = type(public)(public.config).float()
+        network = type(public)(public.config).float()
     shard_trained(network, runs_in=runs_in, world=world)
     network.to_empty(device=device)
     with torch.no_grad():
@@ -67,7 +72,12 @@ def trained_copy(public: Any, *, device: torch.device, world: World) -> nn.Modul
 
 
 def shard_trained(network: nn.Module, *, runs_in: torch.dtype, world: World) -> None:
-    """Shard a feed-forward network by itself, all but what does not train; its products are in ``runs_in``."""
+    """Share out a feed-forward network by itself, all but what does not train; its products are in ``runs_in``.
+
+    One process has it whole, as it is.
+    """
+    if world.size == 1:
+        return
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     frozen = {parameter for parameter in network.parameters() if not parameter.requires_grad}

@@ -85,7 +85,35 @@ def audit_texts(config: AuditTextConfig, manifest: ExpertManifest, tokenizer: An
         UsageError: It does not say what was held out, or a file cannot be read.
     """
     folder = text.CanaryFolder(config.planted) if config.planted else None
-    paths = [*config.data, *([folder.planted] if folder else [])]
+    members, others = _members_and_others(config, manifest, [folder.planted] if folder else [])
+
+    def framed(documents: Iterable[str]) -> list[text.Framed]:
+        return list(text.frame_documents(tokenizer, documents))
+
+    def some(documents: Iterable[str]) -> list[text.Framed]:
+        return framed(text.sample_documents(documents, config.documents, config.seed))
+
+    def canaries(file: Path) -> list[text.Framed]:
+        return framed(text.read_documents([file], config.text_field))
+
+    return evaluation.Texts(
+        members=some(members),
+        others=some(others),
+        planted=canaries(folder.planted) if folder else [],
+        left_out=canaries(folder.left_out) if folder else [],
+    )
+
+
+def _members_and_others(
+    config: AuditTextConfig, manifest: ExpertManifest, planted: Sequence[Path]
+) -> tuple[Iterable[str], Iterable[str]]:
+    """Return the owner's documents that were trained on, and others of their kind.
+
+    Args:
+        config: Where they are.
+        manifest: The expert's.
+        planted: Files of canaries, which had a part in what training held out.
+    """
     # Training under a guarantee holds nothing out.
     seed = manifest.training.get("seed") if manifest.privacy is None else None
     if config.held_out is None and not isinstance(seed, int):
@@ -94,36 +122,14 @@ def audit_texts(config: AuditTextConfig, manifest: ExpertManifest, tokenizer: An
         )
     without = text.Decontamination.read(config.decontaminate, config.text_field)
 
-    def trained(files: Sequence[Path]) -> Iterable[str]:
+    def read(files: Sequence[Path]) -> Iterable[str]:
         return without.kept(text.read_documents(files, config.text_field))
 
-    def own() -> Iterable[str]:
-        return trained(config.data)
-
-    split = text.split_of(trained(paths), seed) if isinstance(seed, int) else None
-
-    members = split.training(own()) if split else own()
-    others = (
-        text.read_documents([config.held_out], config.text_field)
-        if config.held_out
-        else split.held_out(own())
-        if split
-        else []
-    )
-
-    def framed(documents: Iterable[str]) -> list[text.Framed]:
-        chosen = text.sample_documents(documents, config.documents, config.seed)
-        return list(text.frame_documents(tokenizer, chosen))
-
-    def all_of(file: Path) -> list[text.Framed]:
-        return list(text.frame_documents(tokenizer, text.read_documents([file], config.text_field)))
-
-    return evaluation.Texts(
-        members=framed(members),
-        others=framed(others),
-        planted=all_of(folder.planted) if folder else [],
-        left_out=all_of(folder.left_out) if folder else [],
-    )
+    named = text.read_documents([config.held_out], config.text_field) if config.held_out else None
+    if not isinstance(seed, int):
+        return read(config.data), named or ()
+    split = text.split_of(read([*config.data, *planted]), seed)
+    return split.training(read(config.data)), named or split.held_out(read(config.data))
 
 
 def refuse_little_text(

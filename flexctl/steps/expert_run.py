@@ -18,7 +18,17 @@ from flexctl.steps.router_rows import RowConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["BudgetConfig", "ExpertConfig", "Inputs", "Told", "Trained", "budget_of", "public_sample", "refuse_moved"]
+__all__ = [
+    "BudgetConfig",
+    "ExpertConfig",
+    "Inputs",
+    "Told",
+    "Trained",
+    "budget_of",
+    "public_sample",
+    "refuse_moved",
+    "settings_of",
+]
 
 
 class BudgetConfig(Protocol):
@@ -144,7 +154,7 @@ class Told:
         num_bytes: Their UTF-8 bytes.
         num_tokens: Tokens in all of them.
         tokens: Trained on, in all steps.
-        counts: Documents by what was odd about them, as ``text.Survey`` has it.
+        counts: Of documents by ``text.COUNTS``.
         final_loss: Mean training loss over the last steps, nats a token.
         tokens_per_s: Own and public tokens a second; None where no step was left to do.
     """
@@ -205,6 +215,32 @@ def budget_of(config: BudgetConfig, *, available_tokens: int, hidden_size: int, 
         hidden_size=hidden_size,
         max_position_embeddings=longest,
     )
+
+
+def settings_of(
+    config: ExpertConfig, loop: training.LoopSettings, *, seq_len: int, batch_size: int, dtype: str
+) -> dict[str, Any]:
+    """Return every resolved setting that decides the result, as manifests have them.
+
+    Args:
+        config: What the user set.
+        loop: How the loop goes.
+        seq_len: Targets a sequence.
+        batch_size: Sequences of a step, or under a guarantee documents expected in one.
+        dtype: Of matrix products.
+    """
+    return {
+        "lr": loop.lr,
+        "steps": loop.steps,
+        "warmup_steps": loop.warmup_steps,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "micro_batch": loop.micro_batch,
+        "public_mix": config.public_mix,
+        "public_match": config.public_match,
+        "seed": config.seed,
+        "dtype": dtype,
+    }
 
 
 def public_sample(

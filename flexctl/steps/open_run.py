@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import evaluation, model, text, training
 from flexctl.bundle import PUBLIC, RouterInfo
-from flexctl.steps.expert_run import ExpertConfig, Inputs, Told, Trained, budget_of, refuse_moved
+from flexctl.steps.expert_run import ExpertConfig, Inputs, Told, Trained, budget_of, refuse_moved, settings_of
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["COUNTS", "train_openly"]
-
-COUNTS = ("duplicates", "near_duplicates", "contaminated")
-"""What a survey counts of odd documents, by the names that results have for it."""
+__all__ = ["train_openly"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +73,7 @@ def _told(setup: _Setup, outcome: training.Outcome) -> Told:
         num_bytes=survey.num_bytes,
         num_tokens=len(setup.corpus.stream),
         tokens=setup.own_tokens,
-        counts={name: getattr(survey, name) for name in COUNTS},
+        counts={name: getattr(survey, name) for name in text.COUNTS},
         final_loss=outcome.final_loss,
         tokens_per_s=outcome.tokens_per_s,
     )
@@ -180,19 +177,8 @@ def _train(
 
 
 def _settings(config: ExpertConfig, setup: _Setup) -> dict[str, Any]:
-    """Return every resolved setting that decides the result."""
-    return {
-        "lr": setup.loop.lr,
-        "steps": setup.loop.steps,
-        "warmup_steps": setup.loop.warmup_steps,
-        "seq_len": setup.data.seq_len,
-        "batch_size": setup.data.batch_size,
-        "micro_batch": setup.loop.micro_batch,
-        "public_mix": config.public_mix,
-        "public_match": config.public_match,
-        "seed": config.seed,
-        "dtype": setup.loop.dtype,
-    }
+    data, loop = setup.data, setup.loop
+    return settings_of(config, loop, seq_len=data.seq_len, batch_size=data.batch_size, dtype=loop.dtype)
 
 
 def _decides(config: ExpertConfig, given: Inputs, setup: _Setup, rows: Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexctl import evaluation, privacy, routing, text, training
 from flexctl.bundle import PUBLIC, RouterInfo
 from flexctl.errors import UsageError
-from flexctl.steps.expert_run import Inputs, Trained, refuse_moved
+from flexctl.steps.expert_run import Inputs, Trained, refuse_moved, settings_of
 from flexctl.steps.guarantee import Plan, PrivateConfig
 
 if TYPE_CHECKING:
@@ -191,18 +191,7 @@ class PrivateRun:
     def _settings(self) -> dict[str, Any]:
         """Return every resolved setting that decides the result, but the guarantee's."""
         config, plan = self._config, self._plan
-        return {
-            "lr": plan.lr,
-            "steps": plan.mechanism.steps,
-            "warmup_steps": self._loop.warmup_steps,
-            "seq_len": plan.seq_len,
-            "batch_size": plan.batch_size,
-            "micro_batch": plan.micro_batch,
-            "public_mix": config.public_mix,
-            "public_match": config.public_match,
-            "seed": config.seed,
-            "dtype": config.dtype,
-        }
+        return settings_of(config, self._loop, seq_len=plan.seq_len, batch_size=plan.batch_size, dtype=config.dtype)
 
     def _decides(self) -> dict[str, Any]:
         """Return all that decides the result but the text."""

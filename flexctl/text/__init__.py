@@ -21,7 +21,7 @@ NAMES = {
         "text_files",
     ),
     "found_text": ("DOMAINS", "write_domain"),
-    "inventory": ("Inventory", "Pace", "Stocktaking", "take_inventory", "text_digest"),
+    "inventory": ("COUNTS", "Inventory", "Pace", "Stocktaking", "take_inventory", "text_digest"),
     "near_duplicates": ("NearDuplicates", "require_datasketch"),
     "sample": ("PublicSample", "Sampler", "draw_sample", "leading"),
     "tokenizer": ("refuse_other_tokenizer", "refuse_tokens_beyond", "train_tokenizer"),

@@ -19,6 +19,7 @@ from flexctl.text.documents import source_name as source_name
 from flexctl.text.documents import text_files as text_files
 from flexctl.text.found_text import DOMAINS as DOMAINS
 from flexctl.text.found_text import write_domain as write_domain
+from flexctl.text.inventory import COUNTS as COUNTS
 from flexctl.text.inventory import Inventory as Inventory
 from flexctl.text.inventory import Pace as Pace
 from flexctl.text.inventory import Stocktaking as Stocktaking

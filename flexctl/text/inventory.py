@@ -19,7 +19,10 @@ from flexctl.text.decontamination import RUN, Decontamination
 from flexctl.text.documents import Record, read_documents, read_records, size_bytes
 from flexctl.text.near_duplicates import NearDuplicates
 
-__all__ = ["Inventory", "Pace", "Ranks", "Stocktaking", "rank_of", "take_inventory", "text_digest"]
+__all__ = ["COUNTS", "Inventory", "Pace", "Ranks", "Stocktaking", "rank_of", "take_inventory", "text_digest"]
+
+COUNTS = ("duplicates", "near_duplicates", "contaminated")
+"""What is counted of documents, by the names that it has in an inventory, in results and in run.json."""
 
 _PLACES = 3
 _NOTHING = Decontamination()
