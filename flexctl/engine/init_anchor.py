@@ -146,7 +146,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
     _refuse_bad_settings(config, target, exists=ends)
     training.refuse_busy(work_path)
-    log = training.log_beside(target) if config.track else None
+    log = training.log_beside(target, [*config.data, *config.calibrate]) if config.track else None
     config = replace(config, data=text.pinned(config.data))
     source = _source_directory(config)
     if ends:
@@ -158,7 +158,7 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         return _planned(config, target, source)
     with (
         training.working_folder(work_path, reporter) as work,
-        training.tracked(log, _name(config), resume=config.resume, reporter=reporter) as track,
+        training.tracked(log, _name(config), work, resume=config.resume, reporter=reporter) as track,
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)

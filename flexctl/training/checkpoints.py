@@ -47,6 +47,14 @@ class TrainingState:
             found |= {f"{i}.{name}": value for name, value in self.optimiser.state[parameter].items()}
         return found
 
+    def takes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether every parameter is among ``tensors``, in its shape."""
+        found = [tensors.get(f"{i}.parameter") for i in range(len(self.parameters))]
+        return all(
+            kept is not None and kept.shape == parameter.shape
+            for kept, parameter in zip(found, self.parameters, strict=True)
+        )
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take everything back, in place."""
         if "random" in tensors:
@@ -109,12 +117,15 @@ class Checkpoints:
             if read is None:
                 self._reporter.warn(f"{path.name} is broken and is passed over")
                 continue
-            about, tensors = read
-            self._refuse_other_settings(path, about["settings"])
+            settings, losses, tensors = read
+            self._refuse_other_settings(path, settings)
+            if not state.takes(tensors):
+                self._reporter.warn(f"{path.name} is of another version of flexctl and is passed over")
+                continue
             state.load(tensors)
-            self.newest = len(about["losses"])
-            self._reporter.note(f"going on after step {len(about['losses'])} ({path.name})")
-            return list(about["losses"])
+            self.newest = len(losses)
+            self._reporter.note(f"going on after step {len(losses)} ({path.name})")
+            return losses
         return []
 
     def _refuse_other_settings(self, path: Path, theirs: Mapping[str, Any]) -> None:
@@ -175,13 +186,15 @@ def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], 
             raise system_error(error) or error from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def _read(path: Path) -> tuple[dict[str, Any], list[float], dict[str, Tensor]] | None:
+    """Return a checkpoint's settings, losses and tensors; None where it is not whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        is_whole = tensors_digest(tensors) == about["sha256"]
+        return (dict(about["settings"]), list(about["losses"]), tensors) if is_whole else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
-    return (about, tensors) if tensors_digest(tensors) == about["sha256"] else None
