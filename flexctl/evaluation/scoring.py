@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl import cache
+from flexctl.errors import FlexctlError
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
 from flexctl.runtime import Reporter
@@ -156,6 +157,9 @@ def held_out_losses(
         parts: Framed documents by name.
         seq_len: Window length.
         reporter: Hears of progress.
+
+    Raises:
+        FlexctlError: A loss is not finite.
     """
     return {name: _loss(model, name, documents, seq_len, reporter) for name, documents in parts.items()}
 
@@ -163,13 +167,19 @@ def held_out_losses(
 def _loss(model: nn.Module, name: str, documents: Sequence[FramedDocument], seq_len: int, reporter: Reporter) -> float:
     windows = sum(-(-(len(document.tokens) - 1) // seq_len) for document in documents)
     with reporter.progress(f"scoring held-out text, {name}", windows, "windows") as bar:
-        return score_documents(
+        loss = score_documents(
             model,
             documents,
             seq_len=seq_len,
             batch_tokens=_BATCH_TOKENS,
             scored=lambda windows, _: bar.advance(windows),
         ).nll
+    if not math.isfinite(loss):
+        raise FlexctlError(
+            f"the loss on held-out text, {name}, is {loss}",
+            hint="if the model was being trained, try a lower learning rate; else its weights are broken",
+        )
+    return loss
 
 
 class _Window(NamedTuple):

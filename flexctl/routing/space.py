@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flexctl.errors import BundleError, UsageError
+from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
 
@@ -148,6 +148,10 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatisti
     Args:
         model: As from ``model.building.build_model``.
         batches: Token ids, (B, S), int64.
+
+    Raises:
+        BundleError: There is no text.
+        FlexctlError: The model computes what is not finite.
     """
     blocks = routed_layers(model)
     hidden = blocks[0].router.public.shape[1]
@@ -169,6 +173,11 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatisti
             count += shape[0] * (shape[1] - 1)
     if count == 0:
         raise BundleError("there is no public text to measure router inputs on", hint="give more text")
+    if not second.isfinite().all():
+        raise FlexctlError(
+            "what routers are given on public text is not finite",
+            hint="if the model was trained just now, try a smaller `lr`; else its weights are broken",
+        )
     return InputStatistics(count=count, mean=mean / count, second=second / count)
 
 
