@@ -23,6 +23,7 @@ from flexctl.bundle.codec import parse_json
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import BundleError, UsageError
 from flexctl.model.routed import routed_layers
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 from flexctl.training.work import has_checkpoints
 
@@ -93,7 +94,9 @@ def log_beside(target: Path, texts: Iterable[Path]) -> Path:
 
 
 @contextmanager
-def tracked(path: Path | None, name: str, work: Path, *, resume: bool, reporter: Reporter) -> Iterator[Track]:
+def tracked(
+    path: Path | None, name: str, work: Path, *, resume: bool, reporter: Reporter, world: World = ALONE
+) -> Iterator[Track]:
     """Give what writes a run's log inside the ``with`` statement.
 
     Args:
@@ -102,9 +105,13 @@ def tracked(path: Path | None, name: str, work: Path, *, resume: bool, reporter:
         work: Its working folder: where that holds no checkpoint, no run goes on.
         resume: Whether it may.
         reporter: Hears where the log is.
+        world: The processes of the run, whose figures are the same; one writes them.
     """
     if path is None:
         yield UNTRACKED
+        return
+    if not world.is_writer:
+        yield Track((lambda _step, _figures: None,))
         return
     resume = resume and has_checkpoints(work)
     last = _cut(path) if resume and path.exists() else (-1, False)

@@ -22,8 +22,9 @@ def signature_checks(path: Path, trust: Trust, *, left_by: Record | None = None)
     """Yield whether trusted keys signed a bundle, and whose signatures the experts of a merged model carry.
 
     A bundle without a signature fails, as anybody can write a tombstone into a model of their own; but not the model
-    that was left by what a record tells, as the record is a signature of it. Of the experts inside a merged model, only a signature with a key of the trust
-    file that is forged, revoked or out of its time fails: who signed the model answers for the others.
+    that was left by what a record tells, as the record is a signature of it. Of the experts inside a merged model, only
+    a signature with a key of the trust file that is forged, revoked or out of its time fails: who signed the model
+    answers for the others.
 
     Args:
         path: A bundle that opens.
