@@ -45,7 +45,7 @@ class AuditConfig(Config):
     of the same kind that it was not. Runs at the owner's, who has the text; the result holds figures and no text.
 
     Answers what the expert gives away at most, by its guarantee; at least, by the strongest attack; and, with
-    `removed_from`, whether it is gone, by the signed record that `remove` left.
+    `removed_from`, whether it is gone, by the signed record that a removal left.
 
     Examples:
         flexctl audit merged --name law --data corpus/law
