@@ -25,12 +25,22 @@ class Apart:
     Attributes:
         process: Its process.
         talk: The other end of the script's own ``talk``.
-        said: File with what it printed.
+        said: Folder with what it printed: the files out and err.
     """
 
     process: BaseProcess
     talk: Connection
     said: Path
+
+    @property
+    def out(self) -> str:
+        """What it printed on stdout."""
+        return (self.said / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        """What it printed on stderr."""
+        return (self.said / "err").read_text()
 
     def end(self) -> int | None:
         """Wait for its end; return its exit code, negative where a signal ended it."""
@@ -41,6 +51,9 @@ class Apart:
 @contextmanager
 def running(script: str, *arguments: object, said: Path) -> Iterator[Apart]:
     """Run a script with arguments in ``sys.argv[1:]`` while the block runs; then it is killed."""
+    said.mkdir()
+    for name in ("out", "err"):
+        (said / name).touch()
     here, there = _FORKS.Pipe()
     words = ["-c", *map(str, arguments)]
     process = _FORKS.Process(target=_run, args=(script, words, dict(os.environ), there, said))
@@ -58,13 +71,12 @@ def running(script: str, *arguments: object, said: Path) -> Iterator[Apart]:
 def killed(script: str, *arguments: object, said: Path) -> None:
     """Run a script that kills its own process."""
     with running(script, *arguments, said=said) as apart:
-        assert apart.end() == -9, said.read_text()
+        assert apart.end() == -9, apart.err
 
 
 def _run(script: str, words: list[str], environment: Mapping[str, str], talk: Connection, said: Path) -> None:
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    for number in (1, 2):
-        os.dup2(file, number)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(said / name, os.O_WRONLY), number)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words

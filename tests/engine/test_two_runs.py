@@ -46,14 +46,14 @@ CALL
 @contextmanager
 def in_training(call: str, *arguments: object, said: Path) -> Iterator[Apart]:
     with apart.running(WAITING.replace("CALL", call), *arguments, said=said) as run:
-        assert run.talk.poll(60), said.read_text()
+        assert run.talk.poll(60), run.err
         assert run.talk.recv() == "training"
         yield run
 
 
 def let_go(run: Apart) -> None:
     run.talk.send("go on")
-    assert run.end() == 0, run.said.read_text()
+    assert run.end() == 0, run.err
 
 
 @pytest.fixture
