@@ -19,11 +19,13 @@ class Command(NamedTuple):
         name: Its name with underscores, which is its module's and its function's.
         summary: What it does, one line.
         types: Types of its Result's fields that its module defines.
+        is_shared: Whether several processes may share a run of it.
     """
 
     name: str
     summary: str
     types: tuple[str, ...] = ()
+    is_shared: bool = False
 
     @property
     def shown(self) -> str:
@@ -42,8 +44,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("init_anchor", "Make the public, frozen model that experts train against."),
-    Command("train_expert", "Train one expert on text that stays where it is."),
+    Command("init_anchor", "Make the public, frozen model that experts train against.", is_shared=True),
+    Command("train_expert", "Train one expert on text that stays where it is.", is_shared=True),
     Command("import_expert", "Make an expert of a checkpoint fine-tuned elsewhere."),
     Command("adopt", "Take a stock mixture apart into an anchor and experts.", ("AdoptedExpert",)),
     Command("embed_router", "Make router rows from sample texts, without training.", ("LayerReport",)),
@@ -53,7 +55,7 @@ COMMANDS = (
     Command("replace", "Replace one expert by its new version; say what changed.", ("Change",)),
     Command("select_proxy", "Choose, at home, the public documents most like your text."),
     Command("tune_router", "Tune the router of a merged model on public text."),
-    Command("evaluate", "Score a bundle on held-out text and on tasks."),
+    Command("evaluate", "Score a bundle on held-out text and on tasks.", is_shared=True),
     Command("generate", "Continue a text, and show on request which expert answered."),
     Command("chat", "Talk with a bundle, and choose in between who may answer.", ("ChatSession", "Turn")),
     Command("serve", "Serve a bundle; each request says who may answer."),

@@ -39,6 +39,7 @@ __all__ = [
     "CheckpointSteps",
     "Contact",
     "Data",
+    "Decontaminate",
     "Device",
     "Domains",
     "DryRun",
@@ -53,6 +54,7 @@ __all__ = [
     "MaxNewTokens",
     "MaxSteps",
     "Name",
+    "NearDuplicates",
     "OutputElsewhere",
     "Overwrite",
     "OwnCovariance",
@@ -130,6 +132,14 @@ Domains = Annotated[
 TextField = Annotated[str, flag("NAME", "Column or .jsonl field that holds the text.", DATA)]
 SpecialAsText = Annotated[
     bool, switch("Read special tokens that stand in the text, <|endoftext|> for one, as plain text.", DATA)
+]
+Decontaminate = Annotated[
+    tuple[Path, ...],
+    flag("PATH", "Test text: documents that share 13 words in a row with it are left out; repeatable.", DATA),
+]
+NearDuplicates = Annotated[
+    bool,
+    switch("Count documents that are nearly the same as one before; takes a quarter of the time of tokenising.", DATA),
 ]
 Public = Annotated[Path | None, flag("PATH", "Public text to use instead of the anchor's sample.", DATA)]
 

@@ -38,6 +38,7 @@ LAYERS = (
         "runtime",
         "errors",
         "pointers",
+        "processes",
         "faces",
         "shipped",
     },
@@ -54,7 +55,18 @@ ONLY_IMPORTER = {
     "pyarrow": ("text/tables.py",),
     "typer": ("cli/",),
     "rich": ("cli/",),
-    "torch": ("model/", "text/", "routing/", "privacy/", "training/", "evaluation/", "serving/", "steps/", "engine/"),
+    "torch": (
+        "processes.py",
+        "model/",
+        "text/",
+        "routing/",
+        "privacy/",
+        "training/",
+        "evaluation/",
+        "serving/",
+        "steps/",
+        "engine/",
+    ),
     "transformers": ("model/", "text/", "training/", "evaluation/", "engine/"),
     "matplotlib": ("evaluation/report/charts.py",),
     "jinja2": ("evaluation/report/template.py", "evaluation/tasks/", "steps/answering.py"),
@@ -67,6 +79,8 @@ ONLY_IMPORTER = {
     "vllm": ("serving/vllm/",),
     "uvloop": ("serving/vllm/",),
     "dp_accounting": ("privacy/accounting.py",),
+    "datasketch": ("text/near_duplicates.py",),
+    "xxhash": ("text/",),
     "trackio": ("training/track.py",),
     "click": (),
 }
@@ -85,9 +99,13 @@ WITHOUT_TORCH_AT_TOP = (
     "serving/vllm/web.py",
     "privacy/accounting.py",
     "config.py",
+    "processes.py",
     "workspace.py",
     "__init__.py",
 )
+
+DISTRIBUTED = "torch.distributed"
+OF_MANY = ("processes.py", "model/sharding.py", "training/shards.py")
 
 # It also runs where packages are missing that hub/ needs.
 LOCAL_IMPORTS = {"engine/doctor.py"}
@@ -168,6 +186,12 @@ def test_special_packages_have_one_importer(source: str) -> None:
     for name in all_imports(source):
         allowed = ONLY_IMPORTER.get(name.split(".")[0])
         assert allowed is None or source.startswith(allowed), f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_process_needs_nothing_distributed(source: str) -> None:
+    assert not [name for name in imports_at_top(source) if name.startswith(DISTRIBUTED)]
+    assert source in OF_MANY or not [name for name in all_imports(source) if name.startswith(DISTRIBUTED)]
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith(WITHOUT_TORCH_AT_TOP)])

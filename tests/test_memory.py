@@ -136,6 +136,47 @@ def test_a_long_document_takes_little_memory(tmp_path: Path, checkpoint: Path) -
     assert after - before < 80_000_000
 
 
+PREPARE = """
+import json, sys
+from pathlib import Path
+from flexctl.model.building import load_tokenizer
+from flexctl.runtime import SILENT, peak_rss_bytes
+from flexctl.text.corpus import prepare_corpus
+from flexctl.text.decontamination import Decontamination
+
+def prepare(name):
+    work = root / f"{name}.work"
+    work.mkdir()
+    for _ in range(2):  # the second time its tokens are there already
+        corpus = prepare_corpus(
+            [root / name], tokenizer, work, seed=0, passages=512, reporter=SILENT,
+            decontamination=Decontamination.read([root / "test.jsonl"], "text"), near_duplicates=True,
+        )
+        corpus.stream.refuse_change()
+    return peak_rss_bytes()
+
+root, tokenizer = Path(sys.argv[1]), load_tokenizer(Path(sys.argv[2]))
+print(json.dumps([prepare("small.jsonl"), prepare("large.jsonl")]))
+"""
+
+
+@pytest.mark.slow
+def test_preparing_a_corpus_takes_no_more_memory_for_a_larger_one(tmp_path: Path, checkpoint: Path) -> None:
+    """Of documents of 2 kB: 8 bytes of memory for each, some 40 while near duplicates are counted."""
+    documents, sizes = {"small.jsonl": 4_000, "large.jsonl": 20_000}, {}
+    for name, count in documents.items():
+        with (tmp_path / name).open("w") as file:
+            for number in range(count):
+                words = " ".join(f"{word} {number * word % 7919}" for word in range(230))
+                sizes[name] = sizes.get(name, 0) + file.write(json.dumps({"text": words}) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": " ".join(map(str, range(99, 199)))}) + "\n")
+    assert sizes["large.jsonl"] - sizes["small.jsonl"] > 25_000_000
+    command = [sys.executable, "-c", PREPARE, str(tmp_path), str(checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    small, large = json.loads(done.stdout)
+    assert large - small < 8_000_000, "its tokens alone are more than 25 MB"
+
+
 @pytest.mark.slow
 def test_import_and_merge_of_a_checkpoint_larger_than_most_machines_memory(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexctl.bundle.codec import indented_json, parse_json, read_bytes
+from flexctl.bundle.copying import copy_range
 from flexctl.bundle.hashing import hash_file, hash_weights
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import index_json, stock_head
@@ -34,7 +35,7 @@ from flexctl.bundle.stock import (
     stock_bytes,
     without_pointers,
 )
-from flexctl.bundle.store import copy_range, new_directory
+from flexctl.bundle.store import new_directory
 from flexctl.bundle.tensors import RawTensor, Span, TensorType, check_agreement
 from flexctl.bundle.validation import read_directory_manifest
 from flexctl.bundle.weights import Weights, dense_weights

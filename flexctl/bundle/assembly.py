@@ -11,7 +11,7 @@ from pathlib import Path
 from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition
-from flexctl.bundle.hashing import Advance, hash_file, in_parallel, locked, silent
+from flexctl.bundle.hashing import Advance, hash_file, locked, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import (
     ROUTER_TENSOR,
@@ -79,7 +79,7 @@ def write_merged(
         ready: Told the finished model before it takes its place; writes what must not be missing in it or beside it.
 
     Returns:
-        The model as opened again from disk, and how many bytes of it were written rather than linked.
+        The model as opened again from disk, and how many bytes of it were written rather than linked or shared.
 
     Raises:
         BundleError: A tensor is not what its bundle's manifest promises, or not finite. The message names the
@@ -101,8 +101,7 @@ def write_merged(
         tensors |= _write_routers(composition, site)
         _write_small_files(composition, tensors, site)
         ready(open_merged(folder))
-        linked = {item.name for item in placed if item.linked}
-        written = sum(file.stat().st_size for file in folder.iterdir() if file.name not in linked)
+        written = sum(file.stat().st_size for file in folder.iterdir()) - sum(item.spared for item in placed)
     # Only now do times and link counts stand still: what was linked has lost its old name.
     remember([seal(path / item.name, item.tensors) for item in placed])
     remember([item.source_seal for item in placed if item.source_seal])
@@ -132,13 +131,13 @@ def _weight_files(composition: Composition) -> list[WeightFile]:
 
 
 def _place_all(composition: Composition, files: list[WeightFile], site: Site) -> list[Placed]:
-    """Write or link every file and prove it, several at a time."""
+    """Put every file in its place and prove it."""
     keys = feed_forward_keys(composition.family, composition.architecture.num_hidden_layers, 0)
     # Shared and public first: low-rank experts are expanded from the public expert's file.
-    placed = in_parallel(lambda file: place(file, site, {}), files[:2])
+    placed = place(files[:2], site, {})
     tensors = read_header(site.folder / files[1].name).tensors
     public = {name: tensors[key] for name, key in keys.items()}
-    return placed + in_parallel(lambda file: place(file, site, public), files[2:])
+    return placed + place(files[2:], site, public)
 
 
 def _router_layout(composition: Composition) -> dict[str, TensorType]:

@@ -17,7 +17,7 @@ from flexctl.bundle.card import merged_card
 from flexctl.bundle.codec import indented_json, read_bytes
 from flexctl.bundle.composition import Composition, compose_anchor, compose_merged
 from flexctl.bundle.expert import Expert, check_fits
-from flexctl.bundle.hashing import Advance, StoredTensor, check_tensors, hash_file, in_parallel, locked
+from flexctl.bundle.hashing import Advance, StoredTensor, by_file, check_tensors, hash_file, in_parallel, locked, pieces
 from flexctl.bundle.index import is_index, open_index
 from flexctl.bundle.layout import ROUTER_TENSOR, index_json
 from flexctl.bundle.manifest import MANIFEST_FILE, TOLERATED, AnchorManifest, TensorInfo, has_expired
@@ -166,16 +166,13 @@ def _signature_problems(place: Path, bundle: Bundle) -> Iterator[str]:
 
 def _tensor_problems(bundle: Bundle, files: Mapping[Path, Mapping[str, Span]], advance: Advance) -> Iterator[str]:
     """Hash every tensor of some of a bundle's files, several at a time; files that are right are remembered."""
-
-    def problems(file: tuple[Path, Mapping[str, Span]]) -> list[str]:
-        before = _seal(bundle, *file)
-        found = list(check_tensors(*file, bundle.manifest.tensors, advance))
-        if not found:
-            remember([before])
-        return found
-
-    for found in in_parallel(problems, files.items()):
-        yield from found
+    before = {file: _seal(bundle, file, spans) for file, spans in files.items()}
+    work = [(file, piece) for file, spans in files.items() for piece in pieces(spans)]
+    found = in_parallel(lambda item: list(check_tensors(*item, bundle.manifest.tensors, advance)), work)
+    wrong = {file for (file, _), problems in zip(work, found, strict=True) if problems}
+    remember(line for file, line in before.items() if file not in wrong)
+    for problems in found:
+        yield from problems
 
 
 def _seal(bundle: Bundle, file: Path, spans: Mapping[str, Span]) -> str:
@@ -186,10 +183,7 @@ def _tensor_files(bundle: Bundle) -> dict[Path, dict[str, Span]]:
     if isinstance(bundle, Merged):
         return {bundle.path / file: dict(bundle.headers[file].tensors) for file in weight_files(bundle.manifest)}
     spans = {ROUTER_TENSOR: bundle.span} if isinstance(bundle, RouterFile) else bundle.spans
-    files: dict[Path, dict[str, Span]] = {}
-    for name, span in spans.items():
-        files.setdefault(span.path, {})[name] = span
-    return files
+    return by_file(spans)
 
 
 def _file_problems(bundle: Anchor | Merged) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from flexctl.bundle.anchor import Anchor
 from flexctl.bundle.codec import indented_json
+from flexctl.bundle.copying import append_range
 from flexctl.bundle.hashing import Advance, StoredTensor, hash_raw, hash_spans, silent
 from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import LOW_RANK_PARTS, ROUTER_TENSOR, expert_head, expert_layout
@@ -29,7 +30,7 @@ from flexctl.bundle.manifest import (
     write_manifest,
 )
 from flexctl.bundle.names import PUBLIC, check_expert_name, shown
-from flexctl.bundle.store import append_range, new_file, require_space
+from flexctl.bundle.store import new_file, require_space
 from flexctl.bundle.tensors import RawTensor, Span, TensorType, Typed, check_agreement, is_finite, size_of
 from flexctl.bundle.validation import read_manifest, refuse_folder_of_experts
 from flexctl.bundle.weights import Weights

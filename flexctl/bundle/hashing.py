@@ -1,6 +1,7 @@
 """SHA-256 of tensors and files in constant memory, with the check for NaN and infinity in the same pass.
 
-Files are read through one small buffer a thread: memory-mapped pages would count as the process's own.
+Files are read through one small buffer a thread: memory-mapped pages would count as the process's own. Threads share
+pieces and not files, so that all cores have work to the end, whatever sizes files have.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from flexctl.errors import BundleError
 
 __all__ = [
     "Advance",
+    "Reach",
     "StoredTensor",
+    "by_file",
     "check_tensors",
     "hash_file",
     "hash_raw",
@@ -28,11 +31,16 @@ __all__ = [
     "hash_weights",
     "in_parallel",
     "locked",
+    "pieces",
     "silent",
 ]
 
 BUFFER_BYTES = 1 << 20
+PIECE_BYTES = 1 << 26
+# Beyond it the disk is what is waited for; and each has a buffer.
+MOST_THREADS = 16
 Advance = Callable[[int], None]
+Reach = Callable[[int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -74,11 +82,25 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> li
     Raises:
         FlexctlError: The first one that an item raised; what had not begun then never does.
     """
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
     try:
         return list(pool.map(function, items))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def pieces(spans: Mapping[str, Span]) -> Iterator[dict[str, Span]]:
+    """Yield a file's tensors in runs of about 64 MiB, at least one tensor each, for threads to share."""
+    piece: dict[str, Span] = {}
+    size = 0
+    for name, span in spans.items():
+        piece[name] = span
+        size += span.stop - span.start
+        if size >= PIECE_BYTES:
+            yield piece
+            piece, size = {}, 0
+    if piece:
+        yield piece
 
 
 def hash_file(path: Path, stop: int | None = None) -> str:
@@ -105,7 +127,7 @@ def hash_raw(tensor: RawTensor) -> TensorInfo:
 
 
 def hash_spans(
-    path: Path, spans: Mapping[str, Span], advance: Advance = silent
+    path: Path, spans: Mapping[str, Span], advance: Advance = silent, reach: Reach = silent
 ) -> Iterator[tuple[str, TensorInfo, bool]]:
     """Yield (name, what its bytes are, whether all are finite) for tensors of one file.
 
@@ -113,6 +135,7 @@ def hash_spans(
         path: The file that all spans lie in.
         spans: By name; read in the order given.
         advance: Told the bytes done, tensor by tensor; must bear several threads.
+        reach: Asked, before it is read, for everything up to a byte of the file, as it may not be written yet.
 
     Raises:
         BundleError: The file ends early, or cannot be read.
@@ -123,7 +146,7 @@ def hash_spans(
             for name, span in spans.items():
                 hasher = hashlib.sha256()
                 finite = True
-                for block in _blocks(file, span, buffer):
+                for block in _blocks(file, span, buffer, reach):
                     hasher.update(block)
                     finite = finite and is_finite(span.dtype, block)
                 yield name, TensorInfo(span.dtype, span.shape, hasher.hexdigest()), finite
@@ -133,7 +156,7 @@ def hash_spans(
 
 
 def hash_weights(spans: Mapping[str, Span], advance: Advance = silent) -> dict[str, TensorInfo]:
-    """Return what the tensors of several files are, by name, files in parallel.
+    """Return what the tensors of several files are, by name, several pieces at a time.
 
     Args:
         spans: By name.
@@ -144,17 +167,26 @@ def hash_weights(spans: Mapping[str, Span], advance: Advance = silent) -> dict[s
     """
     counted = locked(advance)
 
-    def hashed(path: Path) -> dict[str, TensorInfo]:
+    def hashed(item: tuple[Path, Mapping[str, Span]]) -> dict[str, TensorInfo]:
+        path, piece = item
         found = {}
-        inside = {name: span for name, span in spans.items() if span.path == path}
-        for name, info, finite in hash_spans(path, inside, counted):
+        for name, info, finite in hash_spans(path, piece, counted):
             if not finite:
                 raise BundleError(f"{path}: tensor {name}: holds NaN or infinity")
             found[name] = info
         return found
 
-    files = in_parallel(hashed, sorted({span.path for span in spans.values()}))
-    return dict(sorted((name, info) for found in files for name, info in found.items()))
+    inside = by_file(spans)
+    work = [(path, piece) for path in sorted(inside) for piece in pieces(inside[path])]
+    return dict(sorted((name, info) for found in in_parallel(hashed, work) for name, info in found.items()))
+
+
+def by_file(spans: Mapping[str, Span]) -> dict[Path, dict[str, Span]]:
+    """Return {file: what of ``spans`` lies in it}."""
+    files: dict[Path, dict[str, Span]] = {}
+    for name, span in spans.items():
+        files.setdefault(span.path, {})[name] = span
+    return files
 
 
 def check_tensors(
@@ -175,12 +207,13 @@ def check_tensors(
             yield f"{path}: tensor {name}: holds NaN or infinity"
 
 
-def _blocks(file: BinaryIO, span: Span, buffer: memoryview) -> Iterator[memoryview]:
+def _blocks(file: BinaryIO, span: Span, buffer: memoryview, reach: Reach) -> Iterator[memoryview]:
     """Yield a tensor's bytes, a whole number of elements at a time."""
     file.seek(span.start)
     left = span.stop - span.start
     while left:
         wanted = min(left, len(buffer))
+        reach(span.stop - left + wanted)
         filled = 0
         while filled < wanted:
             count = file.readinto(buffer[filled:wanted])  # type: ignore[attr-defined]

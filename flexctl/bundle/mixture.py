@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flexctl.bundle.codec import indented_json
+from flexctl.bundle.copying import append_range
 from flexctl.bundle.hashing import Advance, StoredTensor, hash_weights
 from flexctl.bundle.layout import expert_layout, feed_forward_keys, stock_head
 from flexctl.bundle.manifest import Architecture, digest_of
@@ -27,7 +28,6 @@ from flexctl.bundle.stock import (
     checkpoint_spans,
     is_stock_file,
 )
-from flexctl.bundle.store import append_range
 from flexctl.bundle.tensors import (
     RawTensor,
     Span,

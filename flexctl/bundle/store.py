@@ -30,10 +30,8 @@ from flexctl.bundle.names import shown
 from flexctl.errors import BundleError, FlexctlError, UsageError
 
 __all__ = [
-    "append_range",
     "check_directory_target",
     "check_file_target",
-    "copy_range",
     "new_directory",
     "new_file",
     "own_file",
@@ -42,10 +40,6 @@ __all__ = [
     "sweep",
 ]
 
-COPY_BYTES = 1 << 20
-KERNEL_COPY_BYTES = 1 << 28
-# What copy_file_range says where the two files' places do not support it.
-_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
 _WEIGHTS = ("model*.safetensors", "router-*.safetensors", "model.safetensors.index.json")
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 _counter = itertools.count()
@@ -226,55 +220,6 @@ def require_space(path: Path, needed: int) -> None:
             f"{path}: needs {needed} bytes, the disk has {free} free",
             hint="free some space, or write elsewhere with `output`",
         )
-
-
-def append_range(source: Path, start: int, output: BinaryIO, count: int) -> None:
-    """Copy ``count`` bytes of a file, from ``start`` on, to where ``output`` stands, by ``copy_range``."""
-    output.flush()
-    offset = output.tell()
-    copy_range(source, start, output.fileno(), offset, count)
-    output.seek(offset + count)
-
-
-def copy_range(source: Path, source_start: int, target: int, target_start: int, count: int) -> None:
-    """Copy bytes between files, in the kernel where it can, else through a buffer of 1 MiB.
-
-    Args:
-        source: File to read.
-        source_start: First byte of it.
-        target: File descriptor to write.
-        target_start: Where the first byte goes.
-        count: How many bytes.
-
-    Raises:
-        BundleError: The source ends too early.
-    """
-    descriptor = os.open(source, os.O_RDONLY)
-    try:
-        done = 0
-        in_kernel = hasattr(os, "copy_file_range")
-        while done < count:
-            step = 0
-            if in_kernel:
-                step = _copy_in_kernel(descriptor, source_start + done, target, target_start + done, count - done)
-                in_kernel = step > 0
-            if step == 0:
-                block = os.pread(descriptor, min(COPY_BYTES, count - done), source_start + done)
-                step = os.pwrite(target, block, target_start + done)
-            if step == 0:
-                raise BundleError(f"{source}: is truncated: it ends before byte {source_start + count}")
-            done += step
-    finally:
-        os.close(descriptor)
-
-
-def _copy_in_kernel(source: int, source_start: int, target: int, target_start: int, count: int) -> int:
-    try:
-        return os.copy_file_range(source, target, min(count, KERNEL_COPY_BYTES), source_start, target_start)
-    except OSError as error:
-        if error.errno not in _NOT_IN_KERNEL:
-            raise
-        return 0
 
 
 def _possible(path: Path) -> Path:

@@ -19,6 +19,7 @@ from flexctl.commands import COMMANDS
 from flexctl.config import resolve
 from flexctl.errors import FlexctlError, Interrupted, UsageError, system_error
 from flexctl.options import shown_names
+from flexctl.processes import launched, refuse_many
 
 __all__ = ["main", "run"]
 
@@ -83,13 +84,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _joined(list(sys.argv[1:] if argv is None else argv))
     output = Output(json="--json" in arguments)
     try:
+        rank, _ = launched()
+        # What is wrong with a command line is wrong in every process that got it; the first one says so.
+        output = Output(json="--json" in arguments, is_mute=rank > 0)
         call = _read(arguments)
         if call is None:
             return 0
         config_class = getattr(flexctl, call.row.config)
         manner = call.manner
         names = shown_names(config_class)
-        output = Output(json=manner.json, quiet=manner.quiet, verbose=manner.verbose, names=names)
+        if not call.row.is_shared:
+            refuse_many(call.row.shown)
+        output = Output(json=manner.json, quiet=manner.quiet, verbose=manner.verbose, names=names, process=rank)
         return _execute(call, config_class, output)
     except BrokenPipeError:
         _discard_output()

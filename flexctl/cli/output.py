@@ -21,7 +21,8 @@ import flexctl
 from flexctl.cli.text import expert_colour, local, named, paint, printable, progress_figures, progress_line
 from flexctl.cli.views import render
 from flexctl.errors import FlexctlError
-from flexctl.runtime import Progress, Reporter, SilentReporter
+from flexctl.processes import Echo
+from flexctl.runtime import SILENT, Progress, Reporter, SilentReporter
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -43,6 +44,8 @@ class Output:
         quiet: Nothing on stderr but errors.
         verbose: Every field of the result.
         names: Field of the command's Config -> how the command line calls it, in what the engine says.
+        process: Number of this process among those that share the run; all but the first say nothing but errors.
+        is_mute: Whether it does not even say errors.
     """
 
     def __init__(
@@ -52,7 +55,10 @@ class Output:
         quiet: bool = False,
         verbose: bool = False,
         names: Mapping[str, str] = MappingProxyType({}),
+        process: int = 0,
+        is_mute: bool = False,
     ) -> None:
+        self._process, self._is_mute = process, is_mute
         self._json = json
         self._quiet = quiet
         self._verbose = verbose
@@ -63,6 +69,8 @@ class Output:
     @cached_property
     def reporter(self) -> Reporter:
         """Where the engine says what it is doing."""
+        if self._process:
+            return SILENT
         if self._json:
             return _JsonReporter(self._names, self._warnings)
         if self._quiet:
@@ -73,6 +81,8 @@ class Output:
 
     def result(self, command: str, result: Any) -> None:
         """Print a command's Result."""
+        if self._process:
+            return
         if self._json:
             head = {"schema_version": SCHEMA_VERSION, "command": command.replace("_", "-")}
             fields = head | _plain(dataclasses.asdict(result)) | {"warnings": self._warnings}
@@ -84,11 +94,15 @@ class Output:
             _write(text, sys.stdout)
 
     def error(self, kind: str, error: FlexctlError) -> int:
-        """Print an error of type ``kind`` and return its exit code."""
+        """Print an error of type ``kind`` and return its exit code. What another process has told of is not said."""
+        if self._is_mute or isinstance(error, Echo):
+            return error.exit_code
         message = named(error.message, self._names)
         if error.field is not None and error.field in self._names:
             message = self._names[error.field] + message.removeprefix(error.field)
         hint = error.hint and named(error.hint, self._names)
+        if self._process:
+            message = f"process {self._process}: {message}"
         if self._json:
             fields = {
                 "type": kind,

@@ -281,10 +281,8 @@ def _write_anchor(
     if config.data:
         calibration = calibrate(
             checkpoint,
-            data=config.data,
+            sample=_sample(config, checkpoint, reporter),
             text_field=config.text_field,
-            kinds=(),
-            sample_tokens=_SAMPLE_TOKENS,
             special_as_text=config.special_as_text,
             seed=config.seed,
             machine=machine_of(config, read_checkpoint(checkpoint)),
@@ -301,6 +299,13 @@ def _write_anchor(
         overwrite=config.overwrite,
     )
     return anchor, calibration
+
+
+def _sample(config: AdoptConfig, checkpoint: Path, reporter: Reporter) -> text.PublicSample:
+    reporter.note("drawing the public sample")
+    tokenizer = model.load_tokenizer(checkpoint, special_as_text=config.special_as_text)
+    documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
+    return text.draw_sample(documents, _SAMPLE_TOKENS, config.seed)
 
 
 def _write_expert(

@@ -44,8 +44,8 @@ class AuditConfig(Config):
     Attacks the anchor, the model, and the model without the expert, with text that the expert was trained on and text
     of the same kind that it was not. Runs at the owner's, who has the text; the result holds figures and no text.
 
-    Answers what the expert gives away at most, by its guarantee; at least, by the strongest attack; and, with
-    `removed_from`, whether it is gone, by the signed record that a removal left.
+    Answers what the expert gives away at most, by its guarantee; at least, by the strongest attack; and
+    whether it is gone, by the signed record that remove left.
 
     Examples:
         flexctl audit merged --name law --data corpus/law
@@ -60,6 +60,9 @@ class AuditConfig(Config):
         Path | None,
         flag("PATH", "Text of the same kind that it never saw (default: what training held out of `data`).", DATA),
     ] = None
+    decontaminate: Annotated[
+        tuple[Path, ...], flag("PATH", "The test text that training left out, as it was given there.", DATA)
+    ] = ()
     planted: Annotated[
         Path | None, flag("DIR", "The canaries that train-expert planted, as experts/NAME.canaries.", DATA)
     ] = None

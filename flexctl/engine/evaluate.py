@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from flexctl.errors import UsageError
 from flexctl.evaluation.figures import Figures
 from flexctl.evaluation.lineage import lineage
 from flexctl.options import DATA, MODEL, OUTPUT, Config, flag, switch
+from flexctl.processes import Joined, World, refuse_many
 from flexctl.runtime import SILENT, Parts, Reporter, peak_rss_bytes, software_versions
 from flexctl.steps import sources
 from flexctl.steps.machine import machine_of
@@ -181,7 +183,8 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
         reporter: Hears of progress.
 
     Returns:
-        Perplexity, bits per byte and routing a domain, accuracy a task, and whatever else was asked for.
+        Perplexity, bits per byte and routing a domain, accuracy a task, and whatever else was asked for; in every
+        process that torchrun started, of which one writes.
 
     Raises:
         UsageError: A setting or the data is wrong.
@@ -190,20 +193,22 @@ def evaluate(config: EvaluateConfig, reporter: Reporter = SILENT) -> EvaluateRes
     _refuse_bad_settings(config)
     if config.results_from is not None:
         return _shown_again(config, config.results_from)
-    run = _set_up(config, reporter)
-    if config.dry_run:
-        return _result(run, _facts(run))
-    _score(run)
-    answers = _answer_tasks(run)
-    excerpts = _take_excerpts(run)
-    run.measured.passes.free()
-    compared = _score_others(run)
-    figures = _figures(run, answers, compared)
-    _write_files(run, figures, answers, excerpts)
-    return _result(run, figures)
+    with Joined(config.device) as world:
+        run = _set_up(config, world, reporter)
+        if config.dry_run:
+            return _result(run, _facts(run))
+        _score(run)
+        answers = _answer_tasks(run)
+        excerpts = _take_excerpts(run)
+        run.measured.passes.free()
+        compared = _score_others(run)
+        return world.by_writer(lambda: _written(run, answers, excerpts, compared))
 
 
 def _refuse_bad_settings(config: EvaluateConfig) -> None:
+    for name in ("results_from", "tasks", "baselines"):
+        if getattr(config, name):
+            refuse_many(f"evaluate with `{name}`")
     needs_text = ("ablate", "sweep_top_k", "compare", "baselines")
     if config.results_from is not None:
         for name in ("bundle", "data", "tasks", *needs_text, "samples", "dry_run"):
@@ -233,21 +238,26 @@ def _shown_again(config: EvaluateConfig, path: Path) -> EvaluateResult:
     return _with_places(figures, path=path, report=config.report, peak_rss_bytes=peak_rss_bytes())
 
 
-def _set_up(config: EvaluateConfig, reporter: Reporter) -> _Run:
+def _set_up(config: EvaluateConfig, world: World, reporter: Reporter) -> _Run:
     """Read and refuse everything that can be before a model is built, and say which passes are to come."""
     domains = evaluation.parse_domains(config.data, config.text_field) if config.data or not config.tasks else []
     machine_of(config)
     tasks = _read_tasks(config)
     anchor = config.anchor or workspace.find().anchor
-    runnable = sources.runnable(config.bundle or workspace.find().merged, anchor, reporter)
-    other = sources.runnable(config.compare, anchor, reporter) if config.compare else None
+    # What the writer has fetched, the others find.
+    runnable, other = world.writer_first(
+        lambda: (
+            sources.runnable(config.bundle or workspace.find().merged, anchor, reporter),
+            sources.runnable(config.compare, anchor, reporter) if config.compare else None,
+        )
+    )
     selection = runnable.select(config.without)
     runnable.warn_of_expired(selection, reporter)
     top_k = runnable.active(config.top_k, selection, reporter)
     whole = evaluation.Variant(without=selection.without, top_k=top_k)
     ingredients = _ingredients(config, runnable)
-    passes, *others = _prepare(config, [runnable, other] if other else [runnable], reporter)
-    contents = [evaluation.read_domain(domain, reporter) for domain in domains]
+    passes, *others = _prepare(config, [runnable, other] if other else [runnable], world, reporter)
+    contents = world.by_writer(lambda: [evaluation.read_domain(domain, reporter) for domain in domains])
     alone = evaluation.public_alone(passes)
     run = _Run(
         config=config,
@@ -280,12 +290,15 @@ def _read_tasks(config: EvaluateConfig) -> list[evaluation.Task]:
     return evaluation.read_tasks(config.tasks, config.shots)
 
 
-def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Reporter) -> list[evaluation.Passes]:
+def _prepare(
+    config: EvaluateConfig, runnables: Sequence[Runnable], world: World, reporter: Reporter
+) -> list[evaluation.Passes]:
     """Return the models' passes, with windows that all of them can hold, once their bytes are proven."""
     for runnable in runnables:
         model.warn_of_length(config.seq_len, runnable.weights.dense_config, reporter)
-    for bundle in [bundle for runnable in runnables for bundle in runnable.bundles]:
-        prove(bundle, reporter)
+    bundles = [bundle for runnable in runnables for bundle in runnable.bundles]
+    for bundle in bundles:
+        world.by_writer(partial(prove, bundle, reporter))
     seq_len = min(evaluation.window_length(runnable.weights.dense_config, config.seq_len) for runnable in runnables)
     machine = machine_of(config, runnables[0].weights.shared)
     parts = Parts(reporter)
@@ -298,6 +311,7 @@ def _prepare(config: EvaluateConfig, runnables: Sequence[Runnable], reporter: Re
             dtype=machine.dtype,
             special_as_text=config.special_as_text,
             reporter=parts,
+            world=world,
         )
         for runnable in runnables
     ]
@@ -417,11 +431,14 @@ def _figures(
     )
 
 
-def _write_files(
-    run: _Run, figures: Figures, answers: Mapping[str, evaluation.TaskRun], excerpts: Sequence[evaluation.Excerpt]
-) -> None:
-    """Write the samples and the page, where they are asked for."""
-    config, measured = run.config, run.measured
+def _written(
+    run: _Run,
+    answers: Mapping[str, evaluation.TaskRun],
+    excerpts: Sequence[evaluation.Excerpt],
+    compared: Mapping[str, Mapping[str, evaluation.Score]],
+) -> EvaluateResult:
+    """Return the figures once they, the samples and the page are written, as far as they are asked for."""
+    config, measured, figures = run.config, run.measured, _figures(run, answers, compared)
     if config.samples:
         records = [record for answer in answers.values() for record in answer.records]
         evaluation.write_samples(
@@ -429,6 +446,7 @@ def _write_files(
         )
     if config.report:
         _write_page(config.report, figures, excerpts, overwrite=config.overwrite)
+    return _result(run, figures)
 
 
 def _write_page(path: Path, figures: Figures, excerpts: Sequence[evaluation.Excerpt], *, overwrite: bool) -> None:

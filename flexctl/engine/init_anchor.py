@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,13 +27,15 @@ from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
+from flexctl.processes import Joined, World, refuse_many
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
-from flexctl.steps.calibration import calibrate
+from flexctl.steps.calibration import Calibration, calibrate
 from flexctl.steps.checkpoint import warn_of_left_behind
 from flexctl.steps.machine import machine_of
 
 __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 
+_COUNTS = ("duplicates", "near_duplicates", "contaminated")
 _ANNEAL: dict[str, Any] = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
 
 
@@ -63,6 +67,8 @@ class InitAnchorConfig(Config):
     ] = None
     text_field: flags.TextField = "text"
     special_as_text: flags.SpecialAsText = False
+    decontaminate: flags.Decontaminate = ()
+    near_duplicates: flags.NearDuplicates = False
     name: Annotated[
         str | None, flag("NAME", "The anchor's name (default: the folder's of SOURCE, or the preset).", OUTPUT)
     ] = None
@@ -110,6 +116,9 @@ class InitAnchorResult:
         constant_std: Standard deviation of u . x on public text in each layer; its mean is 1. Where it is small the
             router bias holds for every token; where it is not, rows are scaled down (docs/how-it-works.md, section 5).
         sample_tokens: Tokens in the public sample.
+        duplicates: Documents of ``data`` whose text had come before.
+        near_duplicates: Others that are nearly the same as one before; None where nobody asked.
+        contaminated: Documents left out as they share words with ``decontaminate``; None where there is none.
     """
 
     path: Path
@@ -124,7 +133,27 @@ class InitAnchorResult:
     loss: float | None = None
     constant_std: list[float] = field(default_factory=list)
     sample_tokens: int = 0
+    duplicates: int | None = None
+    near_duplicates: int | None = None
+    contaminated: int | None = None
     dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Public:
+    """Public text, counted and tokenised.
+
+    Attributes:
+        inventory: What is in it.
+        tokenizer: The anchor's.
+        sample: What goes along with the anchor.
+        stream: All of it, to train on; None where nothing is trained.
+    """
+
+    inventory: text.Inventory
+    tokenizer: Any
+    sample: text.PublicSample
+    stream: text.TokenStream | None
 
 
 def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAnchorResult:
@@ -141,41 +170,55 @@ def init_anchor(config: InitAnchorConfig, reporter: Reporter = SILENT) -> InitAn
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The source is no checkpoint of a supported family.
     """
+    with Joined(config.device) as world:
+        return _init_anchor(config, world, reporter)
+
+
+def _init_anchor(config: InitAnchorConfig, world: World, reporter: Reporter) -> InitAnchorResult:
     target = config.output or workspace.find().anchor
     work_path = place_of_work(target, "work")
     ends = config.resume and not config.overwrite and (target / MANIFEST_FILE).is_file()
     _refuse_bad_settings(config, target, exists=ends)
-    training.refuse_busy(work_path)
+    if world.is_writer:
+        training.refuse_busy(work_path)
     log = training.log_beside(target) if config.track else None
     config = replace(config, data=text.pinned(config.data))
-    source = _source_directory(config)
+    # What the writer has fetched, the others find.
+    source = world.writer_first(lambda: _source_directory(config))
+    decontamination = text.Decontamination.read(config.decontaminate, config.text_field)
     if ends:
-        return _finished(config, source, target, work_path, reporter)
+        return world.by_writer(lambda: _finished(config, source, decontamination, target, work_path, reporter))
     note_busy_cores(config.threads, reporter)
     if source is not None:
         _warn_of_source(source, config, reporter)
     if config.dry_run:
         return _planned(config, target, source)
     with (
-        training.working_folder(work_path, reporter) as work,
-        training.tracked(log, _name(config), resume=config.resume, reporter=reporter) as track,
+        training.working_folder(work_path, reporter, world) as work,
+        training.tracked(log, _name(config), resume=config.resume, reporter=reporter, world=world) as track,
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)
-        asked = _asked(config, source)
-        checkpoint, trained = _checkpoint(config, source, work, track, reporter)
-        result = _calibrate_and_write(config, checkpoint, target, trained, asked, reporter)
-    if config.output is None:
-        workspace.ensure(target.parent)
-    return result
+        counted = replace(config, near_duplicates=config.near_duplicates and world.is_writer)
+        public = world.writer_first(lambda: _read_public(counted, source, decontamination, work, reporter))
+        asked = _asked(config, source, public.inventory.digest, decontamination)
+        checkpoint, trained = world.by_writer(lambda: _checkpoint(config, source, public, work, track, reporter))
+        found = _calibrate(config, checkpoint, public, world, reporter)
+        return world.by_writer(lambda: _written(config, checkpoint, public, target, trained, found, asked))
 
 
 def _finished(
-    config: InitAnchorConfig, source: Path | None, target: Path, work_path: Path, reporter: Reporter
+    config: InitAnchorConfig,
+    source: Path | None,
+    decontamination: text.Decontamination,
+    target: Path,
+    work_path: Path,
+    reporter: Reporter,
 ) -> InitAnchorResult:
     """Return the result of a run that finished before, and clear up what it left."""
     anchor = open_anchor(target)
-    run = training.refuse_other_request(target, target / "run.json", anchor.digest, _asked(config, source))
+    asked = _asked(config, source, text.text_digest(config.data, config.text_field), decontamination)
+    run = training.refuse_other_request(target, target / "run.json", anchor.digest, asked)
     prove(anchor, reporter)
     training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
     sizes = anchor.manifest.architecture
@@ -192,17 +235,21 @@ def _finished(
         loss=run["loss"],
         constant_std=run["constant_std"],
         sample_tokens=anchor.public_sample()["tokens"].shape[0],
+        **{name: run.get(name) for name in _COUNTS},
         dry_run=config.dry_run,
     )
 
 
-def _asked(config: InitAnchorConfig, source: Path | None) -> dict[str, Any]:
-    """Return what decides the result."""
+def _asked(
+    config: InitAnchorConfig, source: Path | None, digest: str, decontamination: text.Decontamination
+) -> dict[str, Any]:
+    """Return what decides the result; ``digest`` is that of the public text."""
     return training.asked_for(
         config,
         name=_name(config),
-        text=text.text_digest(config.data, config.text_field, config.seed),
-        calibrate=[text.text_digest([path], config.text_field, config.seed) for path in config.calibrate],
+        text=digest,
+        decontaminate=decontamination.digest,
+        calibrate=[text.text_digest([path], config.text_field) for path in config.calibrate],
         source=source and training.folder_digest(source),
     )
 
@@ -211,10 +258,14 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
     _name(config)
     machine_of(config)
+    if config.source is None or config.anneal_tokens:
+        refuse_many("training an anchor")
     if config.track and config.source is not None and not config.anneal_tokens:
         raise UsageError("SOURCE is not trained", hint="use `anneal_tokens` to train it further", field="track")
     for path in config.calibrate:
         text.text_files([path], "calibrate")
+    if config.near_duplicates:
+        text.require_datasketch()
 
 
 def _source_directory(config: InitAnchorConfig) -> Path | None:
@@ -295,23 +346,74 @@ def _planned(config: InitAnchorConfig, target: Path, source: Path | None) -> Ini
     )
 
 
+def _read_public(
+    config: InitAnchorConfig,
+    source: Path | None,
+    decontamination: text.Decontamination,
+    work: Path,
+    reporter: Reporter,
+) -> _Public:
+    """Return public text, after two passes over it: it is counted, and then tokenised."""
+    with text.NearDuplicates.within(work) if config.near_duplicates else nullcontext() as near:
+        stocktaking = text.Stocktaking(
+            config.data,
+            config.text_field,
+            config.seed,
+            decontamination=decontamination,
+            near_duplicates=near,
+            reporter=reporter,
+        )
+        tokenizer = _tokenizer(config, source, stocktaking, reporter)
+        inventory = text.take_inventory(stocktaking)
+    # No file that is saved of the tokenizer holds this.
+    tokenizer.split_special_tokens = config.special_as_text
+    sampler = text.Sampler(config.sample_tokens, config.seed)
+
+    def documents() -> Iterator[text.Framed]:
+        pace = text.Pace(bar)
+        kept = inventory.kept(text.read_documents(config.data, config.text_field))
+        for framed in text.frame_documents(tokenizer, kept):
+            pace.add(framed.num_bytes)
+            sampler.add(framed)
+            yield framed
+
+    with reporter.progress("tokenising", inventory.num_bytes, "bytes") as bar:
+        if source is None or config.anneal_tokens:
+            stream = text.pack(work / "public.tokens", documents())
+        else:
+            stream = None
+            deque(documents(), maxlen=0)
+    return _Public(inventory=inventory, tokenizer=tokenizer, sample=sampler.drawn(), stream=stream)
+
+
+def _tokenizer(config: InitAnchorConfig, source: Path | None, stocktaking: text.Stocktaking, reporter: Reporter) -> Any:
+    """Return the source's tokenizer, or one that is trained on the text while it is counted."""
+    if source is not None:
+        return model.load_tokenizer(source)
+    preset = model.PRESETS[config.preset]
+    reporter.note(f"training a tokenizer of {preset.vocab_size} entries")
+    return text.train_tokenizer(stocktaking.documents(), preset.vocab_size, preset.seq_len)
+
+
 def _checkpoint(
-    config: InitAnchorConfig, source: Path | None, work: Path, track: training.Track, reporter: Reporter
+    config: InitAnchorConfig,
+    source: Path | None,
+    public: _Public,
+    work: Path,
+    track: training.Track,
+    reporter: Reporter,
 ) -> tuple[Path, tuple[int, float | None]]:
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
-    preset = model.PRESETS[config.preset]
-    if source is None:
-        reporter.note(f"training a tokenizer of {preset.vocab_size} entries")
-        tokenizer = text.train_tokenizer(
-            text.read_documents(config.data, config.text_field), preset.vocab_size, preset.seq_len
-        )
-        dense = model.new_model(preset, tokenizer, config.seed)
-    elif config.anneal_tokens:
-        tokenizer, dense = model.load_tokenizer(source), model.load_dense(source)
-    else:
+    if public.stream is None:
+        assert source is not None
         return _readable(source, work), (0, None)
+    tokenizer = public.tokenizer
+    if source is None:
+        dense = model.new_model(model.PRESETS[config.preset], tokenizer, config.seed)
+    else:
+        dense = model.load_dense(source)
     stored = dense.config.dtype
-    trained = _train(config, dense, tokenizer, work, track, reporter)
+    trained = _train(config, dense, public.stream, work, track, reporter)
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     with model.quiet_transformers():
@@ -338,14 +440,14 @@ def _readable(source: Path, work: Path) -> Path:
 
 
 def _train(
-    config: InitAnchorConfig, dense: Any, tokenizer: Any, work: Path, track: training.Track, reporter: Reporter
+    config: InitAnchorConfig,
+    dense: Any,
+    stream: text.TokenStream,
+    work: Path,
+    track: training.Track,
+    reporter: Reporter,
 ) -> tuple[int, float]:
     machine = machine_of(config)
-    # No file that is saved of the tokenizer holds this.
-    tokenizer.split_special_tokens = config.special_as_text
-    stream = text.pack(
-        work / "public.tokens", text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
-    )
     return training.train_whole(
         model.fuse_norms(dense.to(machine.device)),
         stream,
@@ -372,26 +474,34 @@ def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
     )
 
 
-def _calibrate_and_write(
-    config: InitAnchorConfig,
-    checkpoint: Path,
-    target: Path,
-    trained: tuple[int, float | None],
-    asked: Mapping[str, Any],
-    reporter: Reporter,
-) -> InitAnchorResult:
-    found = calibrate(
+def _calibrate(
+    config: InitAnchorConfig, checkpoint: Path, public: _Public, world: World, reporter: Reporter
+) -> Calibration:
+    return calibrate(
         checkpoint,
-        data=config.data,
-        text_field=config.text_field,
+        sample=public.sample,
         kinds=config.calibrate,
-        sample_tokens=config.sample_tokens,
+        text_field=config.text_field,
         special_as_text=config.special_as_text,
         seed=config.seed,
         machine=machine_of(config, read_checkpoint(checkpoint)),
         reporter=reporter,
+        world=world,
     )
+
+
+def _written(
+    config: InitAnchorConfig,
+    checkpoint: Path,
+    public: _Public,
+    target: Path,
+    trained: tuple[int, float | None],
+    found: Calibration,
+    asked: Mapping[str, Any],
+) -> InitAnchorResult:
+    """Write the anchor, and the workspace around it where it is in a workspace's place."""
     dense = read_dense_config(checkpoint)
+    counts = {name: getattr(public.inventory, name) for name in _COUNTS}
     anchor = write_anchor(
         target,
         checkpoint=checkpoint,
@@ -405,11 +515,14 @@ def _calibrate_and_write(
             "constant_std": found.spread,
             "tokens": trained[0],
             "loss": trained[1],
+            **counts,
             "software": software_versions(),
         },
         license=config.license,
         overwrite=config.overwrite,
     )
+    if config.output is None:
+        workspace.ensure(target.parent)
     return InitAnchorResult(
         path=target,
         digest=anchor.digest,
@@ -423,4 +536,5 @@ def _calibrate_and_write(
         loss=trained[1],
         constant_std=found.spread,
         sample_tokens=found.sample["tokens"].shape[0],
+        **counts,
     )

@@ -101,7 +101,8 @@ class MergeResult:
         num_experts_per_tok: As config.json has it: clamped to num_experts.
         experts: ``public`` first, then by name.
         license: What all inputs share, else ``other``.
-        bytes_written: Bytes copied or made; after a dry run, what the weights would take.
+        bytes_written: Bytes copied or made; what shares blocks with the experts' files does not count. After a dry
+            run, what the weights would take.
         expected_routing: Text of whom -> expert -> share of the router's probability that is expected, from router
             rows alone; None where the anchor is not at hand, or was adopted without public text.
         peak_rss_bytes: The process's largest resident size.

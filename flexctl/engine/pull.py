@@ -11,13 +11,13 @@ from typing import Annotated
 
 from flexctl import flags, hub, workspace
 from flexctl.bundle.anchor import open_anchor
+from flexctl.bundle.copying import copy_range
 from flexctl.bundle.manifest import AnchorManifest, ExpertManifest, Manifest, MergedManifest
 from flexctl.bundle.merged import CARD_FILE
 from flexctl.bundle.signatures import Envelope, read_signature, signature_path
 from flexctl.bundle.store import (
     check_directory_target,
     check_file_target,
-    copy_range,
     new_directory,
     new_file,
     require_space,

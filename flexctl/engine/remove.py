@@ -55,7 +55,8 @@ class RemoveResult:
         removed: Names that are gone.
         remaining: Closed experts that are left.
         num_experts_per_tok: As config.json has it: clamped to the number of experts.
-        bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
+        bytes_written: Bytes copied; what was linked or shares blocks with the old files does not count. After a dry
+            run, what the weights would take.
         exact: Whether every byte is what a merge of the remaining experts writes; a tombstone is the one exception.
         records: Signed records for the owners, where they were asked for.
         dry_run: Whether nothing was written.

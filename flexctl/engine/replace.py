@@ -88,7 +88,8 @@ class ReplaceResult:
         old_digest: Of the one that went.
         new_digest: Of the one that came.
         changes: Every field of the owner's manifest that differs, hashes aside.
-        bytes_written: Bytes copied; what was linked does not count. After a dry run, what the weights would take.
+        bytes_written: Bytes copied; what was linked or shares blocks with the old files does not count. After a dry
+            run, what the weights would take.
         dry_run: Whether nothing was written.
         bits_per_byte: Domain -> {before, after} on its test text; empty without data, and after a dry run.
         records: The signed record for the owner, where it was asked for.
@@ -184,7 +185,7 @@ def _score(
     weights = open_merged(path).weights()
     tokenizer = model.load_tokenizer(path, special_as_text=config.special_as_text)
     merged = machine_of(config, weights.shared).build(weights)
-    sizes = {
+    sizes: dict[str, Any] = {
         "seq_len": evaluation.window_length(weights.dense_config, config.seq_len),
         "batch_tokens": config.forward_tokens,
     }

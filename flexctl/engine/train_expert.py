@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from flexctl import evaluation, flags, model, text, training, workspace
-from flexctl.bundle import PUBLIC, Anchor, DataInfo, Expert, RawTensor, RouterInfo, open_expert, write_expert
+from flexctl.bundle import PUBLIC, Anchor, DataInfo, RawTensor, RouterInfo, open_expert, write_expert
 from flexctl.bundle.checks import prove
 from flexctl.bundle.hashing import hash_file
 from flexctl.bundle.lowrank import refuse_useless_rank
@@ -17,10 +17,11 @@ from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.options import DATA, HARDWARE, PRIVACY, TRAINING, Config, flag, switch
+from flexctl.processes import Joined, World, refuse_many
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, peak_rss_bytes
 from flexctl.steps.anchored import Anchored, open_anchored
 from flexctl.steps.guarantee import Plan, planned
-from flexctl.steps.machine import machine_of
+from flexctl.steps.machine import Machine, machine_of
 from flexctl.steps.outlook import TrainingPlan, plan_training, refuse_what_cannot_fit
 from flexctl.steps.private_run import PrivateRun
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["TrainExpertConfig", "TrainExpertResult", "train_expert"]
+
+_COUNTS = ("duplicates", "near_duplicates", "contaminated")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +60,11 @@ class TrainExpertConfig(Config):
     ] = None
     text_field: flags.TextField = "text"
     special_as_text: flags.SpecialAsText = False
+    decontaminate: flags.Decontaminate = ()
+    near_duplicates: flags.NearDuplicates = False
+    token_cache: Annotated[
+        Path | None, flag("DIR", "Keep the tokens of `data` here, for other runs on the same text.", DATA)
+    ] = None
     public_mix: Annotated[
         float, flag("SHARE", "Share of public text in each step, from 0 to below 1.", DATA, at_least=0, below=1)
     ] = 0.3
@@ -82,7 +90,12 @@ class TrainExpertConfig(Config):
     batch_tokens: flags.BatchTokens = None
     micro_batch: Annotated[
         int | None,
-        flag("N", "Sequences in memory at once (default: what fills about 8192 tokens).", HARDWARE, above=0),
+        flag(
+            "N",
+            "Sequences at once, of all processes together (default: what fills about 8192 tokens).",
+            HARDWARE,
+            above=0,
+        ),
     ] = None
     recompute: Annotated[
         bool,
@@ -160,6 +173,9 @@ class TrainExpertResult:
         tokens_per_s: Own and public tokens a second; None when the run only finished what was there.
         frozen_verified: Every frozen tensor equals the anchor's, bit for bit.
         bias: The router bias of each layer.
+        duplicates: Documents whose text had come before; None under a guarantee, as are the next two.
+        near_duplicates: Others that are nearly the same as one before; None where nobody asked.
+        contaminated: Documents left out as they share words with ``decontaminate``; None where there is none.
         rank: Of a low-rank expert; None of a full one.
         bytes_written: Size of the expert's file.
         peak_rss_bytes: Most memory that was in use; 0 under a guarantee, as it depends on the owner's text.
@@ -180,6 +196,9 @@ class TrainExpertResult:
     privacy: PrivacyInfo | None = None
     bias: list[float] = field(default_factory=list)
     rank: int | None = None
+    duplicates: int | None = None
+    near_duplicates: int | None = None
+    contaminated: int | None = None
     bytes_written: int = 0
     peak_rss_bytes: int = 0
     dry_run: bool = False
@@ -188,13 +207,19 @@ class TrainExpertResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Task:
-    """What is to be made: the settings, the anchor, the expert's name and its file, and its guarantee if it has one."""
+    """What is to be made: settings, anchor, name and file, its guarantee, and what it must not be trained on.
+
+    Attributes:
+        world: The processes that make it.
+    """
 
     config: TrainExpertConfig
     base: Anchored
     name: str
     target: Path
     plan: Plan | None
+    decontamination: text.Decontamination
+    world: World
 
     def result(self, **figures: Any) -> TrainExpertResult:
         """Return a result with what is known before any training, and these figures."""
@@ -205,7 +230,7 @@ class _Task:
 class _Setup:
     """Everything a run needs, ready."""
 
-    reader: nn.Module
+    machine: Machine
     corpus: text.Corpus
     public: text.PublicSample
     data: training.Mixture
@@ -218,12 +243,12 @@ class _Setup:
         """Tokens of the owner's that the run trains on."""
         return self.data.own_tokens(self.loop.steps)
 
-    def losses(self, reporter: Reporter) -> dict[str, float]:
-        """Return the model's loss on documents kept out of training, the owner's and public ones, nats a token."""
+    def losses(self, reader: nn.Module, world: World, reporter: Reporter) -> dict[str, float]:
+        """Return a model's loss on documents kept out of training, the owner's and public ones, nats a token."""
         most = training.held_out_tokens(self.own_tokens)
         parts = {"own": self.corpus.held_out, "public": self.public.held_out}
         held_out = {name: text.leading(documents, most) for name, documents in parts.items() if documents is not None}
-        return evaluation.held_out_losses(self.reader, held_out, seq_len=self.data.seq_len, reporter=reporter)
+        return evaluation.held_out_losses(reader, held_out, seq_len=self.data.seq_len, reporter=reporter, world=world)
 
 
 def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> TrainExpertResult:
@@ -234,13 +259,18 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
         reporter: Hears of progress.
 
     Returns:
-        What was made and what was gained.
+        What was made and what was gained; in every process that torchrun started, of which one writes.
 
     Raises:
         UsageError: A setting or the data is wrong, or the target exists.
         BundleError: The anchor or the router file is not valid, or they do not belong together.
         FlexctlError: Training failed.
     """
+    with Joined(config.device) as world:
+        return _train_expert(config, world, reporter)
+
+
+def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -> TrainExpertResult:
     place = workspace.find()
     name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.st"
@@ -250,16 +280,25 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     work_path = target.parent / f".{target.stem}.work"
     ends = config.resume and not config.overwrite and target.is_file()
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
-    training.refuse_busy(work_path)
+    if world.is_writer:
+        training.refuse_busy(work_path)
     log = training.log_beside(target) if config.track else None
     plan = planned(config, base.anchor)
     canaries, made = text.CanaryFolder.beside(target), text.CanaryFolder(work_path / "canaries")
     in_place = ends and not made.left_out.is_file()
     planted = [(canaries if in_place else made).planted] if config.canaries else []
     data = (*text.pinned(config.data), *planted)
-    task = _Task(config=replace(config, data=data), base=base, name=name, target=target, plan=plan)
+    task = _Task(
+        config=replace(config, data=data),
+        base=base,
+        name=name,
+        target=target,
+        plan=plan,
+        decontamination=text.Decontamination.read(config.decontaminate, config.text_field),
+        world=world,
+    )
     if ends:
-        return _finished(task, work_path, made, reporter)
+        return world.by_writer(lambda: _finished(task, work_path, made, reporter))
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
     warn_of_expired(config, reporter)
     if plan is not None:
@@ -267,18 +306,19 @@ def train_expert(config: TrainExpertConfig, reporter: Reporter = SILENT) -> Trai
     if config.dry_run:
         return task.result(digest=None, tokens=0, public_tokens=0, steps=0, rank=config.rank, dry_run=True)
     with (
-        training.working_folder(work_path, reporter) as work,
-        training.tracked(log, name, resume=config.resume, reporter=reporter) as track,
+        training.working_folder(work_path, reporter, world) as work,
+        training.tracked(log, name, resume=config.resume, reporter=reporter, world=world) as track,
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
         if config.canaries:
-            text.plant_canaries(made, config.canaries, config.text_field, keep=config.resume)
+            count = config.canaries
+            world.by_writer(lambda: text.plant_canaries(made, count, config.text_field, keep=config.resume))
         if plan is None:
             result = _run(task, work, track, reporter)
         else:
             result = _run_privately(task, plan, work, track, reporter)
-        text.hand_over(made, canaries)
+        world.by_writer(lambda: text.hand_over(made, canaries))
         return result
 
 
@@ -287,12 +327,29 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
         raise UsageError("is for `plan` alone", hint="leave it out", field="plan_tflops")
     check_file_target(target, overwrite=config.overwrite or exists)
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
+    if config.dp_epsilon is not None:
+        refuse_many("training under a guarantee (`dp_epsilon`)")
     machine = machine_of(config, anchor.weights().shared)
     if not exists:  # a finished run needs no memory to give its result
         refuse_what_cannot_fit(config, anchor.manifest.moe_config, machine)
     given_rows(config, anchor)
     if config.public is not None:
         text.text_files([config.public], "public")
+    if config.near_duplicates:
+        text.require_datasketch()
+    if config.token_cache is not None:
+        _refuse_bad_cache(config.token_cache, config.data)
+
+
+def _refuse_bad_cache(folder: Path, data: Sequence[Path]) -> None:
+    place = folder.resolve()
+    if place.exists() and not place.is_dir():
+        raise UsageError(f"{folder}: is no folder", field="token_cache")
+    for path in data:
+        if path.resolve() in (place, *place.parents):
+            raise UsageError(
+                f"{folder}: lies inside {path}, and would be read as text", hint="elsewhere", field="token_cache"
+            )
 
 
 def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertResult:
@@ -305,8 +362,8 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
-    asked = _asked(task, text.text_digest(config.data, config.text_field, config.seed) if task.plan is None else None)
-    training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
+    asked = _asked(task, text.text_digest(config.data, config.text_field) if task.plan is None else None)
+    run = training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
     if not config.dry_run:
         text.hand_over(made, text.CanaryFolder.beside(target))
@@ -323,6 +380,7 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
         privacy=expert.manifest.privacy,
         bias=list(expert.manifest.router.bias),
         rank=expert.manifest.rank,
+        **{name: run.get(name) for name in _COUNTS},
         bytes_written=target.stat().st_size,
         peak_rss_bytes=peak_rss_bytes(),
         dry_run=config.dry_run,
@@ -337,20 +395,26 @@ def _asked(task: _Task, digest: str | None) -> dict[str, Any]:
         name=task.name,
         anchor=task.base.anchor.digest,
         text=digest,
-        public=config.public and text.text_digest([config.public], config.text_field, config.seed),
+        public=config.public and text.text_digest([config.public], config.text_field),
+        decontaminate=task.decontamination.digest,
         router=hash_file(Path(config.router)) if names_a_file(config.router) else config.router,
     )
 
 
 def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
-    config, setup = task.config, _set_up(task, work, reporter)
-    asked = _asked(task, setup.corpus.survey.digest)
-    before = setup.losses(reporter)
+    config, (setup, reader) = task.config, _set_up(task, work, reporter)
+    survey = setup.corpus.survey
+    counts = {name: getattr(survey, name) for name in _COUNTS}
+    asked = _asked(task, survey.digest)
+    before = setup.losses(reader, task.world, reporter)
     track.held_out(0, before)
-    tensors, outcome = _train(task, setup, work, track, reporter)
-    after = setup.losses(reporter)
+    if task.world.size > 1:
+        del reader  # FSDP takes no module after the first pass, so that the expert goes into a new one
+        reader = setup.machine.build(task.base.anchor.weights(), task.world)
+    tensors, outcome = _train(task, setup, reader, work, track, reporter)
+    after = setup.losses(reader, task.world, reporter)
     track.held_out(setup.loop.steps, after)
-    _refuse_moved(setup.reader, task.base.anchor)
+    _refuse_moved(reader, task.base.anchor, task.world)
     result = task.result(
         digest=None,
         tokens=setup.own_tokens,
@@ -362,34 +426,35 @@ def _run(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> 
         frozen_verified=True,
         bias=list(setup.router.bias),
         rank=config.rank,
+        **counts,
     )
-    survey = setup.corpus.survey
-    expert = _write(
-        task,
-        {**tensors, "router.weight": setup.rows},
-        data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
-        result,
-        asked,
-        settings=_identity(config, setup),
-        router=setup.router,
-        run={
-            "tokens_per_s": result.tokens_per_s,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "duplicates": survey.duplicates,
-        },
+    digest, size = task.world.by_writer(
+        lambda: _written(
+            task,
+            {**tensors, "router.weight": setup.rows},
+            data_info(config, documents=survey.documents, tokens=len(setup.corpus.stream), num_bytes=survey.num_bytes),
+            result,
+            asked,
+            settings=_identity(config, setup),
+            router=setup.router,
+            run={
+                "tokens_per_s": result.tokens_per_s,
+                "peak_rss_bytes": peak_rss_bytes(),
+                **counts,
+            },
+        )
     )
-    size = task.target.stat().st_size
-    return replace(result, digest=expert.digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
+    return replace(result, digest=digest, bytes_written=size, peak_rss_bytes=peak_rss_bytes())
 
 
 def _run_privately(task: _Task, plan: Plan, work: Path, track: training.Track, reporter: Reporter) -> TrainExpertResult:
     config, base = task.config, task.base
     note_busy_cores(config.threads, reporter)
-    public = _public_sample(config, base)
+    public = _public_sample(task, reporter)
     machine = machine_of(config, base.anchor.weights().shared)
-    run = PrivateRun(config, plan, base, public, machine, work, track, reporter)
+    run = PrivateRun(config, plan, base, public, task.decontamination, machine, work, track, reporter)
     released = run.train()
-    _refuse_moved(run.reader, base.anchor)
+    _refuse_moved(run.reader, base.anchor, task.world)
     result = task.result(
         digest=None,
         tokens=None,
@@ -402,7 +467,7 @@ def _run_privately(task: _Task, plan: Plan, work: Path, track: training.Track, r
         rank=config.rank,
     )
     told = data_info(config, documents=None, tokens=None, num_bytes=None)
-    expert = _write(
+    digest, size = _written(
         task,
         released.tensors,
         told,
@@ -412,17 +477,30 @@ def _run_privately(task: _Task, plan: Plan, work: Path, track: training.Track, r
         router=released.router,
         run={},
     )
-    return replace(result, digest=expert.digest, bytes_written=task.target.stat().st_size)
+    return replace(result, digest=digest, bytes_written=size)
 
 
-def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
+def _set_up(task: _Task, work: Path, reporter: Reporter) -> tuple[_Setup, nn.Module]:
+    """Return what a run needs, and the anchor as a model."""
     config, base = task.config, task.base
     machine = machine_of(config, base.anchor.weights().shared)
     note_busy_cores(config.threads, reporter)
-    corpus = text.prepare_corpus(
-        config.data, base.tokenizer, work, text_field=config.text_field, seed=config.seed, reporter=reporter
+    # What the writer has tokenised, the others find.
+    corpus = task.world.writer_first(
+        lambda: text.prepare_corpus(
+            config.data,
+            base.tokenizer,
+            work,
+            text_field=config.text_field,
+            seed=config.seed,
+            passages=0 if names_a_file(config.router) else training.MOST_PASSAGES,
+            decontamination=task.decontamination,
+            near_duplicates=config.near_duplicates and task.world.is_writer,
+            cache=config.token_cache,
+            reporter=reporter,
+        )
     )
-    public = _public_sample(config, base)
+    public = _public_sample(task, reporter)
     budget = _budget(config, base.anchor, corpus)
     data = training.Mixture(
         corpus.stream,
@@ -434,12 +512,12 @@ def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
     )
     most = data.steps_for(budget.own_tokens)
     steps = min(most, config.max_steps or most)
-    reader = machine.build(base.anchor.weights())
+    reader = machine.build(base.anchor.weights(), task.world)
     reporter.note(f"router rows: {config.router}")
     passages = training.passages(data.own_tokens(steps))
     rows, router = _start_rows(task, reader, corpus, public, passages, reporter)
-    return _Setup(
-        reader=reader,
+    setup = _Setup(
+        machine=machine,
         corpus=corpus,
         public=public,
         data=data,
@@ -453,13 +531,27 @@ def _set_up(task: _Task, work: Path, reporter: Reporter) -> _Setup:
         rows=rows,
         router=router,
     )
+    return setup, reader
 
 
-def _public_sample(config: TrainExpertConfig, base: Anchored) -> text.PublicSample:
-    if config.public is None:
-        return base.sample
-    documents = text.frame_documents(base.tokenizer, text.read_documents([config.public], config.text_field))
-    return text.draw_sample(documents, base.anchor.public_sample()["tokens"].shape[0], config.seed)
+def _public_sample(task: _Task, reporter: Reporter) -> text.PublicSample:
+    config, base = task.config, task.base
+    sample = base.sample
+    if config.public is not None:
+        documents = text.frame_documents(base.tokenizer, text.read_documents([config.public], config.text_field))
+        sample = text.draw_sample(documents, base.anchor.public_sample()["tokens"].shape[0], config.seed)
+    if not task.decontamination:
+        return sample
+    kept = [
+        document
+        for document, words in zip(sample.documents, sample.texts(base.tokenizer), strict=True)
+        if not task.decontamination.shares(words)
+    ]
+    if not kept:
+        raise UsageError("shares words with every document of public text", field="decontaminate")
+    if count := len(sample.documents) - len(kept):
+        reporter.note(f"{count} of {len(sample.documents)} public documents share words with `decontaminate`")
+    return text.PublicSample(kept)
 
 
 def _budget(config: TrainExpertConfig, anchor: Anchor, corpus: text.Corpus) -> training.Budget:
@@ -483,7 +575,7 @@ def _start_rows(
     config, base = task.config, task.base
     if (given := given_rows(config, base.anchor)) is not None:
         return model.to_torch(given.rows), given.info
-    own = text.sample_passages(corpus.documents(), passages, config.seed)
+    own = corpus.passages[:passages]
     rows, info = measured_rows(
         config,
         base,
@@ -491,12 +583,13 @@ def _start_rows(
         own,
         lambda: text.sample_passages(public.texts(base.tokenizer), passages, config.seed),
         reporter,
+        task.world,
     )
-    return rows.rows, info
+    return task.world.by_writer(lambda: (rows.rows, info))
 
 
 def _train(
-    task: _Task, setup: _Setup, work: Path, track: training.Track, reporter: Reporter
+    task: _Task, setup: _Setup, reader: nn.Module, work: Path, track: training.Track, reporter: Reporter
 ) -> tuple[dict[str, Tensor], training.Outcome]:
     """Train the pair; return the expert's tensors, rounded as they are stored, and what the run did."""
     config, anchor = task.config, task.base.anchor
@@ -505,9 +598,10 @@ def _train(
         "anchor": anchor.digest,
         "data": setup.corpus.survey.digest,
         "public": setup.public.digest,
-        "rows": [float(row) for row in setup.rows.sum(dim=1)],
+        "rows": [float(row) for row in setup.rows.norm(dim=1)],
         "rank": config.rank,
         "special_as_text": config.special_as_text,
+        "decontaminate": task.decontamination.digest,
     }
     checkpoints = training.Checkpoints(
         work / "checkpoints",
@@ -515,13 +609,14 @@ def _train(
         every_steps=config.checkpoint_steps,
         resume=config.resume,
         reporter=reporter,
+        world=task.world,
     )
     match = config.public_match if config.public_mix else 0.0
-    pair = training.Pair(setup.reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed)
+    pair = training.Pair(reader, setup.rows, public_match=match, rank=config.rank, seed=config.seed, world=task.world)
     if config.recompute:
-        model.recompute_layers(setup.reader)
+        model.recompute_layers(reader)
     outcome = training.train(
-        setup.reader,
+        reader,
         pair.groups(),
         setup.data,
         setup.loop,
@@ -529,6 +624,7 @@ def _train(
         match=pair.match if match else None,
         checkpoints=checkpoints,
         track=track,
+        world=task.world,
     )
     pair.close()
     public = anchor.weights().experts[PUBLIC]
@@ -551,12 +647,12 @@ def _identity(config: TrainExpertConfig, setup: _Setup) -> dict[str, Any]:
     }
 
 
-def _refuse_moved(reader: nn.Module, anchor: Anchor) -> None:
-    if moved := model.moved_tensors(reader, anchor.weights()):
+def _refuse_moved(reader: nn.Module, anchor: Anchor, world: World) -> None:
+    if moved := model.moved_tensors(reader, anchor.weights(), world):
         raise FlexctlError(f"{len(moved)} frozen tensors moved in training, {moved[0]} first; nothing was written")
 
 
-def _write(
+def _written(
     task: _Task,
     tensors: Mapping[str, Tensor],
     data: DataInfo,
@@ -566,8 +662,9 @@ def _write(
     settings: Mapping[str, Any],
     router: RouterInfo,
     run: Mapping[str, Any],
-) -> Expert:
-    return write_expert(
+) -> tuple[str, int]:
+    """Write the expert; return its digest and its size in bytes."""
+    expert = write_expert(
         task.target,
         anchor=task.base.anchor,
         name=task.name,
@@ -589,3 +686,4 @@ def _write(
         overwrite=task.config.overwrite,
         rank=task.config.rank,
     )
+    return expert.digest, task.target.stat().st_size

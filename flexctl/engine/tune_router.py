@@ -205,7 +205,7 @@ def _asked(task: _Task) -> dict[str, Any]:
         experts=[entry.digest for entry in manifest.experts],
         top_k=manifest.num_experts_per_tok_requested,
         proxies=[proxy.digest for _, proxy in task.proxies],
-        public=config.public and text.text_digest([config.public], config.text_field, config.seed),
+        public=config.public and text.text_digest([config.public], config.text_field),
     )
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 from flexctl.text.documents import pinned, read_documents, size_bytes, source_name
 from flexctl.text.tokens import frame_documents
@@ -131,6 +132,7 @@ def score_domain(
     reporter: Reporter,
     title: str | None = None,
     num_bytes: int | None = None,
+    world: World = ALONE,
 ) -> Score:
     """Return the score of ``model`` on one domain, by ``score_documents``.
 
@@ -143,6 +145,7 @@ def score_domain(
         reporter: Hears of progress.
         title: What the progress is called; None is "scoring NAME".
         num_bytes: UTF-8 bytes of its documents; None is not known: the progress is then about the size of its files.
+        world: As for ``score_documents``.
 
     Raises:
         UsageError: There is no document with text, or a file cannot be read.
@@ -155,6 +158,7 @@ def score_domain(
             seq_len=seq_len,
             batch_tokens=batch_tokens,
             scored=lambda _, num_bytes: bar.advance(num_bytes),
+            world=world,
         )
     if score.documents == 0:
         raise UsageError(f"no document with text in {domain.path}", field="data")

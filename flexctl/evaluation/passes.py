@@ -20,6 +20,7 @@ from flexctl.evaluation.figures import Settings
 from flexctl.evaluation.scoring import Score, recall_score, remember_score
 from flexctl.model.building import build_model, load_tokenizer
 from flexctl.model.routed import exclude, set_top_k
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Parts, software_versions
 
 __all__ = ["Passes", "Variant", "every_top_k", "one_left_out", "public_alone"]
@@ -57,11 +58,12 @@ class Passes:
     Args:
         runnable: The model, proven to be what its digest says.
         seq_len: Window length.
-        batch_tokens: Positions that go through the model at once.
+        batch_tokens: Positions that go through the model of a process at once.
         device: Where it runs.
         dtype: Of the model.
         special_as_text: Whether special tokens that stand in a text are plain text.
         reporter: Hears of progress; told of all passes that are to come.
+        world: The processes that share every pass.
 
     Attributes:
         count: Passes that were asked for so far.
@@ -78,8 +80,9 @@ class Passes:
         dtype: torch.dtype,
         special_as_text: bool,
         reporter: Parts,
+        world: World = ALONE,
     ) -> None:
-        self.runnable = runnable
+        self.runnable, self._world = runnable, world
         self.count = self.recalled = 0
         self.seq_len, self.device, self.dtype = seq_len, device, dtype
         self.special_as_text = special_as_text
@@ -119,7 +122,7 @@ class Passes:
                 continue
             self._asked.add(asked)
             self.count += 1
-            if (score := recall_score(self._identity(*asked))) is not None:
+            if (score := self._recalled(*asked)) is not None:
                 self.recalled += 1
                 self._scores[asked] = score
             else:
@@ -134,8 +137,8 @@ class Passes:
         asked = (content, variant)
         self.expect([content], [variant])
         if asked not in self._scores:
-            self._scores[asked] = self._run(content, variant)
-            remember_score(self._identity(content, variant), self._scores[asked])
+            score = self._scores[asked] = self._run(content, variant)
+            self._world.by_writer(lambda: remember_score(self._identity(content, variant), score))
         return self._scores[asked]
 
     def resampled(self, content: Content, variant: Variant) -> Resampled:
@@ -158,14 +161,18 @@ class Passes:
             self.tokenizer,
             content.domain,
             seq_len=self.seq_len,
-            batch_tokens=self._batch_tokens,
+            batch_tokens=self._batch_tokens * self._world.size,
             reporter=self._reporter,
             title=f"scoring {content.domain.name}{left_out}, {variant.top_k} active",
             num_bytes=content.num_bytes,
+            world=self._world,
         )
         if (score.documents, score.num_bytes) != (content.documents, content.num_bytes):
             raise UsageError(f"{content.domain.path} changed while it was read", hint="run it again", field="data")
         return score
+
+    def _recalled(self, content: Content, variant: Variant) -> Score | None:
+        return self._world.by_writer(lambda: recall_score(self._identity(content, variant)))
 
     def _identity(self, content: Content, variant: Variant) -> dict[str, Any]:
         return {

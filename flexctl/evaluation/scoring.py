@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flexctl import cache
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 
 __all__ = ["SCORE_FIELDS", "Score", "held_out_losses", "recall_score", "remember_score", "score_documents"]
@@ -121,6 +122,7 @@ def score_documents(
     seq_len: int,
     batch_tokens: int,
     scored: Callable[[int, float], None] | None = None,
+    world: World = ALONE,
 ) -> Score:
     """Return the score of ``model`` on framed documents by the rule of docs/how-it-works.md, section 7.
 
@@ -134,20 +136,26 @@ def score_documents(
         seq_len: S.
         batch_tokens: Positions that go through the model at once.
         scored: Told after each batch how many windows went through, and their part of the documents' UTF-8 bytes.
+        world: The processes that share the work; each takes its part of every batch, and all get the whole score.
     """
     totals = _Totals(model)
     stream = _windows(documents, seq_len, totals)
     while together := list(islice(stream, _SORTED_TOGETHER)):
         together.sort(key=lambda window: len(window.tokens) - 1)
         for batch in _batches(together, batch_tokens):
-            _add_batch(model, batch, totals)
+            _add_batch(model, batch, totals, world)
             if scored:
                 scored(len(batch), sum(window.num_bytes for window in batch))
     return totals.score()
 
 
 def held_out_losses(
-    model: nn.Module, parts: Mapping[str, Sequence[FramedDocument]], *, seq_len: int, reporter: Reporter
+    model: nn.Module,
+    parts: Mapping[str, Sequence[FramedDocument]],
+    *,
+    seq_len: int,
+    reporter: Reporter,
+    world: World = ALONE,
 ) -> dict[str, float]:
     """Return the model's loss on each part of held-out text, nats a token.
 
@@ -156,11 +164,19 @@ def held_out_losses(
         parts: Framed documents by name.
         seq_len: Window length.
         reporter: Hears of progress.
+        world: As for ``score_documents``.
     """
-    return {name: _loss(model, name, documents, seq_len, reporter) for name, documents in parts.items()}
+    return {name: _loss(model, name, documents, seq_len, reporter, world) for name, documents in parts.items()}
 
 
-def _loss(model: nn.Module, name: str, documents: Sequence[FramedDocument], seq_len: int, reporter: Reporter) -> float:
+def _loss(
+    model: nn.Module,
+    name: str,
+    documents: Sequence[FramedDocument],
+    seq_len: int,
+    reporter: Reporter,
+    world: World,
+) -> float:
     windows = sum(-(-(len(document.tokens) - 1) // seq_len) for document in documents)
     with reporter.progress(f"scoring held-out text, {name}", windows, "windows") as bar:
         return score_documents(
@@ -169,6 +185,7 @@ def _loss(model: nn.Module, name: str, documents: Sequence[FramedDocument], seq_
             seq_len=seq_len,
             batch_tokens=_BATCH_TOKENS,
             scored=lambda windows, _: bar.advance(windows),
+            world=world,
         ).nll
 
 
@@ -205,20 +222,24 @@ def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Wi
     yield batch
 
 
-def _add_batch(model: nn.Module, batch: Sequence[_Window], totals: _Totals) -> None:
+def _add_batch(model: nn.Module, batch: Sequence[_Window], totals: _Totals, world: World) -> None:
     device = next(model.parameters()).device
     longest = max(len(window.tokens) for window in batch)
-    ids = np.zeros((len(batch), longest), dtype=np.int64)
-    real = np.zeros((len(batch), longest - 1), dtype=bool)
-    for row, window in enumerate(batch):
-        ids[row, : len(window.tokens)] = window.tokens
-        real[row, : len(window.tokens) - 1] = True
-    tokens, valid = torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
-    routing = _BatchRouting(totals, valid)
+    part = world.part(len(batch))
+    ids = np.zeros((len(part.numbers), longest), dtype=np.int64)
+    real = np.zeros((len(part.numbers), longest - 1), dtype=bool)
+    for row, number in enumerate(part.numbers):
+        tokens = batch[number].tokens
+        ids[row, : len(tokens)] = tokens
+        real[row, : len(tokens) - 1] = row < part.real
+    inputs, valid = torch.from_numpy(ids).to(device), torch.from_numpy(real).to(device)
+    routing = _BatchRouting(totals, valid, world)
     with observing(model, routing):
-        losses = score_tokens(model, tokens[:, :-1], tokens[:, 1:])
-    nll = losses.double().masked_fill(~valid, 0).sum(dim=1).cpu().numpy()
-    totals.add_windows([window.document for window in batch], nll, real.sum(axis=1), routing.add())
+        losses = score_tokens(model, inputs[:, :-1], inputs[:, 1:])
+    mine = losses.double().masked_fill(~valid, 0).sum(dim=1)
+    targets = [len(window.tokens) - 1 for window in batch]
+    nll, shares = world.gather(part, mine).cpu().numpy(), world.gather(part, routing.add()).cpu().numpy()
+    totals.add_windows([window.document for window in batch], nll, np.array(targets), shares)
 
 
 class _Totals:
@@ -258,8 +279,8 @@ class _Totals:
 class _BatchRouting:
     """Observes one batch's real positions; what it finds stays on the device until the batch is through."""
 
-    def __init__(self, totals: _Totals, valid: Tensor) -> None:
-        self._totals, self._valid = totals, valid
+    def __init__(self, totals: _Totals, valid: Tensor, world: World) -> None:
+        self._totals, self._valid, self._world = totals, valid, world
         self._shares: list[Tensor] = []
         self._squares: list[Tensor] = []
         self._same: dict[int, Tensor] = {}
@@ -273,17 +294,16 @@ class _BatchRouting:
         if block.is_cut:
             self._same[layer] = (same_in_bfloat16(block, inputs, kept) & real).sum()
 
-    def add(self) -> Array:
-        """Add the batch to the totals; return each window's shares, summed over positions, (B, N)."""
+    def add(self) -> Tensor:
+        """Add the batch to the totals; return shares of this process's windows, summed over positions, (B, N)."""
         if not self._shares:
-            return np.zeros((len(self._valid), 0))
-        by_layer: Array = torch.stack(self._shares).cpu().numpy()
-        self._totals.shares += by_layer.sum(axis=1)
-        self._totals.output_square += torch.stack(self._squares).cpu().numpy()
+            return torch.zeros(len(self._valid), 0)
+        by_layer, total = torch.stack(self._shares), self._world.sum
+        self._totals.shares += total(by_layer.sum(dim=1)).cpu().numpy()
+        self._totals.output_square += total(torch.stack(self._squares)).cpu().numpy()
         for layer, same in self._same.items():
-            self._totals.same_choice[layer] += int(same)
-        by_window: Array = by_layer.sum(axis=0) / len(by_layer)
-        return by_window
+            self._totals.same_choice[layer] += int(total(same))
+        return by_layer.sum(dim=0) / len(by_layer)
 
 
 _CACHE_KIND = "scores"

@@ -9,6 +9,7 @@ NAMES = {
         "WeightSource",
         "autocast_dtype",
         "build_model",
+        "build_sharded",
         "dense_shapes",
         "is_bare_sentencepiece",
         "load_dense",

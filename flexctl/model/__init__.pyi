@@ -3,6 +3,7 @@
 from flexctl.model.building import WeightSource as WeightSource
 from flexctl.model.building import autocast_dtype as autocast_dtype
 from flexctl.model.building import build_model as build_model
+from flexctl.model.building import build_sharded as build_sharded
 from flexctl.model.building import dense_shapes as dense_shapes
 from flexctl.model.building import is_bare_sentencepiece as is_bare_sentencepiece
 from flexctl.model.building import load_dense as load_dense

@@ -20,14 +20,17 @@ from flexctl.families import PROJECTIONS, family_of
 from flexctl.model.lowrank import low_rank_copy
 from flexctl.model.norms import fuse_norms
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
-from flexctl.model.tensors import RawBytes, to_torch
+from flexctl.model.sharding import local_rows, shard_frozen, shard_trained, trained_copy
+from flexctl.model.tensors import RawBytes, rows_of, to_torch
 from flexctl.pointers import refuse_pointer
+from flexctl.processes import ALONE, World
 
 __all__ = [
     "WeightSource",
     "add_expert",
     "autocast_dtype",
     "build_model",
+    "build_sharded",
     "dense_shapes",
     "is_bare_sentencepiece",
     "load_dense",
@@ -140,8 +143,7 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
     """
     import transformers
 
-    config = transformers.AutoConfig.for_model(**dict(weights.dense_config))
-    config._attn_implementation = "sdpa"
+    config = _config_of(weights)
     model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     experts = list(weights.experts.values())
     state = {name: to_torch(raw).to(dtype) for name, raw in weights.shared.items()}
@@ -154,6 +156,38 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
         block.router = Router(to_torch(weights.router[index]))
         block.top_k = weights.num_experts_per_tok
     return fuse_norms(model.requires_grad_(False).eval().to(device))
+
+
+def build_sharded(weights: WeightSource, *, device: torch.device, dtype: torch.dtype, world: World) -> nn.Module:
+    """Return an anchor as ``build_model`` does, its layers shared out over processes; alone it is ``build_model``.
+
+    No process reads more of a layer than its own rows.
+
+    Args:
+        weights: Of a public expert alone.
+        device: Where this process runs.
+        dtype: As for ``build_model``.
+        world: The processes.
+    """
+    if world.size == 1:
+        return build_model(weights, device=device, dtype=dtype)
+    import transformers
+
+    with torch.device("meta"):
+        dense = transformers.AutoModelForCausalLM.from_config(_config_of(weights)).to(dtype)
+    model = route(dense)
+    tensors = {**weights.shared, **{f"model.{name}": raw for name, raw in weights.experts["public"].items()}}
+    shard_frozen(model, tensors, device=device, world=world)
+    return model.requires_grad_(False).eval()
+
+
+def _config_of(weights: WeightSource) -> Any:
+    """Return the dense class's config."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**dict(weights.dense_config))
+    config._attn_implementation = "sdpa"
+    return config
 
 
 def route(model: Any) -> nn.Module:
@@ -265,7 +299,9 @@ def _dense_block(like: nn.Module, tensors: Mapping[str, RawBytes], layer: int, d
     return block
 
 
-def add_expert(model: nn.Module, rows: Tensor, rank: int | None = None, seed: int = 0) -> list[nn.Module]:
+def add_expert(
+    model: nn.Module, rows: Tensor, rank: int | None = None, seed: int = 0, world: World = ALONE
+) -> list[nn.Module]:
     """Give every layer one more expert that begins as the public one, active on every token.
 
     Args:
@@ -274,6 +310,7 @@ def add_expert(model: nn.Module, rows: Tensor, rank: int | None = None, seed: in
         rank: Of a low-rank expert, which shares the public one's matrices and trains differences to them; None is a
             full one, a trainable float32 copy.
         seed: Of a low-rank expert's first differences.
+        world: The processes that share the model; it has made no pass yet where they are several.
 
     Returns:
         The new feed-forward modules, a layer each.
@@ -281,31 +318,35 @@ def add_expert(model: nn.Module, rows: Tensor, rank: int | None = None, seed: in
     added = []
     generator = torch.Generator().manual_seed(seed % 2**63)
     for block, row in zip(routed_layers(model), rows, strict=True):
-        public = block.experts[0]
-        if rank is None:
+        public, device = block.experts[0], block.router.public.device
+        if rank is not None:
+            expert = low_rank_copy(public, rank, generator)
+        elif world.size == 1:
             expert = copy.deepcopy(public).float().requires_grad_(True)
         else:
-            expert = low_rank_copy(public, rank, generator)
+            expert = trained_copy(public, device=device, world=world)
+        if rank is not None and world.size > 1:
+            shard_trained(expert, runs_in=next(public.parameters()).dtype, world=world)
         block.experts.append(expert)
-        device = block.router.public.device
         block.router = Router(torch.cat([block.router.rows, row[None].to(device)]))
         block.top_k = len(block.experts)
         added.append(expert)
     return added
 
 
-def moved_tensors(model: nn.Module, weights: WeightSource) -> list[str]:
+def moved_tensors(model: nn.Module, weights: WeightSource, world: World = ALONE) -> list[str]:
     """Return the names of tensors of ``weights`` that are no longer the same, bit for bit, in ``model``.
 
     Args:
         model: Built from ``weights``, and possibly given more experts and trained since.
         weights: The anchor's.
+        world: The processes that share the model; each looks at what it has.
     """
     state = model.state_dict()
-    moved = [name for name, raw in weights.shared.items() if not _same(state[name], raw)]
+    moved = [name for name, raw in weights.shared.items() if not _same(state[name], raw, world)]
     for name, raw in weights.experts["public"].items():
         inside = f"model.{name}".replace(".mlp.", ".mlp.experts.0.")
-        moved += [] if _same(state[inside], raw) else [name]
+        moved += [] if _same(state[inside], raw, world) else [name]
     rows = [block.router.public for block in routed_layers(model)]
     moved += [f"router row of layer {i}" for i, row in enumerate(rows) if bool(row.any())]
     return moved
@@ -323,5 +364,8 @@ def stock_problems(path: Path) -> list[str]:
     return [f"{kind}: {item}" for kind in kinds for item in found.get(kind) or ()]
 
 
-def _same(inside: Tensor, raw: RawBytes) -> bool:
-    return torch.equal(inside.cpu(), to_torch(raw).to(inside.dtype))
+def _same(inside: Tensor, raw: RawBytes, world: World) -> bool:
+    """Return whether this process's rows of a tensor are those on disk."""
+    own = local_rows(inside).cpu()
+    first, last = world.rows(raw.shape[0]) if own.shape != raw.shape else (0, raw.shape[0])
+    return torch.equal(own, rows_of(raw, first, last).to(inside.dtype))

@@ -57,8 +57,15 @@ class LowRankLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return (T, out) for inputs (T, in)."""
         known, self._known = self._known, None
-        outputs: Tensor = known[1] if known is not None and known[0] is inputs else self.base(inputs)
+        is_known = known is not None and _is_one(known[0], inputs)
+        outputs: Tensor = known[1] if known is not None and is_known else self.base(inputs)
+        self._known = None  # whom it follows may be its own base
         return outputs + F.linear(F.linear(inputs, self.a), self.b)
+
+
+def _is_one(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are one: FSDP hands on an alias of what it gets."""
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
 
 
 def low_rank_copy(public: nn.Module, rank: int, generator: torch.Generator) -> nn.Module:
@@ -72,7 +79,7 @@ def low_rank_copy(public: nn.Module, rank: int, generator: torch.Generator) -> n
     shared = {id(parameter): parameter for parameter in public.parameters()}
     network = copy.deepcopy(public, shared)
     for name in PROJECTIONS:
-        low = LowRankLinear(getattr(network, name), rank, generator)
+        low = LowRankLinear(getattr(public, name), rank, generator)
         low.follow(getattr(public, name))
         setattr(network, name, low)
     return network

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "RawBytes", "tensors_digest", "to_bytes", "to_torch"]
+__all__ = ["DTYPES", "RawBytes", "rows_of", "tensors_digest", "to_bytes", "to_torch"]
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,6 +46,13 @@ def to_torch(raw: RawBytes) -> Tensor:
     """Return the tensor behind ``raw``, copied out of its buffer, on the CPU."""
     flat = torch.from_numpy(np.array(raw.data, dtype=np.uint8, copy=True))
     return flat.view(DTYPES[raw.dtype]).reshape(raw.shape)
+
+
+def rows_of(raw: RawBytes, first: int, last: int) -> Tensor:
+    """Return rows ``first`` up to ``last`` of the tensor behind ``raw``; no other byte of its buffer is read."""
+    row_bytes = len(raw.data) // raw.shape[0]
+    flat = torch.from_numpy(np.array(raw.data[first * row_bytes : last * row_bytes], dtype=np.uint8, copy=True))
+    return flat.view(DTYPES[raw.dtype]).reshape(last - first, *raw.shape[1:])
 
 
 def to_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], np.ndarray[Any, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flexctl.errors import BundleError, UsageError
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
+from flexctl.processes import ALONE, World
 
 __all__ = [
     "InputStatistics",
@@ -140,7 +141,7 @@ class RouterSpace:
         return self.quadratic(self.constant()).sqrt()
 
 
-def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatistics:
+def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = ALONE) -> InputStatistics:
     """Return mean and second moment of every layer's router inputs.
 
     The first position of each sequence is left out: it attends to nothing and often is an outlier.
@@ -148,28 +149,31 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor]) -> InputStatisti
     Args:
         model: As from ``model.building.build_model``.
         batches: Token ids, (B, S), int64.
+        world: The processes that share the work; each takes its part of every batch, and all get the whole.
     """
     blocks = routed_layers(model)
     hidden = blocks[0].router.public.shape[1]
     device = blocks[0].router.public.device
     mean = torch.zeros(len(blocks), hidden, dtype=torch.float64, device=device)
     second = torch.zeros(len(blocks), hidden, hidden, dtype=torch.float64, device=device)
-    count = 0
+    count = real = 0
     shape: tuple[int, ...] = ()
 
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
-        states = inputs.reshape(*shape, hidden)[:, 1:].reshape(-1, hidden).float()
+        states = inputs.reshape(*shape, hidden)[:real, 1:].reshape(-1, hidden).float()
         mean[layer] += states.double().sum(dim=0)
         second[layer] += (states.T @ states).double()
 
     with torch.no_grad(), observing(model, observe):
         for batch in batches:
-            shape = tuple(batch.shape)
-            model.base_model(batch.to(device), use_cache=False)  # type: ignore[operator]
-            count += shape[0] * (shape[1] - 1)
+            part = world.part(len(batch))
+            rows, real = part.of(batch), part.real
+            shape = tuple(rows.shape)
+            model.base_model(rows.to(device), use_cache=False)  # type: ignore[operator]
+            count += len(batch) * (shape[1] - 1)
     if count == 0:
         raise BundleError("there is no public text to measure router inputs on", hint="give more text")
-    return InputStatistics(count=count, mean=mean / count, second=second / count)
+    return InputStatistics(count=count, mean=world.sum(mean) / count, second=world.sum(second) / count)
 
 
 def fit_space(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> RouterSpace:
@@ -232,7 +236,10 @@ class PassageInputs:
 
 
 def measure_documents(
-    model: nn.Module, documents: Iterable[Tensor], advance: Callable[[int], None] | None = None
+    model: nn.Module,
+    documents: Iterable[Tensor],
+    advance: Callable[[int], None] | None = None,
+    world: World = ALONE,
 ) -> Tensor:
     """Return the mean router input of each document in each layer, (documents, L, H), float32.
 
@@ -242,15 +249,19 @@ def measure_documents(
         model: As from ``model.building.build_model``.
         documents: Token ids of one document each, (S,), int64, at least two; the first position is left out.
         advance: Told after each batch how many documents were in it.
+        world: As for ``measure_inputs``.
 
     Raises:
         UsageError: There are fewer than two documents.
     """
-    return _measure_each(model, list(documents), lambda _layer, _apart: None, advance)
+    return _measure_each(model, list(documents), lambda _layer, _apart: None, advance, world)
 
 
 def measure_passages(
-    model: nn.Module, passages: Iterable[Tensor], advance: Callable[[int], None] | None = None
+    model: nn.Module,
+    passages: Iterable[Tensor],
+    advance: Callable[[int], None] | None = None,
+    world: World = ALONE,
 ) -> PassageInputs:
     """Return passages' mean router inputs and how inputs vary inside a passage.
 
@@ -258,6 +269,7 @@ def measure_passages(
         model: As from ``model.building.build_model``.
         passages: As the documents of ``measure_documents``.
         advance: Likewise.
+        world: As for ``measure_inputs``.
 
     Raises:
         UsageError: There are fewer than two passages.
@@ -270,9 +282,9 @@ def measure_passages(
     def add(layer: int, apart: Tensor) -> None:
         scatter[layer] += apart.T @ apart
 
-    means = _measure_each(model, tokens, add, advance)
+    means = _measure_each(model, tokens, add, advance, world)
     freedom = sum(len(each) - 2 for each in tokens)
-    return PassageInputs(means=means, within=scatter.cpu() / max(1, freedom))
+    return PassageInputs(means=means, within=world.sum(scatter).cpu() / max(1, freedom))
 
 
 def _measure_each(
@@ -280,6 +292,7 @@ def _measure_each(
     documents: Sequence[Tensor],
     add: Callable[[int, Tensor], None],
     advance: Callable[[int], None] | None,
+    world: World,
 ) -> Tensor:
     """Return each document's mean router inputs; ``add`` gets inputs less their document's mean, (T, H), by layer.
 
@@ -299,13 +312,16 @@ def _measure_each(
 
     with torch.no_grad(), observing(model, observe):
         for batch in _of_like_length([len(tokens) for tokens in documents]):
-            ids = nn.utils.rnn.pad_sequence([documents[i] for i in batch], batch_first=True).to(device)
-            lengths = torch.tensor([len(documents[i]) for i in batch], device=device)
+            part = world.part(len(batch))
+            mine = [documents[batch[number]] for number in part.numbers]
+            ids = nn.utils.rnn.pad_sequence(mine, batch_first=True).to(device)
+            # A row that stands in counts for nothing but its second position, whose distance to itself is zero.
+            lengths = torch.tensor([len(tokens) if row < part.real else 2 for row, tokens in enumerate(mine)])
             places = torch.arange(ids.shape[1], device=device)
-            real = ((places > 0) & (places < lengths[:, None])).float()
-            current = torch.zeros(len(batch), len(blocks), hidden, device=device)
+            real = ((places > 0) & (places < lengths.to(device)[:, None])).float()
+            current = torch.zeros(len(mine), len(blocks), hidden, device=device)
             model.base_model(ids, use_cache=False)  # type: ignore[operator]
-            means[batch] = current.cpu()
+            means[batch] = world.gather(part, current).cpu()
             if advance is not None:
                 advance(len(batch))
     return means

@@ -18,6 +18,7 @@ from flexctl import cache
 from flexctl.errors import UsageError
 from flexctl.model.building import quiet_transformers
 from flexctl.model.tensors import tensors_digest
+from flexctl.processes import ALONE, World
 from flexctl.routing.rows import ROUTER_KINDS, OwnerInputs, Rows, discriminant, finish_rows
 from flexctl.routing.space import RouterSpace, measure_documents, measure_passages
 from flexctl.runtime import Reporter, software_versions
@@ -97,6 +98,7 @@ def embed_rows(
     public: Sequence[str],
     frame: Callable[[Sequence[str]], Sequence[Tensor]],
     reporter: Reporter,
+    world: World = ALONE,
 ) -> Rows:
     """Return calibrated router rows for an owner's sample.
 
@@ -108,6 +110,7 @@ def embed_rows(
         public: Public passages; only the encoder kind reads them.
         frame: Turns passages into token ids, (S,), int64 each.
         reporter: Hears of progress.
+        world: The processes that share the work.
 
     Raises:
         UsageError: The recipe is wrong, there are fewer than two passages, or the encoder cannot be loaded.
@@ -121,9 +124,9 @@ def embed_rows(
         reporter.note(f"router rows are made from {len(own)} passages; {ENOUGH_PASSAGES} and more are better")
     loaded = Encoder(recipe.encoder) if recipe.kind == "encoder" and recipe.encoder is not None else None
     with reporter.progress("measuring router inputs", len(own), "passages") as bar:
-        owner = _measured_own(recipe, model, frame(own), space, bar.advance)
+        owner = _measured_own(recipe, model, frame(own), space, bar.advance, world)
     if loaded is not None:
-        embedded, inputs = _measured_public(recipe, model, space, public, frame, loaded, reporter)
+        embedded, inputs = _measured_public(recipe, model, space, public, frame, loaded, reporter, world)
         directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
     elif recipe.kind == "discriminant":
         directions = discriminant(space, owner, recipe.own_covariance)
@@ -138,11 +141,12 @@ def _measured_own(
     passages: Sequence[Tensor],
     space: RouterSpace,
     advance: Callable[[int], None],
+    world: World,
 ) -> OwnerInputs:
     """Return what the rows of a recipe need to know of an owner's passages: the covariance only where it counts."""
     if recipe.has_covariance:
-        return OwnerInputs.of(measure_passages(model, passages, advance), space)
-    return OwnerInputs.of_means(measure_documents(model, passages, advance), space)
+        return OwnerInputs.of(measure_passages(model, passages, advance, world), space)
+    return OwnerInputs.of_means(measure_documents(model, passages, advance, world), space)
 
 
 def _measured_public(
@@ -153,6 +157,7 @@ def _measured_public(
     frame: Callable[[Sequence[str]], Sequence[Tensor]],
     encoder: Encoder,
     reporter: Reporter,
+    world: World,
 ) -> tuple[Tensor, Tensor]:
     """Return public passages' embeddings, (P, E), and mean router inputs, (P, L, H), float32 both.
 
@@ -169,7 +174,7 @@ def _measured_public(
     known = cache.recall(_PUBLIC_PASSAGES, identity)
     if known is None:
         with reporter.progress("measuring router inputs", len(public), "passages") as bar:
-            inputs = measure_documents(model, frame(public), bar.advance)
+            inputs = measure_documents(model, frame(public), bar.advance, world)
         embedded = _embed(encoder, public, reporter)
         known = {"embedded": embedded.numpy(), "inputs": inputs.numpy()}
         cache.remember(_PUBLIC_PASSAGES, identity, known)

@@ -28,6 +28,10 @@ class AuditTextConfig(Protocol):
         """Text of the same kind that it never saw; None is what training held out."""
 
     @property
+    def decontaminate(self) -> tuple[Path, ...]:
+        """Test text that training left out."""
+
+    @property
     def planted(self) -> Path | None:
         """The folder of its canaries."""
 
@@ -61,6 +65,8 @@ def refuse_missing_text(config: AuditTextConfig) -> None:
     text.text_files(config.data)
     if config.held_out is not None:
         text.text_files([config.held_out], "held_out")
+    if config.decontaminate:
+        text.text_files(config.decontaminate, "decontaminate")
     if config.planted is not None:
         folder = text.CanaryFolder(config.planted)
         if not (folder.planted.is_file() and folder.left_out.is_file()):
@@ -86,10 +92,15 @@ def audit_texts(config: AuditTextConfig, manifest: ExpertManifest, tokenizer: An
         raise UsageError(
             "the expert does not say which documents training held out", hint="name such text", field="held_out"
         )
-    split = text.split_of(text.read_documents(paths, config.text_field), seed) if isinstance(seed, int) else None
+    without = text.Decontamination.read(config.decontaminate, config.text_field)
+
+    def trained(files: Sequence[Path]) -> Iterable[str]:
+        return without.kept(text.read_documents(files, config.text_field))
 
     def own() -> Iterable[str]:
-        return text.read_documents(config.data, config.text_field)
+        return trained(config.data)
+
+    split = text.split_of(trained(paths), seed) if isinstance(seed, int) else None
 
     members = split.training(own()) if split else own()
     others = (

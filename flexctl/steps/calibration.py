@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import model, routing, text
 from flexctl.bundle import RawTensor
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 from flexctl.steps.machine import Machine
 
@@ -45,37 +46,34 @@ class Calibration:
 def calibrate(
     checkpoint: Path,
     *,
-    data: Sequence[Path],
+    sample: text.PublicSample,
+    kinds: Sequence[Path] = (),
     text_field: str,
-    kinds: Sequence[Path],
-    sample_tokens: int,
     special_as_text: bool,
     seed: int,
     machine: Machine,
     reporter: Reporter,
+    world: World = ALONE,
 ) -> Calibration:
-    """Draw a public sample and measure a dense model's router inputs on it.
+    """Measure a dense model's router inputs on a public sample.
 
     Args:
         checkpoint: Directory of the model.
-        data: Public text.
-        text_field: Column or .jsonl field that holds it.
+        sample: Public text.
         kinds: Text of other kinds, measured only, one kind each.
-        sample_tokens: Tokens of public text to keep.
+        text_field: Column or .jsonl field that holds it.
         special_as_text: Whether special tokens that stand in text are plain text.
-        seed: Of the draw.
+        seed: Of the passages.
         machine: What the model runs on.
         reporter: Hears of progress.
+        world: The processes that share the work.
     """
-    reporter.note("drawing the public sample")
     tokenizer = model.load_tokenizer(checkpoint, special_as_text=special_as_text)
-    documents = text.frame_documents(tokenizer, text.read_documents(data, text_field))
-    sample = text.draw_sample(documents, sample_tokens, seed)
     dense = model.load_dense(checkpoint)
     num_parameters = dense.num_parameters()
     routed = model.route(dense.to(machine.dtype)).to(machine.device)
-    statistics = _measure(routed, sample, reporter)
-    found = [_within(path, text_field, seed, routed, tokenizer, reporter) for path in kinds]
+    statistics = _measure(routed, sample, reporter, world)
+    found = [_within(path, text_field, seed, routed, tokenizer, reporter, world) for path in kinds]
     space = routing.fit_space(statistics, found)
     return Calibration(
         num_parameters=num_parameters,
@@ -89,7 +87,7 @@ def _raw(tensors: Mapping[str, Tensor]) -> dict[str, RawTensor]:
     return {name: RawTensor(*model.to_bytes(tensor)) for name, tensor in tensors.items()}
 
 
-def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> routing.InputStatistics:
+def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter, world: World) -> routing.InputStatistics:
     def batches() -> Iterator[Tensor]:
         import torch
 
@@ -97,12 +95,13 @@ def _measure(routed: Any, sample: text.PublicSample, reporter: Reporter) -> rout
         seq_len = min(_SEQ_LEN, len(stream) - 1)
         count = min(stream.num_sequences(seq_len), _tokens(routed.config.hidden_size) // seq_len)
         with reporter.progress("measuring router inputs", count * seq_len, "tokens") as bar:
-            for start in range(0, count, _BATCH):
-                rows = [stream.sequence(i, seq_len)[:-1] for i in range(start, min(count, start + _BATCH))]
+            for start in range(0, count, _BATCH * world.size):
+                several = range(start, min(count, start + _BATCH * world.size))
+                rows = [stream.sequence(i, seq_len)[:-1] for i in several]
                 yield torch.stack([torch.from_numpy(row) for row in rows])
                 bar.advance(len(rows) * seq_len)
 
-    return routing.measure_inputs(routed, batches())
+    return routing.measure_inputs(routed, batches(), world)
 
 
 def _tokens(hidden_size: int) -> int:
@@ -110,9 +109,11 @@ def _tokens(hidden_size: int) -> int:
     return min(max(_TOKENS_A_DIMENSION * hidden_size, _FEWEST_TOKENS), _MOST_TOKENS)
 
 
-def _within(path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any, reporter: Reporter) -> Tensor:
+def _within(
+    path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any, reporter: Reporter, world: World
+) -> Tensor:
     """Return how router inputs vary inside passages of another kind of text, (L, H, H)."""
     passages = text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed)
     framed = text.frame_passages(tokenizer, passages)
     with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-        return routing.measure_passages(routed, framed, bar.advance).within
+        return routing.measure_passages(routed, framed, bar.advance, world).within

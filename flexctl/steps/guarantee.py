@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,18 @@ class PrivateConfig(RowConfig, Protocol):
     @property
     def text_field(self) -> str:
         """Column or field that holds it."""
+
+    @property
+    def decontaminate(self) -> tuple[Path, ...]:
+        """Test text that must not be trained on."""
+
+    @property
+    def near_duplicates(self) -> bool:
+        """Whether documents that are nearly the same are counted; never under a guarantee."""
+
+    @property
+    def token_cache(self) -> Path | None:
+        """Where tokens stay; nowhere under a guarantee."""
 
     @property
     def public(self) -> Path | None:
@@ -227,9 +240,25 @@ def _refuse_leaks(config: PrivateConfig) -> None:
             hint="leave it out",
             field="own_covariance",
         )
-    ours = {path.resolve() for path in config.data}
-    if config.public is not None and any(_overlap(config.public.resolve(), path) for path in ours):
-        raise UsageError(f"{config.public}: is the owner's text too", hint="public text gets no noise", field="public")
+    if config.near_duplicates:
+        raise UsageError("counts the owner's documents, which a guarantee may not", field="near_duplicates")
+    if config.token_cache is not None:
+        raise UsageError(
+            f"{config.token_cache}: a run under a guarantee leaves nothing that depends on the text",
+            hint="leave it out",
+            field="token_cache",
+        )
+    _refuse_own_text(config, [config.public] if config.public else [], "public", "public text gets no noise")
+    _refuse_own_text(
+        config, config.decontaminate, "decontaminate", "one document would then decide whether others are trained on"
+    )
+
+
+def _refuse_own_text(config: PrivateConfig, paths: Iterable[Path], field: str, why: str) -> None:
+    ours = [path.resolve() for path in config.data]
+    for path in paths:
+        if any(_overlap(path.resolve(), own) for own in ours):
+            raise UsageError(f"{path}: is the owner's text too", hint=why, field=field)
 
 
 def _overlap(one: Path, other: Path) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from flexctl import model
+from flexctl.processes import ALONE, World
 from flexctl.steps.speed import bfloat16_pays
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class Machine:
     dtype: torch.dtype
     autocast: torch.dtype | None
 
-    def build(self, weights: model.WeightSource) -> nn.Module:
-        """Return a frozen model in evaluation mode, as from ``model.build_model``, ready to run here."""
-        return model.build_model(weights, device=self.device, dtype=self.dtype)
+    def build(self, weights: model.WeightSource, world: World = ALONE) -> nn.Module:
+        """Return a frozen model in evaluation mode, as from ``model.build_sharded``, ready to run here."""
+        return model.build_sharded(weights, device=self.device, dtype=self.dtype, world=world)
 
 
 def machine_of(config: MachineConfig, tensors: Mapping[str, Stored] | None = None) -> Machine:

@@ -55,6 +55,7 @@ class PrivateRun:
         plan: The guarantee.
         base: The anchor.
         public: Public text.
+        decontamination: Test text; documents that share words with it are left out, and nobody hears of it.
         machine: What it runs on.
         work: Its working folder.
         track: Its log, of public losses.
@@ -67,12 +68,14 @@ class PrivateRun:
         plan: Plan,
         base: Anchored,
         public: text.PublicSample,
+        decontamination: text.Decontamination,
         machine: Machine,
         work: Path,
         track: training.Track,
         reporter: Reporter,
     ) -> None:
         self._config, self._plan, self._base, self._public = config, plan, base, public
+        self._decontamination = decontamination
         self._machine, self._work, self._track, self._reporter = machine, work, track, reporter
         self.reader = self._built()
         self._loop = training.LoopSettings(
@@ -100,7 +103,7 @@ class PrivateRun:
             FlexctlError: Training failed.
         """
         config, plan, reporter = self._config, self._plan, self._reporter
-        framed = text.frame_documents(self._base.tokenizer, text.read_documents(config.data, config.text_field))
+        framed = text.frame_documents(self._base.tokenizer, self._own_texts())
         documents = privacy.Documents.write(self._work / "own.tokens", framed)
         ledger = privacy.open_ledger(
             self._work / "ledger.json",
@@ -141,6 +144,13 @@ class PrivateRun:
             settings=self._settings(),
             held_out={part: {"before": before[part], "after": after[part]} for part in before},
         )
+
+    def _own_texts(self) -> Iterator[str]:
+        """Yield the owner's documents but those that share words with test text.
+
+        Whether one does depends on no other, so texts that differ by one document still do afterwards, or are the same.
+        """
+        return self._decontamination.kept(text.read_documents(self._config.data, self._config.text_field))
 
     @property
     def public_tokens(self) -> int:
@@ -243,6 +253,7 @@ class PrivateRun:
             **self._settings(),
             "anchor": self._base.anchor.digest,
             "public": self._public.digest,
+            "decontaminate": self._decontamination.digest,
             "router": config.router,
             "rank": config.rank,
             "epsilon": plan.epsilon,

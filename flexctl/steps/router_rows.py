@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from flexctl import routing, text
 from flexctl.bundle import Anchor, RouterInfo, open_router_file
 from flexctl.bundle.router import RouterFile
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 from flexctl.steps.anchored import Anchored
 
@@ -81,6 +82,7 @@ def measured_rows(
     own: Sequence[str],
     public: Callable[[], Sequence[str]],
     reporter: Reporter,
+    world: World = ALONE,
 ) -> tuple[routing.Rows, RouterInfo]:
     """Return rows of a kind for an owner's passages, and what a manifest says of them.
 
@@ -91,6 +93,7 @@ def measured_rows(
         own: The owner's passages, two at least.
         public: Returns public passages; only the encoder kind asks for them, as they are decoded from a large sample.
         reporter: Hears of progress.
+        world: The processes that share the work.
 
     Raises:
         UsageError: There are too few passages, or the encoder cannot be loaded.
@@ -98,7 +101,7 @@ def measured_rows(
     recipe = recipe_of(config)
     theirs = public() if recipe.kind == "encoder" else ()
     rows = routing.embed_rows(
-        recipe, reader, base.space, own, theirs, partial(text.frame_passages, base.tokenizer), reporter
+        recipe, reader, base.space, own, theirs, partial(text.frame_passages, base.tokenizer), reporter, world
     )
     info = RouterInfo(
         kind=recipe.kind,

@@ -6,7 +6,8 @@ from flexctl.faces import face
 
 NAMES = {
     "canaries": ("CanaryFolder", "hand_over", "plant_canaries"),
-    "corpus": ("Corpus", "prepare_corpus", "split_of", "text_digest"),
+    "corpus": ("Corpus", "prepare_corpus", "split_of"),
+    "decontamination": ("Decontamination",),
     "documents": (
         "Record",
         "pinned",
@@ -20,7 +21,9 @@ NAMES = {
         "text_files",
     ),
     "found_text": ("DOMAINS", "write_domain"),
-    "sample": ("PublicSample", "draw_sample", "leading"),
+    "inventory": ("Inventory", "Pace", "Stocktaking", "take_inventory", "text_digest"),
+    "near_duplicates": ("NearDuplicates", "require_datasketch"),
+    "sample": ("PublicSample", "Sampler", "draw_sample", "leading"),
     "tokenizer": ("refuse_other_tokenizer", "refuse_tokens_beyond", "train_tokenizer"),
     "tokens": ("Framed", "TokenStream", "frame_documents", "frame_passages", "pack"),
 }

@@ -6,7 +6,7 @@ from flexctl.text.canaries import plant_canaries as plant_canaries
 from flexctl.text.corpus import Corpus as Corpus
 from flexctl.text.corpus import prepare_corpus as prepare_corpus
 from flexctl.text.corpus import split_of as split_of
-from flexctl.text.corpus import text_digest as text_digest
+from flexctl.text.decontamination import Decontamination as Decontamination
 from flexctl.text.documents import Record as Record
 from flexctl.text.documents import pinned as pinned
 from flexctl.text.documents import read_documents as read_documents
@@ -19,7 +19,15 @@ from flexctl.text.documents import source_name as source_name
 from flexctl.text.documents import text_files as text_files
 from flexctl.text.found_text import DOMAINS as DOMAINS
 from flexctl.text.found_text import write_domain as write_domain
+from flexctl.text.inventory import Inventory as Inventory
+from flexctl.text.inventory import Pace as Pace
+from flexctl.text.inventory import Stocktaking as Stocktaking
+from flexctl.text.inventory import take_inventory as take_inventory
+from flexctl.text.inventory import text_digest as text_digest
+from flexctl.text.near_duplicates import NearDuplicates as NearDuplicates
+from flexctl.text.near_duplicates import require_datasketch as require_datasketch
 from flexctl.text.sample import PublicSample as PublicSample
+from flexctl.text.sample import Sampler as Sampler
 from flexctl.text.sample import draw_sample as draw_sample
 from flexctl.text.sample import leading as leading
 from flexctl.text.tokenizer import refuse_other_tokenizer as refuse_other_tokenizer

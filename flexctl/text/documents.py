@@ -24,6 +24,7 @@ from flexctl.errors import UsageError
 from flexctl.text.tables import missing_field, read_csv, read_parquet
 
 __all__ = [
+    "PassageSampler",
     "Record",
     "pinned",
     "read_documents",
@@ -351,13 +352,41 @@ def _text_of(where: str, record: Any, text_field: str) -> str:
     return text
 
 
-def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str]:
-    """Return at most ``count`` passages of about PASSAGE_CHARACTERS, chosen and ordered by a seeded hash of their text.
+class PassageSampler:
+    """Chooses passages of about PASSAGE_CHARACTERS by a seeded hash of their text.
 
     Long documents give several passages, so that a handful of books is a sample as good as thousands of notes. Copies
     of a passage count as often as they come.
+
+    Args:
+        count: How many to choose at most.
+        seed: Of the choice.
     """
-    return heapq.nsmallest(count, _passages(documents), key=partial(_rank, seed))
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed, self._seen = count, seed, 0
+        self._heap: list[tuple[int, int, str]] = []
+
+    def add(self, document: str) -> None:
+        """Let the choice have a document's passages."""
+        if not self._count:
+            return
+        for passage in _passages([document]):
+            entry = (-int.from_bytes(_rank(self._seed, passage), "big"), -self._seen, passage)
+            (heapq.heappush if len(self._heap) < self._count else heapq.heappushpop)(self._heap, entry)
+            self._seen += 1
+
+    def chosen(self) -> list[str]:
+        """Return what was chosen of all documents so far, by rank: the first of them are what fewer would be."""
+        return [passage for _, _, passage in sorted(self._heap, reverse=True)]
+
+
+def sample_passages(documents: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return what a ``PassageSampler`` chooses of all documents."""
+    sampler = PassageSampler(count, seed)
+    for document in documents:
+        sampler.add(document)
+    return sampler.chosen()
 
 
 def sample_documents(documents: Iterable[str], count: int, seed: int) -> list[str]:

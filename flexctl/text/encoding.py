@@ -6,15 +6,22 @@ token is proof enough: a row of tokens is what a text becomes exactly if each tw
 themselves, and here each two neighbours stand side by side in one of the pieces. The others are for what goes before:
 normalisation, and patterns that look ahead. White space, of which patterns look at a whole run, must end on either
 side. Where pieces never agree they grow, up to the whole text, so tokens never depend on where it was cut.
+
+Several threads tokenise, each some texts or a long one, and what they make comes in the order of the texts. They are as
+many as torch has: the library lets go of the interpreter while it works, so they need neither processes nor copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 __all__ = ["PIECE_CHARACTERS", "encoded", "in_pieces"]
 
@@ -33,16 +40,40 @@ def encoded(tokenizer: Any, texts: Iterable[str], *, piece: int = PIECE_CHARACTE
 
     Args:
         tokenizer: A Transformers tokenizer.
-        texts: What to tokenise.
+        texts: What to tokenise; with several threads some are read ahead.
         piece: Characters to tokenise at once. A slow tokenizer, which does not say where its tokens are from, takes
-            every text whole.
+            every text whole, one after the other.
     """
-    for batch in _batches(texts, piece):
-        if len(batch) == 1 and len(batch[0]) > piece and tokenizer.is_fast:
-            yield batch[0], _encode_long(tokenizer, batch[0], piece)
-        else:
-            for text, ids in zip(batch, _call(tokenizer, batch)["input_ids"], strict=True):
-                yield text, np.array(ids, dtype=np.int64)
+    if tokenizer.is_fast:
+        work, threads = partial(_encode, _ready(tokenizer), piece), torch.get_num_threads()
+    else:
+        work, threads = partial(_encode_slowly, tokenizer), 1
+    for batch, found in _in_order(work, _batches(texts, piece), threads):
+        yield from zip(batch, found, strict=True)
+
+
+def _in_order(
+    work: Callable[[list[str]], list[Ids]], batches: Iterable[list[str]], threads: int
+) -> Iterator[tuple[list[str], list[Ids]]]:
+    """Yield each batch and what ``work`` makes of it, in the order of the batches, whichever is ready first."""
+    if threads == 1:
+        for batch in batches:
+            yield batch, work(batch)
+        return
+    waiting: deque[tuple[list[str], Future[list[Ids]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(work, batch)))
+                if len(waiting) > threads:
+                    first, found = waiting.popleft()
+                    yield first, found.result()
+            while waiting:
+                first, found = waiting.popleft()
+                yield first, found.result()
+        finally:
+            for _, unwanted in waiting:
+                unwanted.cancel()
 
 
 def in_pieces(texts: Iterable[str], *, piece: int = PIECE_CHARACTERS) -> Iterator[str]:
@@ -79,15 +110,34 @@ def _batches(texts: Iterable[str], most: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _call(tokenizer: Any, texts: str | list[str], **options: bool) -> Any:
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **options,
-    )
+def _encode(backend: Any, piece: int, batch: list[str]) -> list[Ids]:
+    if len(batch) == 1 and len(batch[0]) > piece:
+        return [_encode_long(backend, batch[0], piece)]
+    return [_array(found.ids) for found in backend.encode_batch_fast(batch, add_special_tokens=False)]
+
+
+def _encode_slowly(tokenizer: Any, batch: list[str]) -> list[Ids]:
+    return [_array(ids) for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _ready(tokenizer: Any) -> Any:
+    """Return the library's own tokenizer, which cuts and pads nothing and reads special tokens as ours does.
+
+    It is asked directly: what Transformers makes of its answers takes as long as they took. Nothing is set that is set
+    already, as it cannot be while another thread uses it.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+def _array(ids: Sequence[int]) -> Ids:
+    return np.array(ids, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,28 +161,28 @@ class _Part:
         return list(map(tuple, np.column_stack([self.ids, self.spans])[first:last].tolist()))
 
 
-def _encode_long(tokenizer: Any, text: str, piece: int) -> Ids:
+def _encode_long(backend: Any, text: str, piece: int) -> Ids:
     overlap = min(_OVERLAP, piece // 4)
     parts: list[Ids] = []
-    here, done = _tokenise(tokenizer, text, 0, piece), 0
+    here, done = _tokenise(backend, text, 0, piece), 0
     while here.stop < len(text):
         first = int(np.searchsorted(here.spans[:, 0], here.stop - overlap))
         start = int(here.spans[first, 0]) if first < len(here.ids) else here.stop - overlap
-        following = _tokenise(tokenizer, text, start, piece)
+        following = _tokenise(backend, text, start, piece)
         seam = _seam(text, here, following)
         if seam is None:
-            here = _tokenise(tokenizer, text, here.start, 2 * (here.stop - here.start))
+            here = _tokenise(backend, text, here.start, 2 * (here.stop - here.start))
             continue
         parts.append(here.ids[done : seam[0]])
         here, done = following, seam[1]
     return np.concatenate([*parts, here.ids[done:]])
 
 
-def _tokenise(tokenizer: Any, text: str, start: int, length: int) -> _Part:
+def _tokenise(backend: Any, text: str, start: int, length: int) -> _Part:
     part = text[start : start + length]
-    found = _call(tokenizer, part, return_offsets_mapping=True)
-    spans = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2) + start
-    return _Part(start=start, stop=start + len(part), ids=np.array(found["input_ids"], dtype=np.int64), spans=spans)
+    (found,) = backend.encode_batch([part], add_special_tokens=False)  # ``encode`` holds the interpreter
+    spans = np.array(found.offsets, dtype=np.int64).reshape(-1, 2) + start
+    return _Part(start=start, stop=start + len(part), ids=_array(found.ids), spans=spans)
 
 
 def _seam(text: str, here: _Part, following: _Part) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.text.tokens import Framed, TokenStream, end_to_end
 
-__all__ = ["PublicSample", "draw_sample", "leading"]
+__all__ = ["PublicSample", "Sampler", "draw_sample", "leading"]
 
 _HELD_OUT_EVERY = 20
 
@@ -85,18 +85,39 @@ def leading(documents: Sequence[Framed], max_tokens: int) -> list[Framed]:
     return kept
 
 
-def draw_sample(documents: Iterable[Framed], max_tokens: int, seed: int) -> PublicSample:
-    """Return a seeded sample of at least one document and about ``max_tokens`` tokens.
+class Sampler:
+    """Draws a seeded sample of at least one document and about as many tokens as are wanted.
 
-    Documents are ranked by a seeded hash of their tokens, so the order of files does not matter and memory holds
-    little more than the sample.
+    Documents are ranked by a seeded hash of their tokens, so their order does not matter and memory holds little more
+    than the sample.
+
+    Args:
+        max_tokens: How many are wanted.
+        seed: Of the draw.
     """
-    heap: list[tuple[int, int, Framed]] = []
-    total = 0
-    for number, document in enumerate(documents):
-        key = hashlib.sha256(f"{seed}\2".encode() + document.tokens.tobytes()).digest()
-        heapq.heappush(heap, (-int.from_bytes(key, "big"), number, document))
-        total += len(document.tokens)
-        while len(heap) > 1 and total - len(heap[0][2].tokens) >= max_tokens:
-            total -= len(heapq.heappop(heap)[2].tokens)
-    return PublicSample([document for _, _, document in sorted(heap, key=lambda entry: -entry[0])])
+
+    def __init__(self, max_tokens: int, seed: int) -> None:
+        self._max_tokens, self._seed = max_tokens, seed
+        self._heap: list[tuple[int, int, Framed]] = []
+        self._seen = self._total = 0
+
+    def add(self, document: Framed) -> None:
+        """Let the draw have a document."""
+        key = hashlib.sha256(f"{self._seed}\2".encode() + document.tokens.tobytes()).digest()
+        heapq.heappush(self._heap, (-int.from_bytes(key, "big"), self._seen, document))
+        self._seen += 1
+        self._total += len(document.tokens)
+        while len(self._heap) > 1 and self._total - len(self._heap[0][2].tokens) >= self._max_tokens:
+            self._total -= len(heapq.heappop(self._heap)[2].tokens)
+
+    def drawn(self) -> PublicSample:
+        """Return what was drawn of all documents so far."""
+        return PublicSample([document for _, _, document in sorted(self._heap, key=lambda entry: -entry[0])])
+
+
+def draw_sample(documents: Iterable[Framed], max_tokens: int, seed: int) -> PublicSample:
+    """Return what a ``Sampler`` draws of all documents."""
+    sampler = Sampler(max_tokens, seed)
+    for document in documents:
+        sampler.add(document)
+    return sampler.drawn()

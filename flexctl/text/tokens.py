@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 PASSAGE_TOKENS = 256
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +82,19 @@ class TokenStream:
     Args:
         ids: (n,), int32; usually a memory map, so that memory stays flat.
         file: Where they lie; None is in memory.
+        mapped: That file's memory map; None where there is none.
         digest: Of the tokens that were written into it.
     """
 
     def __init__(
-        self, ids: np.ndarray[Any, np.dtype[np.int32]], *, file: Path | None = None, digest: str | None = None
+        self,
+        ids: np.ndarray[Any, np.dtype[np.int32]],
+        *,
+        file: Path | None = None,
+        mapped: mmap.mmap | None = None,
+        digest: str | None = None,
     ) -> None:
-        self._ids, self._file, self._digest = ids, file, digest
+        self._ids, self._file, self._mapped, self._digest = ids, file, mapped, digest
 
     @classmethod
     def open(cls, path: Path, digest: str | None = None) -> TokenStream:
@@ -96,8 +104,12 @@ class TokenStream:
             path: The file.
             digest: Of what was written; None takes what is there.
         """
-        ids = np.memmap(path, dtype="<i4", mode="r") if path.stat().st_size else np.zeros(0, dtype="<i4")
-        return cls(ids, file=path, digest=digest or _digest(ids))
+        if not path.stat().st_size:
+            return cls(np.zeros(0, dtype="<i4"), file=path, digest=digest or _digest(np.zeros(0, dtype="<i4")))
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        ids = np.frombuffer(mapped, dtype="<i4")
+        return cls(ids, file=path, mapped=mapped, digest=digest or _digest(ids, mapped))
 
     @classmethod
     def empty(cls) -> TokenStream:
@@ -110,12 +122,12 @@ class TokenStream:
     @property
     def digest(self) -> str:
         """A digest of all tokens, of a file those that were written into it."""
-        return self._digest or _digest(self._ids)
+        return self._digest or _digest(self._ids, self._mapped)
 
     @property
     def is_whole(self) -> bool:
         """Whether the tokens are those of ``digest``; what is in memory always is."""
-        return self._digest is None or self._digest == _digest(self._ids)
+        return self._digest is None or self._digest == _digest(self._ids, self._mapped)
 
     def refuse_change(self) -> None:
         """Refuse to go on with a file that was written over: nobody knows whose text was trained on.
@@ -139,8 +151,15 @@ class TokenStream:
         return np.asarray(self._ids[start : start + seq_len + 1], dtype=np.int64)
 
 
-def _digest(ids: np.ndarray[Any, np.dtype[np.int32]]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
+def _digest(ids: np.ndarray[Any, np.dtype[np.int32]], mapped: mmap.mmap | None = None) -> str:
+    """Return the sha256 of tokens, in hex; of a mapped file no more than a block stays in memory for it."""
+    digest = hashlib.sha256()
+    data = np.ascontiguousarray(ids).view(np.uint8).data
+    for start in range(0, len(data), _BLOCK_BYTES):
+        digest.update(data[start : start + _BLOCK_BYTES])
+        if mapped is not None and hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED, start, min(_BLOCK_BYTES, len(data) - start))
+    return digest.hexdigest()
 
 
 def end_to_end(documents: Iterable[Framed]) -> Iterator[Tokens]:

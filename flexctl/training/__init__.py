@@ -6,7 +6,15 @@ from flexctl.faces import face
 
 NAMES = {
     "batches": ("EqualShares", "Mixture"),
-    "budget": ("Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"),
+    "budget": (
+        "MOST_PASSAGES",
+        "Budget",
+        "default_lr",
+        "held_out_tokens",
+        "passages",
+        "resolve_budget",
+        "warmup_steps",
+    ),
     "checkpoints": ("Checkpoints",),
     "finished": ("asked_for", "before_after", "folder_digest", "refuse_other_request", "say_done"),
     "footprint": ("Sizes", "Step", "flops_per_token", "least_bytes", "memory_of_step"),

@@ -2,6 +2,7 @@
 
 from flexctl.training.batches import EqualShares as EqualShares
 from flexctl.training.batches import Mixture as Mixture
+from flexctl.training.budget import MOST_PASSAGES as MOST_PASSAGES
 from flexctl.training.budget import Budget as Budget
 from flexctl.training.budget import default_lr as default_lr
 from flexctl.training.budget import held_out_tokens as held_out_tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"]
+__all__ = ["MOST_PASSAGES", "Budget", "default_lr", "held_out_tokens", "passages", "resolve_budget", "warmup_steps"]
 
 _MAX_SEQ_LEN = 1024
 _MICRO_BATCH_TOKENS = 8192
@@ -16,6 +16,7 @@ _STEPS = 600
 _FEWEST_BATCH_TOKENS = 1024
 _MOST_BATCH_TOKENS = 65_536
 _LR_AT_WIDTH = (2e-3, 192)
+MOST_PASSAGES = 512
 _LEAST_LR, _MOST_LR = 5e-5, 2.5e-3
 
 
@@ -98,7 +99,7 @@ def passages(own_tokens: int) -> int:
 
     At least 128, from which on more hardly make rows better, and at most 512.
     """
-    return min(max(own_tokens // 512, 128), 512)
+    return min(max(own_tokens // 512, 128), MOST_PASSAGES)
 
 
 def default_lr(hidden_size: int) -> float:

@@ -2,14 +2,16 @@
 
 A checkpoint is written beside its place, flushed and renamed, and carries a digest of its tensors, so a file that
 exists under its name is either whole or recognised as broken and passed over. Rate and batch are functions of the step,
-which is the number of losses.
+which is the number of losses. Several processes write a folder in place of the file; either is read by any number.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,20 @@ from torch import Tensor, nn
 
 from flexctl.bundle.store import new_file
 from flexctl.errors import UsageError, system_error
+from flexctl.model.sharding import rows_like
 from flexctl.model.tensors import tensors_digest
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
+from flexctl.training.shards import about_shards, read_shards, write_shards
 
 __all__ = ["Checkpoints", "TrainingState"]
 
 _EVERY_S, _COST = 300.0, 0.02
 """Where nobody says how often: each time that a run could lose so much, but for at most this share of its time."""
+
+_ROUNDING = 1e-5
+
+_FILE, _SHARDS = ".safetensors", ".shards"
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -47,16 +56,17 @@ class TrainingState:
             found |= {f"{i}.{name}": value for name, value in self.optimiser.state[parameter].items()}
         return found
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take everything back, in place."""
+    def load(self, tensors: Mapping[str, Tensor], world: World = ALONE) -> None:
+        """Take everything back, in place; of a parameter that is sharded, this process's rows."""
         if "random" in tensors:
             torch.set_rng_state(tensors["random"])
         if "random.device" in tensors and (device := self.parameters[0].device).type == "cuda":
             torch.cuda.set_rng_state(tensors["random.device"], device)
         for i, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors[f"{i}.parameter"])
+            parameter.data.copy_(rows_like(parameter, tensors[f"{i}.parameter"], world))
             self.optimiser.state[parameter] = {
-                name: tensors[f"{i}.{name}"].clone().to(parameter.device)  # a fused step counts where it works
+                # A fused step counts where it works.
+                name: rows_like(parameter, tensors[f"{i}.{name}"], world).clone().to(parameter.device)
                 for name in _MOMENTS
                 if f"{i}.{name}" in tensors  # an expert that no token chose yet has none
             }
@@ -71,6 +81,7 @@ class Checkpoints:
         every_steps: How often one is written; None for by time.
         resume: Whether to go on from the last one. Without it, those that are there are removed.
         reporter: Told about resuming, about broken files and about what could not be written.
+        world: The processes of the run.
 
     Attributes:
         folder: As given.
@@ -85,18 +96,29 @@ class Checkpoints:
         every_steps: int | None,
         resume: bool,
         reporter: Reporter,
+        world: World = ALONE,
     ) -> None:
-        self.folder, self._every, self._reporter = folder, every_steps, reporter
+        self.folder, self._every, self._reporter, self._world = folder, every_steps, reporter, world
         self.newest: int | None = None
         self._next_s = time.monotonic() + _EVERY_S
         self._settings = json.loads(json.dumps(settings, sort_keys=True))
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for path in self._paths():
-                path.unlink()
+            self._drop(self._paths())
 
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*.safetensors"))
+        """Return the checkpoints, oldest first, as the writer sees them."""
+        paths = self._world.by_writer(lambda: sorted(self.folder.glob("checkpoint-*")))
+        return [path for path in paths if path.suffix in (_FILE, _SHARDS)]
+
+    def _read(self, path: Path, state: TrainingState) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """Return what a checkpoint is of and its tensors; None where it is not whole."""
+        if path.suffix == _SHARDS:
+            about = self._world.by_writer(lambda: about_shards(path))
+            return about, read_shards(path, state.parameters, self._world) if about else {}
+        read = _read(path)
+        (is_broken,) = self._world.most(read is None)
+        return (None, {}) if read is None or is_broken else read
 
     def restore(self, state: TrainingState) -> list[float]:
         """Load the newest whole checkpoint into ``state`` and return the losses so far (empty: from the start).
@@ -105,13 +127,12 @@ class Checkpoints:
             UsageError: The checkpoint belongs to a run with other settings.
         """
         for path in reversed(self._paths()):
-            read = _read(path)
-            if read is None:
+            about, tensors = self._read(path, state)
+            if about is None:
                 self._reporter.warn(f"{path.name} is broken and is passed over")
                 continue
-            about, tensors = read
             self._refuse_other_settings(path, about["settings"])
-            state.load(tensors)
+            state.load(tensors, self._world)
             self.newest = len(about["losses"])
             self._reporter.note(f"going on after step {len(about['losses'])} ({path.name})")
             return list(about["losses"])
@@ -119,7 +140,7 @@ class Checkpoints:
 
     def _refuse_other_settings(self, path: Path, theirs: Mapping[str, Any]) -> None:
         for name in sorted(set(theirs) | set(self._settings)):
-            if theirs.get(name) != self._settings.get(name):
+            if not _agree(theirs.get(name), self._settings.get(name)):
                 raise UsageError(
                     f"{path}: that run had {name} = {theirs.get(name)!r}, this one has {self._settings.get(name)!r}",
                     hint="use the same settings and data, or start again without `resume`",
@@ -142,10 +163,15 @@ class Checkpoints:
             losses: One a step.
             check: Called first; it raises where the run may not be kept. Its time is part of what a checkpoint costs.
         """
-        path, started_s = self.folder / f"checkpoint-{step:08d}.safetensors", time.monotonic()
+        kind = _FILE if self._world.size == 1 else _SHARDS
+        path, started_s = self.folder / f"checkpoint-{step:08d}{kind}", time.monotonic()
         check()
         try:
-            _write(path, self._settings, state.tensors(), losses)
+            if kind == _FILE:
+                _write(path, self._settings, state.tensors(), losses)
+            else:
+                about = {"settings": self._settings, "losses": list(losses)}
+                write_shards(path, about, state.tensors(), self._world)
         except OSError as error:
             kept = "there is none yet" if self.newest is None else f"that of step {self.newest} stays"
             self._reporter.warn(f"{path}: cannot be written ({error.strerror}); {kept}, and training goes on")
@@ -157,9 +183,30 @@ class Checkpoints:
 
     def _drop_all_but(self, newest: Path) -> None:
         """Keep ``newest`` and the one before it; those behind it were broken, or it would not have been written."""
-        before = [path for path in self._paths() if path < newest]
-        for path in {*self._paths()} - {newest, *before[-1:]}:
-            path.unlink()
+        paths = self._paths()
+        before = [path for path in paths if path < newest]
+        self._drop({*paths} - {newest, *before[-1:]})
+
+    def _drop(self, paths: Iterable[Path]) -> None:
+        def drop() -> None:
+            for path in paths:
+                if path.suffix == _FILE:
+                    path.unlink()
+                else:
+                    shutil.rmtree(path)
+
+        self._world.by_writer(drop)
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Return whether two settings are one; lists of numbers were measured, which several processes round otherwise."""
+    if not (_is_measured(one) and _is_measured(other) and len(one) == len(other)):
+        return bool(one == other)
+    return all(math.isclose(a, b, rel_tol=_ROUNDING) for a, b in zip(one, other, strict=True))
+
+
+def _is_measured(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, float) for item in value)
 
 
 def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], losses: Sequence[float]) -> None:

@@ -26,6 +26,7 @@ __all__ = ["asked_for", "before_after", "folder_digest", "refuse_other_request",
 # Where a run writes and how it goes about it; paths, for which digests stand; and canaries, which are in the text's
 # digest: the file would say that there are some.
 _NOT_ASKED = {"data", "canaries", "text_field", "public", "source", "anchor", "merged", "proxy", "output"}
+_NOT_ASKED |= {"decontaminate", "near_duplicates", "token_cache"}
 _NOT_ASKED |= {"threads", "device", "recompute", "resume", "checkpoint_steps", "track", "overwrite", "dry_run"}
 _NOT_ASKED |= {"plan", "plan_tflops"}
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from flexctl.errors import FlexctlError
 from flexctl.model.losses import training_loss
+from flexctl.model.sharding import whole
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Progress, Reporter
 from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
@@ -116,6 +118,7 @@ def train(
     penalty: Callable[[], Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
     track: Track = UNTRACKED,
+    world: World = ALONE,
 ) -> Outcome:
     """Train ``groups`` of ``model`` in place and return the losses.
 
@@ -125,11 +128,12 @@ def train(
         data: Batches by step.
         settings: How.
         reporter: Gets loss, tokens a second and the time left.
-        match: Penalty on the forward pass just made, summed over its tokens; given which sequences are public, (B,), on
-            the CPU.
+        match: Penalty on the forward pass just made, summed over its tokens; given which sequences of it, in all
+            processes, are public, (B,), on the CPU.
         penalty: Penalty added once a step.
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
         track: Gets each step's figures: ``_FIGURES``, the rate and tokens a second.
+        world: The processes that train; each takes its part of every micro-batch.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C came; a checkpoint of the last step is left.
@@ -149,15 +153,17 @@ def train(
         for step in range(first, settings.steps):
             rate = learning_rate(step, settings)
             set_rate(optimiser, rate)
-            figures = _step(model, parameters, data, step, settings, optimiser, match, penalty, rows)
+            figures = _step(model, parameters, data, step, settings, optimiser, match, penalty, rows, world)
             running.add(figures, lr=rate, tokens=per_step)
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
-            stops = stop.asked is not None
-            if checkpoints is not None and (stops or checkpoints.is_due(step + 1, settings.steps)):
+            stops, is_due = world.most(
+                stop.number, checkpoints is not None and checkpoints.is_due(step + 1, settings.steps)
+            )
+            if checkpoints is not None and (stops or is_due):
                 running.settle()
                 checkpoints.save(step + 1, state, losses, data.refuse_change)
             if stops:
-                raise stop.ended(step + 1, settings.steps, checkpoints)
+                raise stop.ended(stops, step + 1, settings.steps, checkpoints)
         running.settle()
     if rows is not None:
         rows.close()
@@ -213,27 +219,33 @@ def _step(
     match: Callable[[Tensor], Tensor] | None,
     penalty: Callable[[], Tensor] | None,
     rows: RowLogits | None,
+    world: World,
 ) -> Tensor:
     """Make one step and return its ``_FIGURES``, float32."""
     device = parameters[0].device
-    batch, public = to_device(data.batch(step), device), data.is_public(step)
+    batch, public = data.batch(step), data.is_public(step)
     total = torch.zeros((), device=device)
     count = data.batch_size * data.seq_len
     logits = []
-    for part, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
+    for together, which in zip(batch.split(settings.micro_batch), public.split(settings.micro_batch), strict=True):
+        part = world.part(len(together))
+        mine, weights = to_device(part.of(together), device), part.weights(data.seq_len)
+        weights = weights if weights is None else to_device(weights, device)
         with autocasting(device, settings.autocast):
-            loss = training_loss(model, part[:, :-1], part[:, 1:], settings.z_loss)
+            loss = training_loss(model, mine[:, :-1], mine[:, 1:], settings.z_loss, weights)
             penalised = loss if match is None else loss + match(which)
         if rows is not None and rows.is_on:
-            logits.append(rows.take(len(part)))
+            logits.append(world.gather(part, rows.take(len(part.numbers))))
         (penalised / count).backward()
         total += loss.detach() / count
     if penalty is not None:
-        penalty().backward()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        (penalty() / world.size).backward()
+    world.sum_gradients(parameters)
+    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return torch.stack([total, norm.float(), *(_row_means(torch.cat(logits), public) if logits else ())])
+    seen = _row_means(torch.cat(logits), public) if logits else ()
+    return torch.stack([world.sum(total), norm.float(), *seen])
 
 
 def _row_means(logits: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:

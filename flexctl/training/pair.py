@@ -17,7 +17,9 @@ from flexctl.families import PROJECTIONS
 from flexctl.model.building import add_expert
 from flexctl.model.lowrank import LowRankLinear, expand
 from flexctl.model.routed import routed_layers
-from flexctl.model.tensors import DTYPES, RawBytes, to_torch
+from flexctl.model.sharding import network_of_rows, whole
+from flexctl.model.tensors import DTYPES, RawBytes, rows_of
+from flexctl.processes import ALONE, World
 from flexctl.training.loop import ParameterGroup, to_device
 
 __all__ = ["Pair", "low_rank_lr_factor"]
@@ -37,6 +39,7 @@ class Pair:
         public_match: Weight of the expert's relative squared distance from the public expert's output on public text.
         rank: Of a low-rank expert, which trains differences to the public matrices; None is a full one.
         seed: Of a low-rank expert's start.
+        world: The processes that share the model.
 
     Source: FlexOlmo section 3.3 for the pair; the match and rows that do not train are ours (docs/how-it-works.md,
     section 2).
@@ -50,10 +53,11 @@ class Pair:
         public_match: float,
         rank: int | None = None,
         seed: int = 0,
+        world: World = ALONE,
     ) -> None:
-        self.experts = add_expert(model, rows, rank, seed)
-        blocks = routed_layers(model)
-        self._match, self._rank = public_match, rank
+        self.experts = add_expert(model, rows, rank, seed, world)
+        self._blocks = blocks = routed_layers(model)
+        self._match, self._rank, self._world = public_match, rank, world
         self._runs_in = next(blocks[0].experts[0].parameters()).dtype
         self._device = blocks[0].router.public.device
         self._outputs: list[dict[str, Tensor]] = [{} for _ in blocks]
@@ -96,28 +100,31 @@ class Pair:
         An expert that speaks like the public one on public text does no harm there, however many are merged.
 
         Args:
-            public: Which sequences of the forward pass just made are public, (B,), bool, on the CPU, so that nothing
-                waits for the device.
+            public: Which sequences of the forward pass just made, in all processes, are public, (B,), bool, on the
+                CPU, so that nothing waits for the device.
         """
         self._is_matched = True
         if self._match == 0 or not bool(public.any()):
             return torch.zeros((), device=self._device)
-        chosen = to_device(public.nonzero().squeeze(-1), self._device)
-        parts = []
+        mine = self._world.part(len(public)).marked(public)
+        chosen = to_device(mine.nonzero().squeeze(-1), self._device)
+        apart, size = [], []
         for outputs in self._outputs:
             theirs, own = (
-                outputs[name].unflatten(0, (len(public), -1)).index_select(0, chosen).float()
+                outputs[name].unflatten(0, (len(mine), -1)).index_select(0, chosen).float()
                 for name in ("public", "own")
             )
             theirs = theirs.detach()
-            parts.append((own - theirs).square().sum() / theirs.square().sum())
-        tokens = int(theirs.shape[0] * theirs.shape[1])
-        distance: Tensor = torch.stack(parts).mean()
-        return distance * (self._match * tokens)
+            apart.append((own - theirs).square().sum())
+            size.append(theirs.square().sum())
+        tokens = int(public.sum()) * theirs.shape[1]
+        distance: Tensor = (torch.stack(apart) / self._world.sum(torch.stack(size))).mean()
+        matched: Tensor = distance * (self._match * tokens)
+        return matched
 
     @torch.no_grad()
     def round_weights(self, dtype_name: str, public: Mapping[str, RawBytes]) -> dict[str, Tensor]:
-        """Round the expert once to ``dtype_name`` ("BF16") and return its tensors by name.
+        """Round the expert once to ``dtype_name`` ("BF16") and return its tensors by name, none where others write.
 
         The model then has what readers will make of them, in the dtype that it runs in: matrices after rounding, a
         low-rank expert's expanded.
@@ -128,17 +135,31 @@ class Pair:
         """
         tensors: dict[str, Tensor] = {}
         for layer, expert in enumerate(self.experts):
+            served = {}
             for projection in PROJECTIONS:
                 name = f"layers.{layer}.mlp.{projection}.weight"
                 part = getattr(expert, projection)
+                first, last = self._world.rows(public[name].shape[0])
                 if isinstance(part, LowRankLinear):
                     a, b = _rounded(part.a, dtype_name), _rounded(part.b, dtype_name)
-                    tensors |= {f"{name}.lora_A": a, f"{name}.lora_B": b}
-                    served = expand(to_torch(public[name]), a, b)
+                    found = {f"{name}.lora_A": a, f"{name}.lora_B": b}
+                    rows = expand(rows_of(public[name], first, last), a, b[first:last])
                 else:
-                    tensors[name] = served = _rounded(part.weight, dtype_name)
-                setattr(expert, projection, _linear(served.to(self._device, self._runs_in)))
+                    found = {name: _rounded(part.weight, dtype_name)}
+                    rows = found[name][first:last]
+                served[projection] = rows.to(self._device, self._runs_in)
+                tensors |= found if self._world.is_writer else {}
+            self._serve(layer, served)
         return tensors
+
+    def _serve(self, layer: int, rows: Mapping[str, Tensor]) -> None:
+        """Let a layer's expert have matrices, of which this process has some rows."""
+        if self._world.size > 1:
+            experts = self._blocks[layer].experts
+            experts[1] = network_of_rows(experts[0], rows, world=self._world)
+            return
+        for projection, weight in rows.items():
+            setattr(self.experts[layer], projection, _linear(weight))
 
 
 def low_rank_lr_factor(rank: int) -> float:
@@ -150,7 +171,7 @@ def low_rank_lr_factor(rank: int) -> float:
 
 
 def _rounded(weight: Tensor, dtype_name: str) -> Tensor:
-    return weight.detach().to("cpu", DTYPES[dtype_name], copy=True)
+    return whole(weight.detach()).to("cpu", DTYPES[dtype_name], copy=True)
 
 
 def _linear(weight: Tensor) -> nn.Linear:

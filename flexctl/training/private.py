@@ -121,7 +121,7 @@ def train_privately(
             if stops or checkpoints.is_due(step + 1, settings.steps):
                 checkpoints.save(step + 1, state, losses, documents.refuse_change)
             if stops:
-                raise stop.ended(step + 1, settings.steps, checkpoints)
+                raise stop.ended(stop.number, step + 1, settings.steps, checkpoints)
     sums.close()
     documents.refuse_change()
     _refuse_still(parameters, start)

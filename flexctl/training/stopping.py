@@ -38,9 +38,21 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = self.asked or signal.Signals(number)
 
-    def ended(self, step: int, steps: int, checkpoints: Checkpoints | None) -> Interrupted:
-        """Return what ends the run after ``step`` of ``steps`` steps: what is kept of it, and how to go on."""
-        kind, by = (Terminated, "SIGTERM") if self.asked == signal.SIGTERM else (Interrupted, "Ctrl-C")
+    @property
+    def number(self) -> int:
+        """Of the signal that asks the run to stop; 0 while none came."""
+        return self.asked or 0
+
+    def ended(self, number: int, step: int, steps: int, checkpoints: Checkpoints | None) -> Interrupted:
+        """Return what ends the run after ``step`` of ``steps`` steps: what is kept of it, and how to go on.
+
+        Args:
+            number: Of the signal, which another process of the run may have heard.
+            step: Steps done.
+            steps: Of all.
+            checkpoints: What may keep them.
+        """
+        kind, by = (Terminated, "SIGTERM") if number == signal.SIGTERM else (Interrupted, "Ctrl-C")
         stopped = f"stopped by {by} after step {step} of {steps}"
         if checkpoints is None or checkpoints.newest is None:
             return kind(f"{stopped}; nothing of it is kept")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flexctl.bundle.store import check_file_target
 from flexctl.model.routed import routed_layers
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 
 __all__ = ["UNTRACKED", "RowLogits", "Track", "log_beside", "tracked"]
@@ -79,7 +80,7 @@ def log_beside(target: Path) -> Path:
 
 
 @contextmanager
-def tracked(path: Path | None, name: str, *, resume: bool, reporter: Reporter) -> Iterator[Track]:
+def tracked(path: Path | None, name: str, *, resume: bool, reporter: Reporter, world: World = ALONE) -> Iterator[Track]:
     """Give what writes a run's log inside the ``with`` statement.
 
     Args:
@@ -87,9 +88,13 @@ def tracked(path: Path | None, name: str, *, resume: bool, reporter: Reporter) -
         name: Of the run, in trackio's project ``flexctl``.
         resume: Whether the run may go on.
         reporter: Hears where the log is.
+        world: The processes of the run, whose figures are the same; one writes them.
     """
     if path is None:
         yield UNTRACKED
+        return
+    if not world.is_writer:
+        yield Track((lambda _step, _figures: None,))
         return
     last = _cut(path) if resume and path.exists() else (-1, False)
     with ExitStack() as open_ones:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flexctl.errors import FlexctlError, Interrupted, UsageError
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 
 if sys.platform != "win32":
@@ -27,7 +28,7 @@ _LOCK = "lock"
 
 
 @contextmanager
-def working_folder(path: Path, reporter: Reporter) -> Iterator[Path]:
+def working_folder(path: Path, reporter: Reporter, world: World = ALONE) -> Iterator[Path]:
     """Make ``path`` for what a run needs on the way, its checkpoints in ``path``/checkpoints, and hold it.
 
     The folder is the user's alone, as text lies in it. It goes when the run is done, and when it fails with nothing
@@ -36,11 +37,17 @@ def working_folder(path: Path, reporter: Reporter) -> Iterator[Path]:
     Args:
         path: The folder; missing parents are made.
         reporter: Warned where the platform or the file system has no locks, so that nothing keeps a second run out.
+        world: The processes of the run; the writer holds it for all.
 
     Raises:
         UsageError: Another run holds it.
     """
+    if not world.is_writer:
+        world.by_writer(lambda: None)
+        yield path
+        return
     with _held(path, reporter):
+        world.by_writer(lambda: None)
         try:
             yield path
         except (FlexctlError, OSError) as error:

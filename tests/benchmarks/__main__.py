@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from flexctl.text.documents import read_documents
+from tests.benchmarks.copying import SMALL, compare
+from tests.benchmarks.sending import bench_sending
 from tests.benchmarks.serving import bench_serving
 from tests.benchmarks.showing import show
-from tests.builders import make_anchor, make_expert
+from tests.builders import make_anchor
 
 REPEATS = 5
-SIZES = {"layers": 16, "hidden": 768, "inner": 3072, "vocab": 4096, "dtype": "BF16"}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -41,38 +41,10 @@ def seconds(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def copy_and_hash(sources: list[Path], target: Path) -> None:
-    """The least that any verified merge must do: copy the bytes in the kernel and hash them once."""
-    target.mkdir(exist_ok=True)
-    for source in sources:
-        shutil.copyfile(source, target / source.name)
-        with (target / source.name).open("rb") as file:
-            hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
-        os.sync()
-
-
 def bench_merge(root: Path) -> None:
-    """Merge and remove against copying and hashing the same bytes; resident memory of both."""
-    anchor = make_anchor(root / "anchor", **SIZES)
-    names = ("code", "law", "math", "news")
-    experts = [make_expert(root / f"{name}.st", anchor, name=name, seed=i) for i, name in enumerate(names)]
-    sources = [root / "anchor" / "model.safetensors", *(expert.path for expert in experts)]
-    size = sum(source.stat().st_size for source in sources)
-    baseline = seconds(lambda: copy_and_hash(sources, root / "copied"))
-    files = [str(expert.path) for expert in experts]
-    command = ["merge", *files, "--anchor", str(root / "anchor"), "-o", str(root / "merged"), "--overwrite", "--json"]
-    merged = seconds(lambda: run(command))
-    tiny = make_anchor(root / "tiny")
-    nothing = ["merge", str(make_expert(root / "tiny.st", tiny, name="tiny").path), "--anchor", str(root / "tiny")]
-    start = seconds(lambda: run([*nothing, "-o", str(root / "tiny-merged"), "--overwrite", "--json"]))
-    show("merge / (copy + hash)", f"{(merged - start) / baseline:.2f}", f"{size / 1e6:.0f} MB, {baseline:.2f} s")
-    show("merge of a tiny model", f"{start:.2f} s", "whole process; taken off the two ratios")
-    remove = ["remove", "law", "--from", str(root / "merged"), "-o", str(root / "less"), "--overwrite", "--json"]
-    removed = seconds(lambda: run(remove))
-    show("remove one of four / (copy + hash)", f"{(removed - start) / baseline:.2f}", "the same bytes")
+    """Merge, remove, replace and verify against copying and hashing the same bytes; resident memory of each."""
+    compare(root, experts=4, sizes=SMALL)
     show("--help", f"{seconds(lambda: run(['--help'])):.2f} s", "whole process")
-    for name, arguments in (("merge", command), ("remove", remove)):
-        show(f"{name}: peak resident", f"{peak_bytes(arguments) / 1e6:.0f} MB", "limit 250 MB")
 
 
 def run(arguments: list[str]) -> None:
@@ -223,6 +195,7 @@ def bench_trace(root: Path, size_bytes: int = 100_000_000) -> None:
 
 SECTIONS = {
     "merge": bench_merge,
+    "sending": bench_sending,
     "steps": lambda _root: bench_steps(),
     "scoring": bench_scoring,
     "inference": lambda _root: bench_inference(),

@@ -8,14 +8,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from flexctl.bundle import store
 from flexctl.bundle.store import (
     check_directory_target,
-    copy_range,
     new_directory,
     new_file,
     require_space,
@@ -186,35 +184,6 @@ def test_where_directories_cannot_be_swapped_nothing_begins(tmp_path: Path, monk
         pytest.fail("the block must not run")
     assert os.listdir(tmp_path) == ["merged"]
     assert os.listdir(target) == ["flexctl.json"]
-
-
-def no_kernel_copy(*_: Any) -> int:
-    raise OSError(errno.EXDEV, "other file system")
-
-
-@pytest.mark.parametrize("kernel", [True, False])
-def test_ranges_are_copied_in_the_kernel_or_by_hand(
-    tmp_path: Path, kernel: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not kernel:
-        monkeypatch.setattr(os, "copy_file_range", no_kernel_copy, raising=False)
-    source = tmp_path / "source"
-    source.write_bytes(bytes(range(256)) * 10_000)
-    with (tmp_path / "target").open("wb") as target:
-        copy_range(source, 100, target.fileno(), 7, 2_000_000)
-    assert (tmp_path / "target").read_bytes() == bytes(7) + source.read_bytes()[100:2_000_100]
-    with (tmp_path / "target").open("wb") as target, pytest.raises(BundleError, match="source: is truncated"):
-        copy_range(source, 100, target.fileno(), 0, 2_560_000)
-
-
-def test_other_errors_of_the_kernel_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "copy_file_range", full, raising=False)
-    (tmp_path / "source").write_bytes(b"x")
-    with (tmp_path / "target").open("wb") as target, pytest.raises(OSError, match="No space left"):
-        copy_range(tmp_path / "source", 0, target.fileno(), 0, 1)
 
 
 def test_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:

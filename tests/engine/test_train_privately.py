@@ -27,9 +27,9 @@ from flexctl.engine.replace import ReplaceConfig, replace
 from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, train_expert
 from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.privacy import accounting
+from flexctl.privacy import accounting, documents
 from flexctl.runtime import SILENT, Reporter, SilentReporter
-from flexctl.text.corpus import text_digest
+from flexctl.text.inventory import text_digest
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -134,7 +134,7 @@ def test_nothing_of_the_text_is_told_but_by_noised_weights(tmp_path: Path, ancho
     run = (tmp_path / "x.run.json").read_text()
     told = [open_expert(tmp_path / "x.st").manifest_text, run, said, shown, header.decode(errors="replace")]
     text = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    secrets = [MARK, f"{COUNT}", f"{sum(len(one.encode()) for one in text)}", text_digest((corpus,), "text", 0)]
+    secrets = [MARK, f"{COUNT}", f"{sum(len(one.encode()) for one in text)}", text_digest((corpus,), "text")]
     secrets += [hashlib.sha256(corpus.read_bytes()).hexdigest()]
     numbers = r"(?<![\w.])%s(?![\w.])"
     for place in told:
@@ -467,3 +467,45 @@ def test_what_is_made_of_a_private_expert_keeps_the_claim_where_it_covers_it(
 def test_a_guarantee_on_a_gpu(tmp_path: Path, anchor: Path, corpus: Path, settings: dict[str, Any]) -> None:
     train(anchor, corpus, tmp_path / "x.st", device="cuda", **settings)
     assert verify(VerifyConfig(path=tmp_path / "x.st", anchor=anchor)).ok
+
+
+def test_documents_that_share_words_with_test_text_are_left_out_and_nobody_is_told(
+    tmp_path: Path, anchor: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is judged by itself; neither what is said nor what is written depends on whether there was one."""
+    question = "which of these ships was the first that came back from the harbour in the winter of that year"
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    write_jsonl(tmp_path / "leaking.jsonl", [*texts[:5], f"{texts[2]} {question}", *texts[5:]])
+    write_jsonl(tmp_path / "test.jsonl", [question])
+    written: list[list[list[int]]] = []
+    write = documents.Documents.write
+
+    def keeping(file: Path, framed: Any) -> Any:
+        written.append([])
+        return write(file, (written[-1].append(one.tokens.tolist()) or one for one in framed))
+
+    monkeypatch.setattr(documents.Documents, "write", keeping)
+    said = []
+    for name, data in (("plain", corpus), ("leaking", tmp_path / "leaking.jsonl")):
+        reporter = Recorder()
+        result = train(
+            anchor, data, tmp_path / f"{name}.st", reporter, name="x", decontaminate=(tmp_path / "test.jsonl",)
+        )
+        assert (result.contaminated, result.duplicates, result.near_duplicates) == (None, None, None)
+        run = json.loads((tmp_path / f"{name}.run.json").read_text())
+        said.append((reporter.said[:2], run["asked"], len(open_expert(tmp_path / f"{name}.st").manifest_text)))
+    assert written[0] == written[1]
+    assert said[0][:2] == said[1][:2]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_would_tell_of_documents_is_refused(tmp_path: Path, anchor: Path, corpus: Path, dry_run: bool) -> None:
+    for field, value, why in (
+        ("near_duplicates", True, "counts the owner's documents"),
+        ("token_cache", tmp_path / "tokens", "leaves nothing that depends on the text"),
+        ("decontaminate", (corpus,), "is the owner's text too"),
+        ("decontaminate", (corpus.parent,), "is the owner's text too"),
+    ):
+        with pytest.raises(UsageError, match=why) as refused:
+            train(anchor, corpus, tmp_path / "x.st", dry_run=dry_run, **{field: value})
+        assert refused.value.field == field

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import copy
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -114,15 +117,27 @@ def test_tokens_are_those_of_the_whole_for_any_mixture(text: str, piece: int) ->
 
 
 class Watched:
-    """A tokenizer that remembers how many characters it was given at once."""
+    """A tokenizer, and the library's own inside it, that remember how many characters they were given at once."""
 
     def __init__(self, tokenizer: Any, is_fast: bool = True) -> None:
         self._tokenizer, self.is_fast = tokenizer, is_fast
+        self.split_special_tokens, self.backend_tokenizer = tokenizer.split_special_tokens, self
         self.given: list[int] = []
 
-    def __call__(self, texts: str | list[str], **options: Any) -> Any:
+    def __call__(self, texts: list[str], **options: Any) -> Any:
         self.given.append(len("".join(texts)))
         return self._tokenizer(texts, **options)
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self.given.append(len("".join(texts)))
+        return self._tokenizer.backend_tokenizer.encode_batch_fast(texts, **options)
+
+    def encode_batch(self, texts: list[str], **options: Any) -> Any:
+        self.given.append(len("".join(texts)))
+        return self._tokenizer.backend_tokenizer.encode_batch(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer.backend_tokenizer, name)
 
 
 def test_a_tokenizer_is_given_no_more_than_a_piece_at_once() -> None:
@@ -133,13 +148,68 @@ def test_a_tokenizer_is_given_no_more_than_a_piece_at_once() -> None:
     assert len(watched.given) < len(texts)
 
 
-def test_a_batch_waits_for_no_more_text_than_it_takes() -> None:
+def test_a_batch_waits_for_no_more_text_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     def documents() -> Iterator[str]:
         yield "a" * 900
         yield "b" * 900
         raise AssertionError("read too far")
 
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert next(encoded(TOKENIZERS["ours"], documents(), piece=1000))[0] == "a" * 900
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_tokens_and_their_order_are_those_of_one_thread(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Long texts between short ones take longest, and come where they stand."""
+    texts = [PROSE[:50], PROSE * 3, *PROSE.split("\n")[:150], PROSE, "", PROSE[:7]]
+    alone = list(encoded(TOKENIZERS["ours"], texts, piece=1000))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    together = list(encoded(TOKENIZERS["ours"], texts, piece=1000))
+    assert [text for text, _ in together] == texts
+    assert [ids.tolist() for _, ids in together] == [ids.tolist() for _, ids in alone]
+
+
+def test_threads_work_at_once_and_read_no_further_than_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches meet inside the tokenizer, which one after the other would not; nobody waits for all of the text."""
+    both = threading.Barrier(2, timeout=10)
+    read: list[int] = []
+
+    class Meeting(Watched):
+        def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+            both.wait()
+            return super().encode_batch_fast(texts, **options)
+
+    def documents() -> Iterator[str]:
+        for number in range(20):
+            read.append(number)
+            yield "a" * 900
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = encoded(Meeting(TOKENIZERS["ours"]), documents(), piece=1000)
+    next(found)
+    assert len(read) <= 4
+    assert sum(1 for _ in found) == 19
+
+
+def test_an_error_in_the_text_ends_the_work_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def documents() -> Iterator[str]:
+        yield from ["a" * 900] * 5
+        raise OSError("no more")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="no more"):
+        list(encoded(TOKENIZERS["ours"], documents(), piece=1000))
+    assert threading.active_count() == before
+
+
+def test_what_a_tokenizer_would_cut_or_pad_is_whole() -> None:
+    cutting = copy.deepcopy(TOKENIZERS["ours"])
+    cutting.backend_tokenizer.enable_truncation(3)
+    cutting.backend_tokenizer.enable_padding(length=9)
+    assert [ids.tolist() for _, ids in encoded(cutting, ["a", PROSE])] == [
+        whole(TOKENIZERS["ours"], text) for text in ("a", PROSE)
+    ]
 
 
 def test_a_slow_tokenizer_takes_texts_whole() -> None:

@@ -1,0 +1,139 @@
+"""Models of which every process has a part: PyTorch's FSDP2 over the layers, each filled from its own rows on disk.
+
+A matrix's rows lie in equal parts with the processes. A layer's frozen weights are one group that is gathered when the
+layer runs, the trained expert's another, so that gradients are summed, and optimiser state kept, for it alone. The
+embedding, the last norm, the head and the router rows are whole everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexctl.families import PROJECTIONS
+from flexctl.model.norms import fuse_norms
+from flexctl.model.tensors import RawBytes, rows_of, to_torch
+from flexctl.processes import World
+
+__all__ = ["local_rows", "network_of_rows", "rows_like", "shard_frozen", "shard_trained", "trained_copy", "whole"]
+
+
+def shard_frozen(model: Any, tensors: Mapping[str, RawBytes], *, device: torch.device, world: World) -> None:
+    """Fill a routed model that is on the meta device; of layers, this process reads its rows alone.
+
+    Args:
+        model: As from ``route``, its routers already where they run.
+        tensors: By the model's names.
+        device: Where it runs.
+        world: The processes.
+    """
+    base = model.model
+    base.rotary_emb = type(base.rotary_emb)(config=model.config).to(device)
+    dtype = model.dtype
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        if name in tensors and not name.startswith("model.layers."):
+            _assign(model, name, to_torch(tensors[name]).to(device, dtype))
+    if "lm_head.weight" not in tensors:
+        model.lm_head.weight = base.embed_tokens.weight
+    fuse_norms(model)
+    for index, layer in enumerate(base.layers):
+        router = layer.mlp.router
+        layer.mlp.router = None
+        _shard(layer, world, set())
+        layer.to_empty(device=device)
+        layer.mlp.router = router.to(device)
+        prefix = f"model.layers.{index}."
+        _fill(
+            layer, world, {name.removeprefix(prefix): raw for name, raw in tensors.items() if name.startswith(prefix)}
+        )
+    whole_ones = {value for name, value in model.named_parameters() if not hasattr(value, "full_tensor")}
+    _shard(base, world, whole_ones)
+
+
+def trained_copy(public: Any, *, device: torch.device, world: World) -> nn.Module:
+    """Return a feed-forward network in float32 that trains and begins as a sharded one; rows lie where its rows do."""
+    runs_in = public.gate_proj.weight.dtype
+    with torch.device("meta"):
+        network: nn.Module = type(public)(public.config).float()
+    shard_trained(network, runs_in=runs_in, world=world)
+    network.to_empty(device=device)
+    with torch.no_grad():
+        for own, theirs in zip(network.parameters(), public.parameters(), strict=True):
+            local_rows(own).copy_(local_rows(theirs))
+    return network
+
+
+def shard_trained(network: nn.Module, *, runs_in: torch.dtype, world: World) -> None:
+    """Shard a feed-forward network by itself, all but what does not train; its products are in ``runs_in``."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    frozen = {parameter for parameter in network.parameters() if not parameter.requires_grad}
+    policy = MixedPrecisionPolicy(param_dtype=runs_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    _shard(network, world, frozen, mp_policy=policy)
+
+
+def network_of_rows(public: Any, rows: Mapping[str, Tensor], *, world: World) -> nn.Module:
+    """Return a frozen feed-forward network of a sharded one's kind, of which this process has some rows.
+
+    Args:
+        public: The other.
+        rows: By projection, this process's rows, on the device and in the dtype that it runs in.
+        world: The processes.
+    """
+    like = next(iter(rows.values()))
+    with torch.device("meta"):
+        network: nn.Module = type(public)(public.config).to(like.dtype).requires_grad_(False)
+    _shard(network, world, set())
+    network.to_empty(device=like.device)
+    for projection in PROJECTIONS:
+        local_rows(getattr(network, projection).weight).copy_(rows[projection])
+    return network
+
+
+def local_rows(tensor: Any) -> Tensor:
+    """Return the rows of a tensor that this process has; of one that is not sharded, all."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def rows_like(parameter: Any, tensor: Tensor, world: World) -> Tensor:
+    """Return of a tensor of a parameter's shape what this process has of the parameter; any other as it is."""
+    if tensor.shape != parameter.shape or not hasattr(parameter, "to_local") or hasattr(tensor, "to_local"):
+        return tensor
+    mine = torch.empty_like(parameter, requires_grad=False)
+    first, last = world.rows(len(tensor))
+    local_rows(mine).copy_(tensor[first:last])
+    return mine
+
+
+def whole(tensor: Any) -> Tensor:
+    """Return all rows of a tensor, from all processes that have some."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
+def _shard(module: nn.Module, world: World, ignored: set[Any], **how: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    sharded: Any = fully_shard(module, mesh=world.mesh, reshard_after_forward=True, ignored_params=ignored, **how)
+    # Gradients are of a sum over all rows, so that they add up; FSDP would give their mean.
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, world: World, tensors: Mapping[str, RawBytes]) -> None:
+    """Give a layer's matrices this process's rows of what is on disk."""
+    for name, parameter in module.named_parameters():
+        if not hasattr(parameter, "to_local"):
+            continue
+        first, last = world.rows(parameter.shape[0])
+        local_rows(parameter).copy_(rows_of(tensors[name.replace(".experts.0.", ".")], first, last))
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, nn.Parameter(value, requires_grad=False))

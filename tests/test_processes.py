@@ -1,0 +1,278 @@
+"""Several processes do what one does. One run of two, which torchrun starts, does all that is looked at here."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharing
+import torch
+
+from flexctl.bundle import open_anchor, open_expert
+from flexctl.errors import UsageError
+from flexctl.model.tensors import to_torch
+from flexctl.processes import ALONE, Joined, World, launched
+from flexctl.runtime import SilentReporter
+
+TESTS = Path(__file__).parent
+LOSS = 1e-5
+"""Of a loss, relative, by how much several processes may differ from one in float32: they sum in another order."""
+
+WEIGHT = 1e-4
+"""Of a weight after some steps at a rate of 0.01: AdamW divides by a gradient's size, and with it what was rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What two processes found, and what their launcher said when one of them had failed."""
+
+    folder: Path
+    first: dict[str, Any]
+    second: dict[str, Any]
+    code: int
+    said: str
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, anchor: Path, texts: Any) -> Found:
+    folder = tmp_path_factory.mktemp("shared")
+    sharing.kill_a_run(ALONE, folder / "killed by one")
+    # What is scored here must not be taken from what one process has scored.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launcher, TESTS / "sharing.py", folder, checkpoint, anchor, texts.code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (folder / "found-0.pt").exists(), ended.stderr
+    first, second = (torch.load(folder / f"found-{rank}.pt") for rank in range(2))
+    return Found(folder, first, second, ended.returncode, ended.stderr)
+
+
+def assert_close(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    assert one["losses"] == pytest.approx(other["losses"], rel=LOSS)
+    assert one["held_out"] == pytest.approx(other["held_out"], rel=LOSS)
+    assert set(one["tensors"]) == set(other["tensors"])
+    for name, tensor in one["tensors"].items():
+        assert torch.allclose(tensor, other["tensors"][name], rtol=0, atol=WEIGHT), name
+
+
+@pytest.mark.parametrize("case", sharing.CASES)
+def test_two_processes_train_what_one_trains(found: Found, case: str, one_thread: int) -> None:
+    assert one_thread == 1
+    alone = sharing.train_pair(ALONE, **sharing.CASES[case])
+    assert_close(found.first[case], alone)
+    assert found.second[case]["losses"] == found.first[case]["losses"]
+    assert found.second[case]["tensors"] == {}
+    for each in (found.first, found.second, {case: alone}):
+        assert each[case]["moved"] == []
+
+
+def test_no_process_reads_more_of_a_layer_than_its_part(found: Found) -> None:
+    for each in (found.first, found.second):
+        read = each["full"]["read"]
+        layers = {name for name in read if ".layers." in name or name.startswith("layers.")}
+        assert len(layers) == 2 * 11
+        assert {read[name] for name in layers} == {0.5}
+        assert {read[name] for name in set(read) - layers} == {1.0}
+
+
+def test_a_run_that_two_began_one_goes_on_with(found: Found, tmp_path: Path) -> None:
+    folder = found.folder / "killed by several"
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-0000000{step}.shards" for step in (1, 2)]
+    folder = shutil.copytree(folder, tmp_path / "one")
+    assert_close(sharing.go_on(ALONE, folder), found.first["low-rank"])
+
+
+def test_a_run_that_one_began_two_go_on_with(found: Found) -> None:
+    assert_close(found.first["gone on"], found.first["low-rank"])
+
+
+def test_as_many_processes_that_go_on_make_the_same_bits(found: Found) -> None:
+    again, straight = found.first["gone on by as many"], found.first["low-rank"]
+    assert again["losses"] == straight["losses"]
+    assert all(torch.equal(tensor, straight["tensors"][name]) for name, tensor in again["tensors"].items())
+
+
+def test_a_part_that_is_broken_breaks_its_checkpoint(found: Found, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(found.folder / "killed by several", folder)
+    newest = folder / "checkpoint-00000002.shards"
+    os.truncate(newest / "__1_0.distcp", 100)
+    warnings: list[str] = []
+
+    class Listener(SilentReporter):
+        def warn(self, text: str, /) -> None:
+            warnings.append(text)
+
+    assert_close(sharing.go_on(ALONE, folder, Listener()), found.first["low-rank"])
+    assert warnings == ["checkpoint-00000002.shards is broken and is passed over"]
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-0000000{n}.safetensors" for n in (2, 3)]
+
+
+def test_the_command_makes_one_file_and_one_process_speaks(
+    found: Found, tmp_path: Path, anchor: Path, texts: Any
+) -> None:
+    code, said, errors = sharing.train_expert(anchor, texts.code, tmp_path / "alone.st")
+    assert (code, errors) == (0, "")
+    alone, shared = json.loads(said), json.loads(found.first["train-expert"][1])
+    assert found.first["train-expert"][0] == 0
+    assert found.second["train-expert"] == (0, "", "")
+    for name in ("tokens", "public_tokens", "steps", "bytes_written", "frozen_verified"):
+        assert shared[name] == alone[name]
+    assert shared["final_loss"] == pytest.approx(alone["final_loss"], rel=LOSS)
+    for part in ("own", "public"):
+        assert shared["held_out"][part] == pytest.approx(alone["held_out"][part], rel=LOSS)
+    one, other = open_expert(tmp_path / "alone.st"), open_expert(found.folder / "shared.st")
+    assert one.manifest.training["batch_size"] == other.manifest.training["batch_size"]
+    for name in one.spans:
+        assert torch.allclose(to_torch(one.tensor(name)), to_torch(other.tensor(name)), rtol=0, atol=WEIGHT), name
+    logs = [
+        (path / name).read_text().splitlines()
+        for path, name in ((tmp_path, "alone.track.jsonl"), (found.folder, "shared.track.jsonl"))
+    ]
+    for line, theirs in zip(*logs, strict=True):
+        mine, others = ({k: v for k, v in json.loads(each).items() if k != "tokens_per_s"} for each in (line, theirs))
+        assert mine == pytest.approx(others, rel=1e-4)
+
+
+def test_two_processes_score_what_one_scores(found: Found, anchor: Path, texts: Any) -> None:
+    code, said, _ = sharing.evaluate(anchor, texts.code, found.folder / "shared.st")
+    alone, shared = json.loads(said), json.loads(found.first["evaluate"][1])
+    assert (code, found.first["evaluate"][0], found.second["evaluate"]) == (0, 0, (0, "", ""))
+    assert shared["perplexity"]["x"] == pytest.approx(alone["perplexity"]["x"], rel=1e-6)
+    assert shared["routing"]["x"] == pytest.approx(alone["routing"]["x"], rel=1e-6)
+    assert (shared["digest"], shared["data"]) == (alone["digest"], alone["data"])
+
+
+def test_two_processes_calibrate_what_one_calibrates(
+    found: Found, tmp_path: Path, checkpoint: Path, texts: Any
+) -> None:
+    code, said, _ = sharing.init_anchor(checkpoint, texts.code, tmp_path / "alone")
+    alone, shared = json.loads(said), json.loads(found.first["init-anchor"][1])
+    assert (code, found.first["init-anchor"][0], found.second["init-anchor"]) == (0, 0, (0, "", ""))
+    assert shared["constant_std"] == pytest.approx(alone["constant_std"], rel=1e-4)
+    one, other = open_anchor(tmp_path / "alone"), open_anchor(found.folder / "shared-anchor")
+    for name, raw in one.router_space().items():
+        mine, theirs = (to_torch(each) for each in (raw, other.router_space()[name]))
+        if name.endswith("factor"):  # its rows may have either sign
+            mine, theirs = mine.T @ mine, theirs.T @ theirs
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5), name
+
+
+def test_what_is_wrong_for_all_the_first_process_says(found: Found) -> None:
+    code, said, errors = found.first["exists"]
+    assert (code, said) == (2, "")
+    assert "shared.st exists already" in json.loads(errors)["error"]["message"]
+    assert found.second["exists"] == (2, "", "")
+
+
+def test_a_command_of_one_process_refuses_two(found: Found) -> None:
+    code, said, errors = found.first["merge"]
+    assert (code, said) == (2, "")
+    assert errors.splitlines()[0] == "error: merge runs in one process; WORLD_SIZE is 2"
+    assert found.second["merge"] == (2, "", "")
+
+
+def test_a_process_that_fails_alone_says_so_in_one_line_and_ends_all(found: Found) -> None:
+    assert found.code != 0
+    told = [line for line in found.said.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert told[0].startswith("error: process 1: ")
+    assert "nowhere" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
+    ],
+)
+def test_a_launcher_that_says_nonsense_is_refused(
+    given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        launched()
+
+
+def test_processes_that_nobody_brings_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match="MASTER_ADDR is not set"), Joined("cpu"):
+        pass
+
+
+def test_a_device_of_several_processes_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="cuda:1 is one GPU"), Joined("cuda:1"):
+        pass
+
+
+@pytest.mark.parametrize("command", ["train-expert --dp-epsilon 8 --dp-documents 40", "evaluate --tasks x.jsonl"])
+def test_what_one_process_does_is_refused_to_two(command: str, anchor: Path, texts: Any, monkeypatch: Any) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Joined, "__enter__", lambda _: ALONE)
+    code, said, errors = sharing.run(*command.split(), "--data", texts.code, "--anchor", anchor)
+    assert (code, said) == (2, "")
+    assert "in one process; WORLD_SIZE is 2" in errors
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 2), (5, 2), (1, 3), (7, 3), (2, 4)])
+def test_parts_have_like_sizes_and_every_row_once(count: int, size: int) -> None:
+    rows = torch.arange(10, 10 + count)
+    parts = []
+    for rank in range(size):
+        world = World()
+        world.rank, world.size = rank, size
+        parts.append(world.part(count))
+    assert len({len(part.numbers) for part in parts}) == 1
+    assert torch.cat([part.of(rows)[: part.real] for part in parts]).tolist() == rows.tolist()
+    for part in parts:
+        marked = part.marked(torch.ones(count, dtype=torch.bool))
+        weights = part.weights(3)
+        assert int(marked.sum()) == part.real
+        assert weights is None or weights.sum() == 3 * part.real
+
+
+def test_one_process_imports_nothing_distributed(
+    anchor: Path, texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself: Transformers imports FSDP at its own top."""
+    real, wanted = builtins.__import__, []
+
+    def watched(name: str, names: Any = None, local: Any = None, parts: Any = (), level: int = 0) -> Any:
+        full = {name, *(f"{name}.{part}" for part in parts or ())}
+        if (names or {}).get("__name__", "").startswith("flexctl"):
+            wanted.extend(each for each in full if each.startswith("torch.distributed"))
+        return real(name, names, local, parts, level)
+
+    monkeypatch.setattr(builtins, "__import__", watched)
+    assert sharing.train_expert(anchor, texts.code, tmp_path / "x.st")[0] == 0
+    assert wanted == []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match="MASTER_ADDR"), Joined("cpu"):
+        pass
+    assert "torch.distributed" in wanted
