@@ -398,6 +398,24 @@ def test_closed_streams_go_nowhere_and_change_nothing_else(
         assert partly.stderr == ("" if 2 in closed else whole.stderr)
 
 
+def test_control_c_while_the_interpreter_ends_says_nothing() -> None:
+    presses = "import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT)"
+    process = start(f"{presses}; return Result(text='done')")
+    assert process.communicate() == ("text  done\n", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="deletes the folder that it is in")
+@pytest.mark.parametrize("arguments", ["list", "inspect nowhere", "verify /nowhere --json"])
+def test_in_a_folder_that_was_deleted_it_says_so(tmp_path: Path, arguments: str) -> None:
+    (tmp_path / "gone").mkdir()
+    line = ["sh", "-c", f'rmdir "$PWD"; "$0" -m flexctl {arguments}', sys.executable]
+    done = subprocess.run(line, cwd=tmp_path / "gone", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the folder that you are in is gone" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_control_c_is_exit_code_130() -> None:
     # A parent that ignores the signal, as a shell's background does, hands that down.
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"

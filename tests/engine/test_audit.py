@@ -21,6 +21,7 @@ from flexctl.bundle.codec import encode
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.merged import open_merged
+from flexctl.cli.app import main
 from flexctl.engine.audit import AuditConfig, AuditResult, audit
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
@@ -190,6 +191,12 @@ def test_gone_is_what_a_signed_record_proves(
         assert (answers.gone.date, answers.gone.signers) == ("2026-03-01", "hub (trusted without end)")
         assert (answers.gone.before, answers.gone.after) == (open_merged(case.merged).digest, open_merged(left).digest)
         assert answers.gone.is_left
+    later = in_empty_folder / "later"
+    remove(RemoveConfig(names=("code",), source=left, output=later))
+    with pytest.raises(BundleError, match=r"signed: .*later/flexctl.sig: is missing: nobody signed this"):
+        case.audit(**{**asked, "removed_from": later})
+    assert main(["sign", str(later), "--key", str(key), "-q"]) == 0
+    case.audit(**{**asked, "removed_from": later})
     shutil.copy("law.removed.json", "code.removed.json")
     with pytest.raises(UsageError, match=r"code.removed.json is about law, .* audited is code, "):
         case.audit(**asked, name="code")
