@@ -72,9 +72,13 @@ def find(start: Path | None = None) -> Workspace:
     Without such a file the places have their usual names beneath ``start``.
 
     Raises:
-        UsageError: The file cannot be read, is not TOML, or has an unknown table or key.
+        UsageError: The file cannot be read, is not TOML, or has an unknown table or key; or the current directory was
+            deleted.
     """
-    start = Path.cwd() if start is None else Path(start).absolute()
+    try:
+        start = Path(start or "").absolute()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that you are in is gone", hint="go to another: cd") from error
     root = next((folder for folder in (start, *start.parents) if (folder / FILE_NAME).is_file()), None)
     tables = {} if root is None else _read(root / FILE_NAME)
     root = root or start

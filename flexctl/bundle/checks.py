@@ -75,7 +75,7 @@ def check_bundle(
     except BundleError as error:
         return None, [Check(name="structure", ok=False, detail=error.message)]
     if absent and not isinstance(bundle, Merged):
-        raise UsageError(f"{path} is no merged model but an {bundle.manifest.kind}", field="absent")
+        raise UsageError(f"{path} is no merged model but an {bundle.manifest.kind}")
     checks = [
         Check(name="structure", ok=True, detail=f"{bundle.manifest.kind}: manifest, digest and headers agree"),
         _check(
@@ -99,7 +99,7 @@ def check_bundle(
 
 def _check_index(path: Path, absent: Mapping[str, Expert | None], advance: Advance) -> tuple[str | None, list[Check]]:
     if absent:
-        raise UsageError(f"{path} is no merged model but an index", field="absent")
+        raise UsageError(f"{path} is no merged model but an index")
     try:
         manifest = open_index(path).manifest
     except BundleError as error:

@@ -46,7 +46,7 @@ _counter = itertools.count()
 # The most that a sibling's name, and that of NAME.run.json, has beyond the target's.
 _AFFIX = "-" * 40
 _MAKE = os.W_OK | os.X_OK
-_EXISTS = "give another `output`, or `overwrite` to replace it"
+_EXISTS = "give another place, or `overwrite` to replace it"
 _ELSEWHERE = "choose another place or name with `output`"
 # A full disk, a full quota, a file larger than is allowed.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -185,6 +185,8 @@ def check_directory_target(path: Path, *, kind: str, overwrite: bool) -> Path:
     for item in sorted(target.iterdir()):
         if item.is_dir() or not any(fnmatch.fnmatchcase(item.name, pattern) for pattern in known):
             raise UsageError(f"{item}: would be deleted with the bundle that is replaced", hint="move it away first")
+    if target == Path(os.path.realpath(os.curdir)):
+        raise UsageError(f"{target}: is the folder that you are in, and would be replaced", hint="cd .. first")
     if not _may_have_siblings(target):
         raise UsageError(f"{target}: is a mount point, which cannot be replaced in one step", hint=_ELSEWHERE)
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -54,7 +55,10 @@ def run() -> None:
         # A model's text and a user's file names hold characters that not every terminal has.
         cast(TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     cast(TextIOWrapper, sys.stdin).reconfigure(errors="replace")
-    sys.exit(main())
+    code = main()
+    # All is done: who presses Ctrl-C again would only see how an interpreter ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _open_closed_streams() -> None:

@@ -71,7 +71,10 @@ def amount(value: float, unit: str) -> str:
 
 def local(text: str) -> str:
     """Return text whose paths are as the user would type them here: relative below the current directory."""
-    here = re.escape(str(Path.cwd()) + os.sep)
+    try:
+        here = re.escape(str(Path.cwd()) + os.sep)
+    except FileNotFoundError:  # it was deleted
+        return text
     return re.sub(rf"(?<![^\s'\"(]){here}", "", text)
 
 

@@ -180,7 +180,7 @@ def _init_anchor(config: InitAnchorConfig, world: World, reporter: Reporter) -> 
     _refuse_bad_settings(config, target, exists=ends)
     if world.is_writer:
         training.refuse_busy(work_path)
-    log = training.log_beside(target) if config.track else None
+    log = training.log_beside(target, [*config.data, *config.calibrate]) if config.track else None
     config = replace(config, data=text.pinned(config.data))
     # What the writer has fetched, the others find.
     source = world.writer_first(lambda: _source_directory(config))
@@ -194,7 +194,7 @@ def _init_anchor(config: InitAnchorConfig, world: World, reporter: Reporter) -> 
         return _planned(config, target, source)
     with (
         training.working_folder(work_path, reporter, world) as work,
-        training.tracked(log, _name(config), resume=config.resume, reporter=reporter, world=world) as track,
+        training.tracked(log, _name(config), work, resume=config.resume, reporter=reporter, world=world) as track,
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)

@@ -254,7 +254,7 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
     _refuse_bad_settings(config, base.anchor, target, exists=ends)
     if world.is_writer:
         training.refuse_busy(work_path)
-    log = training.log_beside(target) if config.track else None
+    log = training.log_beside(target, _texts(config)) if config.track else None
     plan = planned(config, base.anchor)
     canaries, made = text.CanaryFolder.beside(target), text.CanaryFolder(work_path / "canaries")
     in_place = ends and not made.left_out.is_file()
@@ -279,7 +279,7 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
         return task.result(digest=None, tokens=0, public_tokens=0, steps=0, rank=config.rank, dry_run=True)
     with (
         training.working_folder(work_path, reporter, world) as work,
-        training.tracked(log, name, resume=config.resume, reporter=reporter, world=world) as track,
+        training.tracked(log, name, work, resume=config.resume, reporter=reporter, world=world) as track,
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
@@ -291,6 +291,10 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
         result = world.by_writer(lambda: _written(task, trained, {**asked, "text": trained.told.digest}))
         world.by_writer(lambda: text.hand_over(made, canaries))
         return result
+
+
+def _texts(config: TrainExpertConfig) -> list[Path]:
+    return [*config.data, *([config.public] if config.public else [])]
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:

@@ -177,7 +177,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
     work_path = place_of_work(target, "tuning")
     _refuse_bad_settings(config)
     training.refuse_busy(work_path)
-    log = training.log_beside(target) if config.track else None
+    log = training.log_beside(target, [config.public] if config.public else []) if config.track else None
     asked = _asked(task)
     if config.resume and (found := _finished(config, target, asked)):
         training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
@@ -189,7 +189,7 @@ def tune_router(config: TuneRouterConfig, reporter: Reporter = SILENT) -> TuneRo
         return task.result(digest=None, dry_run=True)
     with (
         training.working_folder(work_path, reporter) as work,
-        training.tracked(log, target.name, resume=config.resume, reporter=reporter) as track,
+        training.tracked(log, target.name, work, resume=config.resume, reporter=reporter) as track,
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="merged", overwrite=config.overwrite)

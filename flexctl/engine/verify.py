@@ -13,7 +13,7 @@ from flexctl.bundle.checks import Check
 from flexctl.bundle.expert import Expert, open_expert
 from flexctl.bundle.merged import Merged
 from flexctl.bundle.opening import open_bundle
-from flexctl.bundle.signatures import Envelope, signature_path
+from flexctl.bundle.signatures import Envelope
 from flexctl.errors import BundleError, UsageError
 from flexctl.options import MODEL, Config, flag
 from flexctl.runtime import SILENT, Reporter
@@ -105,9 +105,7 @@ def verify(config: VerifyConfig, reporter: Reporter = SILENT, *, today: datetime
         absent=_absents(config, told, reporter),
     )
     if digest is not None and trust is not None:
-        # Of the model that was left, the record itself is a signature.
-        if told is None or digest != told[0].after or signature_path(path).exists():
-            checks += signature_checks(path, trust)
+        checks += signature_checks(path, trust, left_by=told[0] if told else None)
         if told is not None:
             checks.append(_recorded(path, config.record, told, trust))
     shown = str(hub.parse(config.path)) if hub.is_remote(config.path) else path

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl import cache
+from flexctl.errors import FlexctlError
 from flexctl.model.batching import of_like_length
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
@@ -166,6 +167,9 @@ def held_out_losses(
         seq_len: Window length.
         reporter: Hears of progress.
         world: As for ``score_documents``.
+
+    Raises:
+        FlexctlError: A loss is not finite.
     """
     return {name: _loss(model, name, documents, seq_len, reporter, world) for name, documents in parts.items()}
 
@@ -180,7 +184,7 @@ def _loss(
 ) -> float:
     windows = sum(-(-(len(document.tokens) - 1) // seq_len) for document in documents)
     with reporter.progress(f"scoring held-out text, {name}", windows, "windows") as bar:
-        return score_documents(
+        loss = score_documents(
             model,
             documents,
             seq_len=seq_len,
@@ -188,6 +192,12 @@ def _loss(
             scored=lambda windows, _: bar.advance(windows),
             world=world,
         ).nll
+    if not math.isfinite(loss):
+        raise FlexctlError(
+            f"the loss on held-out text, {name}, is {loss}",
+            hint="if the model was being trained, try a lower learning rate; else its weights are broken",
+        )
+    return loss
 
 
 class _Window(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flexctl.errors import BundleError, UsageError
+from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.model.batching import of_like_length
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
@@ -151,6 +151,10 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = A
         model: As from ``model.building.build_model``.
         batches: Token ids, (B, S), int64.
         world: The processes that share the work; each takes its part of every batch, and all get the whole.
+
+    Raises:
+        BundleError: There is no text.
+        FlexctlError: The model computes what is not finite.
     """
     blocks = routed_layers(model)
     hidden = blocks[0].router.public.shape[1]
@@ -174,7 +178,13 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = A
             count += len(batch) * (shape[1] - 1)
     if count == 0:
         raise BundleError("there is no public text to measure router inputs on", hint="give more text")
-    return InputStatistics(count=count, mean=world.sum(mean) / count, second=world.sum(second) / count)
+    found = InputStatistics(count=count, mean=world.sum(mean) / count, second=world.sum(second) / count)
+    if not found.second.isfinite().all():
+        raise FlexctlError(
+            "what routers are given on public text is not finite",
+            hint="if the model was trained just now, try a smaller `lr`; else its weights are broken",
+        )
+    return found
 
 
 def fit_space(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> RouterSpace:

@@ -12,6 +12,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.runtime import Reporter
 from flexctl.steps.sources import localise
 from flexctl.steps.trusting import TrustConfig, trust_of
+from flexctl.trust.checks import signature_checks
 from flexctl.trust.records import Absence, prove_record, read_record, record_path
 
 __all__ = ["AbsenceConfig", "refuse_unproven", "show_absence"]
@@ -48,7 +49,8 @@ def show_absence(
 ) -> Absence | None:
     """Return what the record beside the model that was left proves; None where no such model is given.
 
-    The model is hashed, every byte, and must hold what its format promises.
+    The model is hashed, every byte, and must hold what its format promises. One that was made from the model that was
+    left must be signed itself.
 
     Args:
         config: Where it is, and whom to trust.
@@ -87,7 +89,8 @@ def show_absence(
             today=None,
             advance=progress.advance,
         )
-    for check in checks:
+    hint = f"flexctl verify {path} --record {place} --trust {config.trust} tells all"
+    for check in (*checks, *signature_checks(path, trust, left_by=record)):
         if not check.ok:
-            raise BundleError(f"{path}: {check.name}: {check.detail}", hint=f"flexctl verify {path} tells all")
+            raise BundleError(f"{path}: {check.name}: {check.detail}", hint=hint)
     return prove_record(merged, place, record, envelope, trust)

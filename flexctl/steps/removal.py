@@ -146,7 +146,7 @@ def recorder(
     if not config.tombstone:
         hint = "give `tombstone`: later versions of the model show by it that they descend from this one"
         raise UsageError("signs a record, which needs a tombstone", hint=hint, field="key")
-    if config.reason is None:
+    if config.reason is None or not config.reason.strip():
         raise UsageError("signs a record, which says why", hint="give `reason`", field="key")
     for name in names:
         check_file_target(record_path(target, name), overwrite=config.overwrite)

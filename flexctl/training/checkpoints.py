@@ -56,6 +56,14 @@ class TrainingState:
             found |= {f"{i}.{name}": value for name, value in self.optimiser.state[parameter].items()}
         return found
 
+    def takes(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether every parameter is among ``tensors``, in its shape."""
+        found = [tensors.get(f"{i}.parameter") for i in range(len(self.parameters))]
+        return all(
+            kept is not None and kept.shape == parameter.shape
+            for kept, parameter in zip(found, self.parameters, strict=True)
+        )
+
     def load(self, tensors: Mapping[str, Tensor], world: World = ALONE) -> None:
         """Take everything back, in place; of a parameter that is sharded, this process's rows."""
         if "random" in tensors:
@@ -132,6 +140,9 @@ class Checkpoints:
                 self._reporter.warn(f"{path.name} is broken and is passed over")
                 continue
             self._refuse_other_settings(path, about["settings"])
+            if path.suffix == _FILE and not state.takes(tensors):
+                self._reporter.warn(f"{path.name} is of another version of flexctl and is passed over")
+                continue
             state.load(tensors, self._world)
             self.newest = len(about["losses"])
             self._reporter.note(f"going on after step {len(about['losses'])} ({path.name})")
@@ -223,12 +234,14 @@ def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], 
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return what a checkpoint is of, and its tensors; None where it is not whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["run"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = {"settings": dict(about["settings"]), "losses": list(about["losses"])}
+        return (found, tensors) if tensors_digest(tensors) == about["sha256"] else None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         return None
-    return (about, tensors) if tensors_digest(tensors) == about["sha256"] else None

@@ -8,6 +8,7 @@ Shapes: B rows of a micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -144,6 +145,9 @@ def gradient_norm(
         documents: Public documents, no empty row among them.
         settings: As for ``train_privately``.
         match: Likewise.
+
+    Raises:
+        FlexctlError: It is not finite.
     """
     parameters = [parameter for group in groups for parameter in group.parameters]
     start = [parameter.detach().clone() for parameter in parameters]
@@ -158,7 +162,10 @@ def gradient_norm(
     sums.close()
     for parameter, before in zip(parameters, start, strict=True):
         parameter.data.copy_(before)
-    return float(torch.cat(norms).median())
+    median = float(torch.cat(norms).median())
+    if not math.isfinite(median):
+        raise FlexctlError(f"the clip that public text gives is {median}", hint="try a smaller `lr`")
+    return median
 
 
 def _own_gradients(

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flexctl.bundle.codec import parse_json
 from flexctl.bundle.store import check_file_target
+from flexctl.errors import BundleError, UsageError
 from flexctl.model.routed import routed_layers
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
+from flexctl.training.work import has_checkpoints
 
 __all__ = ["UNTRACKED", "RowLogits", "Track", "log_beside", "tracked"]
 
@@ -69,24 +72,38 @@ class Track:
 UNTRACKED = Track()
 
 
-def log_beside(target: Path) -> Path:
+def log_beside(target: Path, texts: Iterable[Path]) -> Path:
     """Return where the log of what is made at ``target`` belongs: NAME.track.jsonl beside it.
 
+    Args:
+        target: What is made.
+        texts: Files and folders that are read: a log among them would be text when the run goes on.
+
     Raises:
-        UsageError: Nothing can be written there.
+        UsageError: Nothing can be written there, or it would be read as text.
     """
     place = Path(os.path.realpath(target))
-    return check_file_target(place.with_name(f"{place.name.removesuffix('.st')}.track.jsonl"), overwrite=True)
+    log = check_file_target(place.with_name(f"{place.name.removesuffix('.st')}.track.jsonl"), overwrite=True)
+    if log.is_fifo():
+        raise UsageError(f"{log}: is a pipe; expected a file to write", field="track")
+    for path in texts:
+        if Path(os.path.realpath(path)) in (log, *log.parents):
+            hint = "choose another place with `output`"
+            raise UsageError(f"{log} would be among the text of {path}", hint=hint, field="track")
+    return log
 
 
 @contextmanager
-def tracked(path: Path | None, name: str, *, resume: bool, reporter: Reporter, world: World = ALONE) -> Iterator[Track]:
+def tracked(
+    path: Path | None, name: str, work: Path, *, resume: bool, reporter: Reporter, world: World = ALONE
+) -> Iterator[Track]:
     """Give what writes a run's log inside the ``with`` statement.
 
     Args:
-        path: The log; None for none. Gone on with under ``resume``, else begun anew.
+        path: The log; None for none. Gone on with where the run goes on, else begun anew.
         name: Of the run, in trackio's project ``flexctl``.
-        resume: Whether the run may go on.
+        work: Its working folder: where that holds no checkpoint, no run goes on.
+        resume: Whether it may.
         reporter: Hears where the log is.
         world: The processes of the run, whose figures are the same; one writes them.
     """
@@ -96,6 +113,7 @@ def tracked(path: Path | None, name: str, *, resume: bool, reporter: Reporter, w
     if not world.is_writer:
         yield Track((lambda _step, _figures: None,))
         return
+    resume = resume and has_checkpoints(work)
     last = _cut(path) if resume and path.exists() else (-1, False)
     with ExitStack() as open_ones:
         sinks: list[Sink] = [_Lines(path, open_ones, resume=resume, reporter=reporter)]
@@ -166,13 +184,21 @@ class _Lines:
 def _cut(path: Path) -> tuple[int, bool]:
     """Return where a log ends, as ``Track`` has it, and cut off a last line that was not finished."""
     last, end = (-1, False), 0
-    with open(path, "r+b") as file, suppress(ValueError, KeyError, TypeError):
+    with open(path, "rb") as file:
         for line in file:
-            about = json.loads(line)
-            last = int(about["step"]), any(name.startswith(_HELD_OUT) for name in about)
-            end += len(line)
+            if line.endswith(b"\n"):
+                last, end = _place(line, path) or last, end + len(line)
     os.truncate(path, end)
     return last
+
+
+def _place(line: bytes, path: Path) -> tuple[int, bool] | None:
+    """Return the place of a log's line; None where somebody wrote something else there."""
+    with suppress(BundleError):
+        about = parse_json(line, str(path))
+        if isinstance(about, dict) and isinstance(about.get("step"), int):
+            return about["step"], any(name.startswith(_HELD_OUT) for name in about)
+    return None
 
 
 def _keeps_here(reporter: Reporter) -> bool:

@@ -22,7 +22,7 @@ from flexctl.runtime import Reporter
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["refuse_busy", "working_folder"]
+__all__ = ["has_checkpoints", "refuse_busy", "working_folder"]
 
 _LOCK = "lock"
 
@@ -51,7 +51,7 @@ def working_folder(path: Path, reporter: Reporter, world: World = ALONE) -> Iter
         try:
             yield path
         except (FlexctlError, OSError) as error:
-            if not isinstance(error, Interrupted) and not any(path.glob("checkpoints/*")):
+            if not isinstance(error, Interrupted) and not has_checkpoints(path):
                 _empty(path)
             raise
         _empty(path)
@@ -69,6 +69,11 @@ def refuse_busy(path: Path) -> None:
             _try_lock(descriptor, path)
         finally:
             os.close(descriptor)
+
+
+def has_checkpoints(path: Path) -> bool:
+    """Return whether a working folder holds something that ``resume`` could go on from."""
+    return any(path.glob("checkpoints/*"))
 
 
 @contextmanager

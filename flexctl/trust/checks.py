@@ -12,22 +12,28 @@ from flexctl.bundle.names import and_more
 from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.signatures import bundle_name, kept_signature_file, read_signature, signature_path
 from flexctl.errors import BundleError
+from flexctl.trust.records import Record
 from flexctl.trust.signing import Trust, named, signers_of
 
 __all__ = ["signature_checks"]
 
 
-def signature_checks(path: Path, trust: Trust) -> Iterator[Check]:
+def signature_checks(path: Path, trust: Trust, *, left_by: Record | None = None) -> Iterator[Check]:
     """Yield whether trusted keys signed a bundle, and whose signatures the experts of a merged model carry.
 
-    A bundle without a signature fails. Of the experts inside a merged model, only a signature with a key of the trust
-    file that is forged, revoked or out of its time fails: who signed the model answers for the others.
+    A bundle without a signature fails, as anybody can write a tombstone into a model of their own; but not the model
+    that was left by what a record tells, as the record is a signature of it. Of the experts inside a merged model, only
+    a signature with a key of the trust file that is forged, revoked or out of its time fails: who signed the model
+    answers for the others.
 
     Args:
         path: A bundle that opens.
         trust: Whom to trust.
+        left_by: A record that is checked beside it.
     """
     bundle = open_bundle(path)
+    if left_by is not None and bundle.digest == left_by.after and not signature_path(path).exists():
+        return
     yield _own(path, bundle.manifest, trust)
     if isinstance(bundle, Merged):
         yield _owners(bundle, trust)

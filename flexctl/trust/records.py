@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ class Absence:
 
 def record_path(target: Path, name: str) -> Path:
     """Return where the record of an expert that went goes: beside the model that is left."""
-    return target.parent / f"{name}.removed.json"
+    return Path(os.path.realpath(target)).parent / f"{name}.removed.json"
 
 
 def traces_of(merged: Merged, name: str) -> tuple[frozenset[str], frozenset[str]]:

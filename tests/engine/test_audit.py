@@ -21,6 +21,7 @@ from flexctl.bundle.codec import encode
 from flexctl.bundle.expert import open_expert
 from flexctl.bundle.manifest import PrivacyInfo
 from flexctl.bundle.merged import open_merged
+from flexctl.cli.app import main
 from flexctl.engine.audit import AuditConfig, AuditResult, audit
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
@@ -31,21 +32,6 @@ from flexctl.steps.claims import bound_of
 from flexctl.text import canaries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-MECHANISM = privacy.Mechanism(noise_multiplier=2.0, sampling_rate=0.1, steps=20, row_noise_multiplier=10.0)
-GUARANTEE = PrivacyInfo(
-    mechanism=privacy.MECHANISM,
-    epsilon=privacy.spent(MECHANISM, 1e-3) if privacy.is_installed() else 8.0,
-    delta=1e-3,
-    unit=privacy.UNIT,
-    accountant=privacy.ACCOUNTANT,
-    noise_multiplier=MECHANISM.noise_multiplier,
-    sampling_rate=MECHANISM.sampling_rate,
-    steps=MECHANISM.steps,
-    max_grad_norm=1.0,
-    adjacency=privacy.ADJACENCY,
-    row_noise_multiplier=MECHANISM.row_noise_multiplier,
-)
 
 DOCUMENTS, CANARIES = 40, 12
 SMALL: dict[str, Any] = {"draws": 1, "prefix_tokens": 4, "max_new_tokens": 8, "threads": 1}
@@ -161,12 +147,26 @@ def test_three_answers(found: AuditResult) -> None:
 
 def test_a_guarantee_is_computed_again() -> None:
     """A claim that holds, and one that is below its own figures."""
-    honest = bound_of(GUARANTEE)
+    mechanism = privacy.Mechanism(noise_multiplier=2.0, sampling_rate=0.1, steps=20, row_noise_multiplier=10.0)
+    guarantee = PrivacyInfo(
+        mechanism=privacy.MECHANISM,
+        epsilon=privacy.spent(mechanism, 1e-3),
+        delta=1e-3,
+        unit=privacy.UNIT,
+        accountant=privacy.ACCOUNTANT,
+        noise_multiplier=mechanism.noise_multiplier,
+        sampling_rate=mechanism.sampling_rate,
+        steps=mechanism.steps,
+        max_grad_norm=1.0,
+        adjacency=privacy.ADJACENCY,
+        row_noise_multiplier=mechanism.row_noise_multiplier,
+    )
+    honest = bound_of(guarantee)
     assert honest is not None
-    assert (honest.epsilon, honest.recomputed, honest.refuted) == (GUARANTEE.epsilon, True, None)
-    boasting = bound_of(dataclasses.replace(GUARANTEE, epsilon=GUARANTEE.epsilon / 2))
+    assert (honest.epsilon, honest.recomputed, honest.refuted) == (guarantee.epsilon, True, None)
+    boasting = bound_of(dataclasses.replace(guarantee, epsilon=guarantee.epsilon / 2))
     assert boasting is not None
-    assert f"its own noise, sampling rate and steps make it {GUARANTEE.epsilon:g}" in str(boasting.refuted)
+    assert f"its own noise, sampling rate and steps make it {guarantee.epsilon:g}" in str(boasting.refuted)
     assert bound_of(None) is None
 
 
@@ -191,6 +191,12 @@ def test_gone_is_what_a_signed_record_proves(
         assert (answers.gone.date, answers.gone.signers) == ("2026-03-01", "hub (trusted without end)")
         assert (answers.gone.before, answers.gone.after) == (open_merged(case.merged).digest, open_merged(left).digest)
         assert answers.gone.is_left
+    later = in_empty_folder / "later"
+    remove(RemoveConfig(names=("code",), source=left, output=later))
+    with pytest.raises(BundleError, match=r"signed: .*later/flexctl.sig: is missing: nobody signed this"):
+        case.audit(**{**asked, "removed_from": later})
+    assert main(["sign", str(later), "--key", str(key), "-q"]) == 0
+    case.audit(**{**asked, "removed_from": later})
     shutil.copy("law.removed.json", "code.removed.json")
     with pytest.raises(UsageError, match=r"code.removed.json is about law, .* audited is code, "):
         case.audit(**asked, name="code")

@@ -22,7 +22,7 @@ from flexctl.engine.remove import RemoveConfig, remove
 from flexctl.engine.replace import ReplaceConfig, replace
 from flexctl.engine.verify import VerifyConfig, verify
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.trust.records import read_record
+from flexctl.trust.records import read_record, record_path
 
 DAY = datetime.date(2026, 3, 1)
 ASKED: dict[str, Any] = {"tombstone": True, "reason": "withdrawn by its owner", "key": Path("hub.key")}
@@ -61,6 +61,28 @@ def test_a_record_says_what_went_and_is_true_of_what_is_left(world: World) -> No
     assert said.startswith("removed on 2026-03-01, signed by hub (trusted without end), because: 'withdrawn by")
     assert "this is the model that was left; none of the 6 tensors and 2 rows is inside" in said
     assert main(record.check.replace("MODEL", "merged").replace("TRUST", "trust").split()[1:]) == 0
+
+
+@pytest.mark.usefixtures("world")
+def test_the_record_lies_beside_the_model_whatever_way_it_was_named(
+    monkeypatch: pytest.MonkeyPatch, in_empty_folder: Path
+) -> None:
+    (in_empty_folder / "link").symlink_to("merged")
+    before = read_directory(Path("merged"))
+    with monkeypatch.context() as inside:
+        inside.chdir("merged")
+        with pytest.raises(UsageError, match="merged: is the folder that you are in, and would be replaced"):
+            remove(RemoveConfig(names=("law",), source=Path(), **ASKED | {"key": Path("../hub.key")}))
+    assert read_directory(Path("merged")) == before
+    assert not list(in_empty_folder.rglob("*.removed.json"))
+    remove(RemoveConfig(names=("law",), source=Path("link"), overwrite=True, **ASKED))
+    remove(RemoveConfig(names=("low",), source=Path("merged/../merged/."), overwrite=True, **ASKED))
+    assert sorted(path.name for path in in_empty_folder.glob("*.removed.json")) == [
+        "law.removed.json",
+        "low.removed.json",
+    ]
+    monkeypatch.chdir("merged")
+    assert record_path(Path(), "law") == in_empty_folder / "law.removed.json"
 
 
 @pytest.mark.usefixtures("world")
@@ -201,6 +223,7 @@ def test_the_same_expert_takes_its_tombstone_away_and_a_newer_one_does_not(world
         ({"reason": "x"}, "reason: stands in a record, which a key signs"),
         ({"key": Path("hub.key"), "reason": "x"}, "key: signs a record, which needs a tombstone"),
         ({"key": Path("hub.key"), "tombstone": True}, "key: signs a record, which says why"),
+        ({"key": Path("hub.key"), "tombstone": True, "reason": " "}, "key: signs a record, which says why"),
         (ASKED | {"key": Path("no.key")}, "no.key: no such file"),
         (ASKED | {"key": Path("hub.key.pub")}, "hub.key.pub: is a public key"),
     ],
@@ -266,7 +289,7 @@ def test_questions_that_do_not_fit(world: World) -> None:
         verify(VerifyConfig(path=Path("merged"), absent=("code",), record=record, trust=trust))
     with pytest.raises(UsageError, match=r"record: none: no such file"):
         verify(VerifyConfig(path=Path("merged"), record=Path("none"), trust=trust))
-    with pytest.raises(UsageError, match="is no merged model but an expert"):
+    with pytest.raises(UsageError, match=r"^/\S*code\.st is no merged model but an expert"):
         verify(VerifyConfig(path=world.experts["code"].path, record=record, trust=trust))
     assert main(["sign", "merged", "--key", "hub.key", "-q"]) == 0
     with pytest.raises(BundleError, match="expected a removal record"):

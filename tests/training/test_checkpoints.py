@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from flexctl.errors import UsageError
+from flexctl.model.tensors import tensors_digest
 from flexctl.runtime import SilentReporter
 from flexctl.training.checkpoints import Checkpoints, TrainingState
 
@@ -163,7 +166,32 @@ def break_the_header(path: Path) -> None:
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
 
 
-@pytest.mark.parametrize("damage", [break_by_cutting, break_by_emptying, break_one_bit, break_the_header])
+def rewrite(path: Path, *, without: str = "", lacking: str = "") -> None:
+    """Write a checkpoint again as another version might have, digest and all."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["run"])
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118
+    about["sha256"] = tensors_digest(tensors)
+    save_file(tensors, path, {"run": json.dumps({key: value for key, value in about.items() if key != lacking})})
+
+
+def of_other_parameters(path: Path) -> None:
+    rewrite(path, without="1.parameter")
+
+
+def without_a_digest(path: Path) -> None:
+    rewrite(path, lacking="sha256")
+
+
+def without_settings(path: Path) -> None:
+    rewrite(path, lacking="settings")
+
+
+DAMAGES = [break_by_cutting, break_by_emptying, break_one_bit, break_the_header]
+DAMAGES += [of_other_parameters, without_a_digest, without_settings]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_broken_newest_is_passed_over_with_a_warning(tmp_path: Path, damage: Any) -> None:
     older, newer = make_state(0), make_state(1)
     save(tmp_path, [2], older)

@@ -85,7 +85,7 @@ def run(track: Track, *, public_share: float = 0.25, checkpoints: Checkpoints | 
 
 
 def log(path: Path, **settings: Any) -> Outcome:
-    with tracked(path, "law", resume=False, reporter=SILENT) as track:
+    with tracked(path, "law", path.parent, resume=False, reporter=SILENT) as track:
         return run(track, **settings)
 
 
@@ -142,7 +142,7 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
 def test_what_there_is_not_is_left_out(tmp_path: Path) -> None:
     log(tmp_path / "x", public_share=0.0)
     assert all("router_logit/public" not in line for line in lines(tmp_path / "x"))
-    with tracked(tmp_path / "y", "law", resume=False, reporter=SILENT) as track:
+    with tracked(tmp_path / "y", "law", tmp_path, resume=False, reporter=SILENT) as track:
         track.held_out(0, {})
         track.log(1, {"loss": math.nan, "lr": 1.0})
     assert lines(tmp_path / "y") == [{"step": 1, "lr": 1.0}]
@@ -157,15 +157,15 @@ def test_a_run_that_goes_on_doubles_no_step_and_leaves_none_out(tmp_path: Path) 
     log(tmp_path / "straight")
 
     def checkpoints(resume: bool) -> Checkpoints:
-        return Checkpoints(tmp_path / "c", {}, every_steps=2, resume=resume, reporter=SILENT)
+        return Checkpoints(tmp_path / "checkpoints", {}, every_steps=2, resume=resume, reporter=SILENT)
 
-    with tracked(tmp_path / "x", "law", resume=False, reporter=SILENT) as track:
+    with tracked(tmp_path / "x", "law", tmp_path, resume=False, reporter=SILENT) as track:
         track.held_out(0, {"own": 1.5, "public": 2.5})
         with pytest.raises(KeyboardInterrupt):
             run(Breaking(track, 4), checkpoints=checkpoints(False))
     with open(tmp_path / "x", "ab") as file:
         file.write(b'{"step": 5, "los')
-    with tracked(tmp_path / "x", "law", resume=True, reporter=SILENT) as track:
+    with tracked(tmp_path / "x", "law", tmp_path, resume=True, reporter=SILENT) as track:
         track.held_out(0, {"own": 1.5, "public": 2.5})
         run(track, checkpoints=checkpoints(True))
         track.held_out(6, {"own": 1.0, "public": 2.0})
@@ -173,6 +173,26 @@ def test_a_run_that_goes_on_doubles_no_step_and_leaves_none_out(tmp_path: Path) 
     assert first == {"step": 0, "held_out/own": 1.5, "held_out/public": 2.5}
     assert steps == timeless(tmp_path / "straight")
     assert last == {"step": 6, "held_out/own": 1.0, "held_out/public": 2.0}
+
+
+@pytest.mark.parametrize("between", [b"\n", b"a note\n", b'{"step": 1e999}\n', b"[" * 100_000 + b"\n", b"\xff\n"])
+def test_a_run_goes_on_with_a_log_that_somebody_wrote_in(tmp_path: Path, between: bytes) -> None:
+    """What is whole stays; only a last line without its end goes, also one that lacks nothing else."""
+    (tmp_path / "checkpoints" / "one").mkdir(parents=True)
+    kept = b'{"step": 1, "loss": 2.0}\n' + between + b'{"step": 2, "loss": 1.5}\n'
+    (tmp_path / "x").write_bytes(kept + b'{"step": 3, "loss": 1.25}')
+    with tracked(tmp_path / "x", "law", tmp_path, resume=True, reporter=SILENT) as track:
+        for step in range(1, 5):
+            track.log(step, {"loss": 1.0})
+    assert (tmp_path / "x").read_bytes() == kept + b'{"step": 3, "loss": 1.0}\n{"step": 4, "loss": 1.0}\n'
+
+
+def test_where_nothing_is_to_go_on_from_the_log_is_begun_anew(tmp_path: Path) -> None:
+    """As after a run that had finished, or was killed before its first checkpoint: `resume` is given all the same."""
+    (tmp_path / "x").write_text('{"step": 100, "held_out/own": 1.0}\n')
+    with tracked(tmp_path / "x", "law", tmp_path / "work", resume=True, reporter=SILENT) as track:
+        run(track)
+    assert [line["step"] for line in lines(tmp_path / "x")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_begun_anew_it_forgets(tmp_path: Path) -> None:
@@ -185,7 +205,7 @@ def test_begun_anew_it_forgets(tmp_path: Path) -> None:
 def test_a_killed_run_leaves_every_step_that_it_made(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        with tracked(tmp_path / "x", "law", resume=False, reporter=SILENT) as track:
+        with tracked(tmp_path / "x", "law", tmp_path, resume=False, reporter=SILENT) as track:
             for step in range(1, 4):
                 track.log(step, {"loss": 1 / step})
             os.kill(os.getpid(), signal.SIGKILL)
@@ -193,26 +213,39 @@ def test_a_killed_run_leaves_every_step_that_it_made(tmp_path: Path) -> None:
     assert lines(tmp_path / "x") == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
 
 
-def test_a_full_disk_ends_the_log_and_not_the_run() -> None:
+def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no such device")
     listener = Listener()
-    with tracked(Path("/dev/full"), "law", resume=False, reporter=listener) as track:
+    with tracked(Path("/dev/full"), "law", tmp_path, resume=False, reporter=listener) as track:
         assert len(run(track).losses) == 6
     assert listener.warnings == [
         "/dev/full: cannot be written (No space left on device); the log ends here, the run goes on"
     ]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_it_is_never_text_and_never_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "law").mkdir()
+    for named in (tmp_path / "law", tmp_path / "law" / "law.track.jsonl", tmp_path):
+        with pytest.raises(UsageError, match=r"law\.track\.jsonl would be among the text of") as caught:
+            log_beside(tmp_path / "law" / "law.st", [tmp_path / "other", named])
+        assert caught.value.field == "track"
+    assert log_beside(tmp_path / "law.st", [tmp_path / "law", Path("hf://datasets/a/b")]).parent == tmp_path
+    os.mkfifo(tmp_path / "pipe.track.jsonl")
+    with pytest.raises(UsageError, match=r"pipe\.track\.jsonl: is a pipe"):
+        log_beside(tmp_path / "pipe.st", [])
+
+
 @pytest.mark.parametrize("name", ["law.st", "law-1.5", "anchor"])
 def test_it_lies_beside_what_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    assert log_beside(tmp_path / name) == tmp_path / f"{name.removesuffix('.st')}.track.jsonl"
+    assert log_beside(tmp_path / name, []) == tmp_path / f"{name.removesuffix('.st')}.track.jsonl"
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert log_beside(Path()) == tmp_path / "here.track.jsonl"
+    assert log_beside(Path(), []) == tmp_path / "here.track.jsonl"
     (tmp_path / "here.track.jsonl").mkdir()
     with pytest.raises(UsageError, match=r"here\.track\.jsonl: is a directory"):
-        log_beside(Path())
+        log_beside(Path(), [])
 
 
 def test_a_dense_model_has_no_rows_to_watch() -> None:
@@ -255,7 +288,8 @@ def test_trackio_hears_the_same_and_says_nothing(
     tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str], resume: bool
 ) -> None:
     listener = Listener()
-    with tracked(tmp_path / "x", "law", resume=resume, reporter=listener) as track:
+    (tmp_path / "checkpoints" / "one").mkdir(parents=True)
+    with tracked(tmp_path / "x", "law", tmp_path, resume=resume, reporter=listener) as track:
         track.held_out(0, {"own": 1.5})
         run(track)
     assert [{"step": step, **figures} for step, figures in stub.logged] == lines(tmp_path / "x")
@@ -273,7 +307,7 @@ def test_trackio_is_left_out_where_it_would_send_figures_away(
 ) -> None:
     monkeypatch.setenv(variable, "somewhere")
     listener = Listener()
-    with tracked(tmp_path / "x", "law", resume=False, reporter=listener) as track:
+    with tracked(tmp_path / "x", "law", tmp_path, resume=False, reporter=listener) as track:
         run(track)
     assert stub.asked == {}
     assert len(lines(tmp_path / "x")) == 6
@@ -281,7 +315,7 @@ def test_trackio_is_left_out_where_it_would_send_figures_away(
 
 
 def test_nobody_asked_means_no_log_and_no_import(stub: Stub) -> None:
-    with tracked(None, "law", resume=False, reporter=SILENT) as track:
+    with tracked(None, "law", Path(), resume=False, reporter=SILENT) as track:
         run(track)
     assert stub.asked == {}
     assert not track.is_on
@@ -293,8 +327,10 @@ from pathlib import Path
 from flexctl.runtime import SILENT
 from flexctl.training.track import tracked
 
+work = Path(sys.argv[1]).parent
+(work / "checkpoints" / "one").mkdir(parents=True)
 for resume, steps in ((False, 3), (True, 5)):
-    with tracked(Path(sys.argv[1]), "law", resume=resume, reporter=SILENT) as track:
+    with tracked(Path(sys.argv[1]), "law", work, resume=resume, reporter=SILENT) as track:
         for step in range(1, steps + 1):
             track.log(step, {"loss": 1 / step, "router_logit/own": -0.5})
 """
