@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexctl.bundle.store import new_file
-from flexctl.runtime import Reporter
+from flexctl.runtime import Progress, Reporter
 from flexctl.text.decontamination import Decontamination
 from flexctl.text.documents import PassageSampler, read_documents
 from flexctl.text.inventory import Inventory, Pace, Ranks, Stocktaking, rank_of, take_inventory
@@ -177,51 +177,74 @@ def _tokenised(
 ) -> Corpus:
     """Return the corpus after the second pass: training documents are tokenised, unless their tokens are kept."""
     stream = place.kept()
-    is_new = stream is None
-    sampler, chosen = Sampler(HELD_OUT_TOKENS, split.seed), PassageSampler(passages, split.seed)
-    counts = {True: 0, False: 0}
-    num_bytes = 0
-    held_out: deque[bool] = deque()
-
-    def documents() -> Iterator[str]:
-        nonlocal num_bytes
-        for text, is_held_out in split.parted(read()):
-            size = len(text.encode())
-            pace.add(size)
-            counts[is_held_out] += 1
-            if not is_held_out:
-                num_bytes += size
-                chosen.add(text)
-            if is_held_out or is_new:
-                held_out.append(is_held_out)
-                yield text
-
-    def training() -> Iterator[Framed]:
-        for framed in frame_documents(tokenizer, documents()):
-            if held_out.popleft():
-                sampler.add(framed)
-            else:
-                yield framed
-
-    with reporter.progress("tokenising" if is_new else "reading again", inventory.num_bytes, "bytes") as bar:
-        pace = Pace(bar)
+    with reporter.progress("tokenising" if stream is None else "reading again", inventory.num_bytes, "bytes") as bar:
+        second = _SecondPass(split, passages, bar)
+        training = second.training(read(), tokenizer, needs_all=stream is None)
         if stream is None:
-            stream = place.keep(training())
+            stream = place.keep(training)
         else:
-            deque(training(), maxlen=0)
+            deque(training, maxlen=0)
     survey = Survey(
-        documents=counts[False],
-        num_bytes=num_bytes,
-        held_out=counts[True],
+        documents=second.counts[False],
+        num_bytes=second.num_bytes,
+        held_out=second.counts[True],
         duplicates=inventory.duplicates,
         near_duplicates=inventory.near_duplicates,
         contaminated=inventory.contaminated,
         digest=inventory.digest,
     )
-    drawn = sampler.drawn().documents
     return Corpus(
-        survey=survey, stream=stream, held_out=drawn or None, passages=chosen.chosen(), read=read, split=split
+        survey=survey,
+        stream=stream,
+        held_out=second.sampler.drawn().documents or None,
+        passages=second.passages.chosen(),
+        read=read,
+        split=split,
     )
+
+
+class _SecondPass:
+    """Documents as they come once more: parted, counted and sampled.
+
+    Args:
+        split: Tells what is held out.
+        passages: Of training documents to choose, at most.
+        bar: Hears of every document.
+
+    Attributes:
+        counts: Documents, by whether they are held out.
+        num_bytes: UTF-8 bytes of those to train on.
+        sampler: Draws from those that are held out.
+        passages: Chooses from those to train on.
+    """
+
+    def __init__(self, split: Split, passages: int, bar: Progress) -> None:
+        self._split, self._pace = split, Pace(bar)
+        self._are_held_out: deque[bool] = deque()
+        self.counts = {True: 0, False: 0}
+        self.num_bytes = 0
+        self.sampler = Sampler(HELD_OUT_TOKENS, split.seed)
+        self.passages = PassageSampler(passages, split.seed)
+
+    def training(self, texts: Iterable[str], tokenizer: Any, *, needs_all: bool) -> Iterator[Framed]:
+        """Yield the documents to train on, framed; unless ``needs_all`` none, as only those held out are tokenised."""
+        for framed in frame_documents(tokenizer, self._documents(texts, needs_all)):
+            if self._are_held_out.popleft():
+                self.sampler.add(framed)
+            else:
+                yield framed
+
+    def _documents(self, texts: Iterable[str], needs_all: bool) -> Iterator[str]:
+        for text, is_held_out in self._split.parted(texts):
+            size = len(text.encode())
+            self._pace.add(size)
+            self.counts[is_held_out] += 1
+            if not is_held_out:
+                self.num_bytes += size
+                self.passages.add(text)
+            if is_held_out or needs_all:
+                self._are_held_out.append(is_held_out)
+                yield text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
