@@ -207,6 +207,7 @@ class _Task:
     """What is to be made: settings, anchor, name and file, its guarantee, and what it must not be trained on.
 
     Attributes:
+        work: The working folder.
         world: The processes that make it.
     """
 
@@ -214,9 +215,15 @@ class _Task:
     base: Anchored
     name: str
     target: Path
+    work: Path
     plan: Plan | None
     decontamination: text.Decontamination
     world: World
+
+    @property
+    def canaries(self) -> tuple[text.CanaryFolder, text.CanaryFolder]:
+        """Where canaries are made, and where they go when the expert is written."""
+        return text.CanaryFolder(self.work / "canaries"), text.CanaryFolder.beside(self.target)
 
     def result(self, **figures: Any) -> TrainExpertResult:
         """Return a result with what is known before any training, and these figures."""
@@ -256,21 +263,18 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
         training.refuse_busy(work_path)
     log = training.log_beside(target, _texts(config)) if config.track else None
     plan = planned(config, base.anchor)
-    canaries, made = text.CanaryFolder.beside(target), text.CanaryFolder(work_path / "canaries")
-    in_place = ends and not made.left_out.is_file()
-    planted = [(canaries if in_place else made).planted] if config.canaries else []
-    data = (*text.pinned(config.data), *planted)
     task = _Task(
-        config=replace(config, data=data),
+        config=replace(config, data=(*text.pinned(config.data), *_planted(config, target, work_path, ends=ends))),
         base=base,
         name=name,
         target=target,
+        work=work_path,
         plan=plan,
         decontamination=text.Decontamination.read(config.decontaminate, config.text_field),
         world=world,
     )
     if ends:
-        return world.by_writer(lambda: _finished(task, work_path, made, reporter))
+        return world.by_writer(lambda: _finished(task, reporter))
     model.warn_of_length(config.seq_len, base.anchor.config, reporter)
     warn_of_expired(config, reporter)
     if plan is not None:
@@ -283,18 +287,18 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_file_target(target, overwrite=config.overwrite)
-        if config.canaries:
-            count = config.canaries
-            world.by_writer(lambda: text.plant_canaries(made, count, config.text_field, keep=config.resume))
-        asked = _asked(task)
-        trained = _trained(task, work, track, reporter)
-        result = world.by_writer(lambda: _written(task, trained, {**asked, "text": trained.told.digest}))
-        world.by_writer(lambda: text.hand_over(made, canaries))
-        return result
+        return _made(task, track, reporter)
 
 
 def _texts(config: TrainExpertConfig) -> list[Path]:
     return [*config.data, *([config.public] if config.public else [])]
+
+
+def _planted(config: TrainExpertConfig, target: Path, work: Path, *, ends: bool) -> list[Path]:
+    """Return the file of canaries to train on, if there is to be one: at its final place where a run has finished."""
+    made = text.CanaryFolder(work / "canaries")
+    in_place = ends and not made.left_out.is_file()
+    return [(text.CanaryFolder.beside(target) if in_place else made).planted] if config.canaries else []
 
 
 def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path, *, exists: bool) -> None:
@@ -333,7 +337,7 @@ def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertR
     return TrainExpertResult(path=target, name=name, rank=config.rank, plan=plan, dry_run=True, **nothing)
 
 
-def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: Reporter) -> TrainExpertResult:
+def _finished(task: _Task, reporter: Reporter) -> TrainExpertResult:
     """Return the result of a run that finished before, and clear up what it left."""
     config, target = task.config, task.target
     expert = open_expert(target)
@@ -342,8 +346,8 @@ def _finished(task: _Task, work_path: Path, made: text.CanaryFolder, reporter: R
     run = training.refuse_other_request(target, target.with_suffix(".run.json"), expert.digest, asked)
     prove(expert, reporter)
     if not config.dry_run:
-        text.hand_over(made, text.CanaryFolder.beside(target))
-    training.say_done(target, work_path, dry_run=config.dry_run, reporter=reporter)
+        text.hand_over(*task.canaries)
+    training.say_done(target, task.work, dry_run=config.dry_run, reporter=reporter)
     about = expert.manifest.training
     return task.result(
         digest=expert.digest,
@@ -377,7 +381,20 @@ def _asked(task: _Task) -> dict[str, Any]:
     )
 
 
-def _trained(task: _Task, work: Path, track: training.Track, reporter: Reporter) -> Trained:
+def _made(task: _Task, track: training.Track, reporter: Reporter) -> TrainExpertResult:
+    config, world = task.config, task.world
+    made, canaries = task.canaries
+    if config.canaries:
+        count = config.canaries
+        world.by_writer(lambda: text.plant_canaries(made, count, config.text_field, keep=config.resume))
+    asked = _asked(task)
+    trained = _trained(task, track, reporter)
+    result = world.by_writer(lambda: _written(task, trained, {**asked, "text": trained.told.digest}))
+    world.by_writer(lambda: text.hand_over(made, canaries))
+    return result
+
+
+def _trained(task: _Task, track: training.Track, reporter: Reporter) -> Trained:
     config, base = task.config, task.base
     machine = machine_of(config, base.anchor.weights().shared)
     note_busy_cores(config.threads, reporter)
@@ -386,7 +403,7 @@ def _trained(task: _Task, work: Path, track: training.Track, reporter: Reporter)
         public=public_sample(config, base, task.decontamination, reporter),
         decontamination=task.decontamination,
         machine=machine,
-        work=work,
+        work=task.work,
         track=track,
         reporter=reporter,
         world=task.world,
