@@ -5,9 +5,11 @@ Made once a session, through the engine, in seconds. Tests must not change what 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,18 @@ from flexctl.steps.speed import remember_rates
 
 # What dtype auto is must not depend on the processor that tests run on.
 remember_rates({"float32": 1.0, "bfloat16": 1.0})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let Python not look again and again at the million objects that imports make and that stay to the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

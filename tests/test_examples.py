@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import apart
 import pytest
 import tiny
 from conftest import Texts, write_jsonl
@@ -15,14 +15,19 @@ from conftest import Texts, write_jsonl
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+@dataclass(frozen=True)
+class Done:
+    """What came of a script."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def run(script: str, *arguments: str) -> Done:
+    program = f"import runpy; runpy.run_path({str(EXAMPLES / script)!r}, run_name='__main__')"
+    with TemporaryDirectory() as folder, apart.running(program, *arguments, said=Path(folder) / "said") as it:
+        return Done(it.end(), it.out, it.err)
 
 
 def test_two_owners(in_empty_folder: Path, texts: Texts) -> None:

@@ -121,17 +121,22 @@ def _try(trial: dict[str, Any]) -> dict[str, Any]:
 def _import_everything() -> None:
     """Import what commands import, and cut down what takes long."""
     import huggingface_hub
+    import pydantic.type_adapter
+    import securesystemslib.signer
     import torch
     import transformers.models.auto.modeling_auto
     import transformers.models.flex_olmo.modeling_flex_olmo
     import transformers.models.olmo2.modeling_olmo2  # noqa: F401
 
     import flexctl
+    import flexctl.cli.app
     from flexctl.engine import demo
     from flexctl.steps.speed import remember_rates
     from flexctl.trust import keys
 
     assert huggingface_hub
+    assert pydantic.type_adapter
+    assert securesystemslib.signer
     torch.set_num_threads(1)
     for name in flexctl.__all__:
         getattr(flexctl, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,6 @@ from flexctl.bundle.sbom import bill_of_materials
 from flexctl.cli.app import main
 from flexctl.engine.merge import MergeConfig, merge
 from flexctl.engine.remove import RemoveConfig, remove
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from cyclonedx.schema import SchemaVersion
-    from cyclonedx.validation.json import JsonStrictValidator
 
 PRIVACY = PrivacyInfo(
     mechanism="dp-sgd",
@@ -61,11 +57,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@cache
+def validator() -> Any:
+    """Return the library's own check; its import takes seconds, which whoever only collects tests need not wait for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cyclonedx.schema import SchemaVersion
+        from cyclonedx.validation.json import JsonStrictValidator
+    return JsonStrictValidator(SchemaVersion.V1_6)
+
+
 def bill(path: Path) -> dict[str, Any]:
     """Return a bundle's bill after the library's own check."""
     bundle = open_bundle(path)
     made = bill_of_materials(bundle)  # type: ignore[arg-type]
-    error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(made))
+    error = validator().validate_str(json.dumps(made))
     assert error is None, error
     return made
 
@@ -86,7 +92,7 @@ def test_every_bundle_has_a_valid_bill(world: World) -> None:
 def test_the_check_would_find_a_fault(world: World) -> None:
     made = bill_of_materials(open_expert(world.root / "law.st"))
     made["components"][0]["type"] = "expert"
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(made)) is not None
+    assert validator().validate_str(json.dumps(made)) is not None
 
 
 def test_each_expert_has_digest_license_data_privacy_and_parents(world: World) -> None:

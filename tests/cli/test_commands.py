@@ -298,7 +298,7 @@ def test_list_of_nothing_says_what_to_do(terminal: Terminal) -> None:
 
 
 def test_demo_refuses_a_directory_that_is_not_its_own(terminal: Terminal) -> None:
-    Path("demo").mkdir()
+    Path("demo/mine").mkdir(parents=True)
     assert "demo exists" in terminal.error("demo", code=2)
     assert "no earlier demo" in terminal.error("demo", "--overwrite", code=2)
 

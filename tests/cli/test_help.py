@@ -31,10 +31,12 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "cli.md"
 
 SCRIPT = """
-import json, sys
+import contextlib, io, json, sys
 from flexctl.cli.app import main
-code = main(json.loads(sys.argv[1]))
-print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(arguments)
+    print(json.dumps([code, out.getvalue(), sorted(sys.modules)]))
 """
 
 
@@ -42,13 +44,19 @@ def shown(command: str) -> str:
     return command.replace("_", "-")
 
 
-def run_apart(*arguments: str) -> tuple[str, set[str]]:
-    """Run main in a process of its own; return its stdout and the modules that it loaded."""
-    call = [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
-    done = subprocess.run(call, capture_output=True, text=True, check=True)
-    code, modules = json.loads(done.stderr)
-    assert code == 0
-    return done.stdout, set(modules)
+def run_apart(calls: list[list[str]]) -> list[tuple[str, set[str]]]:
+    """Run main in a process of its own, once for each call; return what it printed and all modules loaded by then."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(calls)], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for code, _, _ in answers] == [0] * len(calls)
+    return [(page, set(modules)) for _, page, modules in answers]
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, tuple[str, set[str]]]:
+    """Command -> its help page, and the modules that a process has loaded after it and those before it."""
+    return dict(zip(COMMANDS, run_apart([[shown(command), "--help"] for command in COMMANDS]), strict=True))
 
 
 def test_every_command_is_there_in_the_order_of_an_experts_life() -> None:
@@ -56,7 +64,7 @@ def test_every_command_is_there_in_the_order_of_an_experts_life() -> None:
 
 
 def test_the_first_help_page_names_every_command_and_loads_next_to_nothing() -> None:
-    page, modules = run_apart("--help")
+    ((page, modules),) = run_apart([["--help"]])
     for command in COMMANDS:
         assert f"  {shown(command)} " in page
     assert "..." not in page.split("Commands:")[1], "a description is too long for its line"
@@ -64,8 +72,8 @@ def test_the_first_help_page_names_every_command_and_loads_next_to_nothing() -> 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_help_page_has_an_example_and_loads_no_torch(command: str) -> None:
-    page, modules = run_apart(shown(command), "--help")
+def test_a_help_page_has_an_example_and_loads_no_torch(pages: dict[str, tuple[str, set[str]]], command: str) -> None:
+    page, modules = pages[command]
     assert f"\nExamples:\n  flexctl {shown(command)}" in page
     assert not modules & {"torch", "transformers", "sentence_transformers", "huggingface_hub", "rich"}
 

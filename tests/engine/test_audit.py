@@ -33,21 +33,6 @@ from flexctl.text import canaries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MECHANISM = privacy.Mechanism(noise_multiplier=2.0, sampling_rate=0.1, steps=20, row_noise_multiplier=10.0)
-GUARANTEE = PrivacyInfo(
-    mechanism=privacy.MECHANISM,
-    epsilon=privacy.spent(MECHANISM, 1e-3) if privacy.is_installed() else 8.0,
-    delta=1e-3,
-    unit=privacy.UNIT,
-    accountant=privacy.ACCOUNTANT,
-    noise_multiplier=MECHANISM.noise_multiplier,
-    sampling_rate=MECHANISM.sampling_rate,
-    steps=MECHANISM.steps,
-    max_grad_norm=1.0,
-    adjacency=privacy.ADJACENCY,
-    row_noise_multiplier=MECHANISM.row_noise_multiplier,
-)
-
 DOCUMENTS, CANARIES = 40, 12
 SMALL: dict[str, Any] = {"draws": 1, "prefix_tokens": 4, "max_new_tokens": 8, "threads": 1}
 
@@ -162,12 +147,26 @@ def test_three_answers(found: AuditResult) -> None:
 
 def test_a_guarantee_is_computed_again() -> None:
     """A claim that holds, and one that is below its own figures."""
-    honest = bound_of(GUARANTEE)
+    mechanism = privacy.Mechanism(noise_multiplier=2.0, sampling_rate=0.1, steps=20, row_noise_multiplier=10.0)
+    guarantee = PrivacyInfo(
+        mechanism=privacy.MECHANISM,
+        epsilon=privacy.spent(mechanism, 1e-3),
+        delta=1e-3,
+        unit=privacy.UNIT,
+        accountant=privacy.ACCOUNTANT,
+        noise_multiplier=mechanism.noise_multiplier,
+        sampling_rate=mechanism.sampling_rate,
+        steps=mechanism.steps,
+        max_grad_norm=1.0,
+        adjacency=privacy.ADJACENCY,
+        row_noise_multiplier=mechanism.row_noise_multiplier,
+    )
+    honest = bound_of(guarantee)
     assert honest is not None
-    assert (honest.epsilon, honest.recomputed, honest.refuted) == (GUARANTEE.epsilon, True, None)
-    boasting = bound_of(dataclasses.replace(GUARANTEE, epsilon=GUARANTEE.epsilon / 2))
+    assert (honest.epsilon, honest.recomputed, honest.refuted) == (guarantee.epsilon, True, None)
+    boasting = bound_of(dataclasses.replace(guarantee, epsilon=guarantee.epsilon / 2))
     assert boasting is not None
-    assert f"its own noise, sampling rate and steps make it {GUARANTEE.epsilon:g}" in str(boasting.refuted)
+    assert f"its own noise, sampling rate and steps make it {guarantee.epsilon:g}" in str(boasting.refuted)
     assert bound_of(None) is None
 
 

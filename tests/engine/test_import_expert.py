@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import apart
 import pytest
 import tiny
 from builders import fine_tune, make_expert, read_directory
@@ -511,8 +510,7 @@ import_expert(ImportExpertConfig(
 
 def test_killed_before_it_is_proven_there_is_no_expert(anchor: Path, texts: Any, rows: Path) -> None:
     dense = fine_tune(anchor, Path("dense"))
-    command = [sys.executable, "-c", KILLED, str(dense), str(texts.code), str(anchor), str(rows)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    apart.killed(KILLED, dense, texts.code, anchor, rows, said=Path("said"))
     assert not Path("out/x.st").exists()
     take(anchor, dense, texts.code, Path("out/x.st"), router=str(rows))
     assert sorted(os.listdir("out")) == ["x.run.json", "x.st"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import apart
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pytest
@@ -309,9 +309,7 @@ def killed(tmp_path: Path, anchor: Path, texts: Any) -> Path:
     """Where a run was killed after its fifth of six steps, the last checkpoint being the fourth's."""
     output = tmp_path / "killed" / "x.st"
     script = KILLED.replace("SETTINGS", repr(SMALL))
-    command = [sys.executable, "-c", script, str(texts.code), str(anchor), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == -9, done.stderr
+    apart.killed(script, texts.code, anchor, output, said=tmp_path / "said")
     assert not output.exists()
     return output
 

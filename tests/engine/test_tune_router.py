@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import apart
 import pytest
 import tiny
 import torch
@@ -165,13 +164,18 @@ tune_router(TuneRouterConfig(
 
 
 def test_killed_leaves_the_old_model_and_resumes_to_the_same_bytes(
-    tmp_path: Path, tuned: TuneRouterResult, anchor: Path, merged: Path, proxies: tuple[Path, ...], crawl: Path
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tuned: TuneRouterResult,
+    anchor: Path,
+    merged: Path,
+    proxies: tuple[Path, ...],
+    crawl: Path,
 ) -> None:
     """Laws 6 and 7."""
     place = shutil.copytree(merged, tmp_path / "merged")
-    command = [sys.executable, "-c", KILLED.replace("SETTINGS", repr(SMALL))]
-    done = subprocess.run([*command, place, anchor, crawl, *proxies], capture_output=True, text=True, check=False)
-    assert done.returncode == -9, done.stderr
+    said = tmp_path_factory.mktemp("said") / "said"
+    apart.killed(KILLED.replace("SETTINGS", repr(SMALL)), place, anchor, crawl, *proxies, said=said)
     assert read_directory(place) == read_directory(merged)
     work = tmp_path / ".merged.tuning" / "checkpoints"
     assert [path.name[-15:-12] for path in sorted(work.iterdir())] == ["002", "004"]

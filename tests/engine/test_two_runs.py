@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import apart
 import pytest
 import tiny
+from apart import Apart
 from conftest import write_jsonl
 
 from flexctl.cli.app import main
@@ -35,8 +35,8 @@ from flexctl.training import loop
 step = loop._step
 def waiting(*arguments):
     if arguments[3] == 2:
-        print("training", flush=True)
-        sys.stdin.read()
+        talk.send("training")
+        talk.recv()
     return step(*arguments)
 loop._step = waiting
 CALL
@@ -44,21 +44,22 @@ CALL
 
 
 @contextmanager
-def in_training(call: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", WAITING.replace("CALL", call), *map(str, arguments)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline() == "training\n"
-            yield process
-        finally:
-            process.kill()
+def in_training(call: str, *arguments: object, said: Path) -> Iterator[Apart]:
+    with apart.running(WAITING.replace("CALL", call), *arguments, said=said) as run:
+        assert run.talk.poll(60), run.err
+        assert run.talk.recv() == "training"
+        yield run
 
 
-def let_go(process: subprocess.Popen[str]) -> None:
-    _, err = process.communicate("")
-    assert process.returncode == 0, err
+def let_go(run: Apart) -> None:
+    run.talk.send("go on")
+    assert run.end() == 0, run.err
+
+
+@pytest.fixture
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the other process prints; no run sees it."""
+    return tmp_path_factory.mktemp("said") / "said"
 
 
 TRAIN = f"""
@@ -68,7 +69,7 @@ flexctl.train_expert(flexctl.TrainExpertConfig(data=(data,), anchor=anchor, name
 
 
 def test_a_second_training_is_refused_and_the_first_keeps_its_text(
-    tmp_path: Path, anchor: Path, texts: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, said: Path, anchor: Path, texts: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = train_expert(
         TrainExpertConfig(data=(texts.code,), anchor=anchor, name="rd", output=tmp_path / "alone/rd.st", **SMALL)
@@ -76,17 +77,17 @@ def test_a_second_training_is_refused_and_the_first_keeps_its_text(
     longer = tmp_path / "longer.jsonl"
     write_jsonl(longer, tiny.make_texts("sums", 200, seed=3))
     target = tmp_path / "experts" / "rd.st"
-    with in_training(TRAIN, texts.code, anchor, target) as process:
+    with in_training(TRAIN, texts.code, anchor, target, said=said) as run:
         for more in ([], ["--dry-run"], ["--resume"], ["--seed", "1"], ["--name", "other"]):
             asked = ["train-expert", "--data", str(longer), "--anchor", str(anchor), "--name", "rd", *more]
             assert main([*asked, "-o", str(target)]) == 2
             out, err = capsys.readouterr()
             assert out == ""
-            assert f".rd.work: is in use by process {process.pid} on " in err
+            assert f".rd.work: is in use by process {run.process.pid} on " in err
             assert [line.split(":")[0] for line in err.splitlines()] == ["error", "hint"]
-        with pytest.raises(UsageError, match=f"process {process.pid}"):
+        with pytest.raises(UsageError, match=f"process {run.process.pid}"):
             train_expert(TrainExpertConfig(data=(longer,), anchor=anchor, name="rd", output=target, **SMALL))
-        let_go(process)
+        let_go(run)
     assert target.read_bytes() == alone.path.read_bytes()
     assert sorted(path.name for path in target.parent.iterdir()) == ["rd.run.json", "rd.st"]
 
@@ -97,7 +98,7 @@ flexctl.init_anchor(flexctl.InitAnchorConfig(data=(data,), output=output, source
 """
 
 
-def test_a_second_anchor_is_refused(tmp_path: Path, checkpoint: Path, texts: Any) -> None:
+def test_a_second_anchor_is_refused(tmp_path: Path, said: Path, checkpoint: Path, texts: Any) -> None:
     settings: dict[str, Any] = {
         "anneal_tokens": 2000,
         "sample_tokens": 2000,
@@ -106,18 +107,18 @@ def test_a_second_anchor_is_refused(tmp_path: Path, checkpoint: Path, texts: Any
         "threads": 1,
     }
     call = INIT.replace("SOURCE", repr(str(checkpoint))).replace("SETTINGS", f"**{settings!r}")
-    with in_training(call, texts.public, tmp_path / "a") as process:
+    with in_training(call, texts.public, tmp_path / "a", said=said) as run:
         for dry_run in (False, True):
             config = InitAnchorConfig(
                 data=(texts.code,), output=tmp_path / "a", source=str(checkpoint), dry_run=dry_run, **settings
             )
-            with pytest.raises(UsageError, match=rf"\.a\.work: is in use by process {process.pid} "):
+            with pytest.raises(UsageError, match=rf"\.a\.work: is in use by process {run.process.pid} "):
                 init_anchor(config)
-        let_go(process)
+        let_go(run)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_second_tuning_is_refused(tmp_path: Path, merged: Path, anchor: Path, texts: Any) -> None:
+def test_a_second_tuning_is_refused(tmp_path: Path, said: Path, merged: Path, anchor: Path, texts: Any) -> None:
     from flexctl.engine.select_proxy import SelectProxyConfig, select_proxy
 
     for name in ("code", "sums"):
@@ -133,9 +134,9 @@ flexctl.tune_router(flexctl.TuneRouterConfig(
 ))
 """
     proxies = (tmp_path / "code", tmp_path / "sums")
-    with in_training(call, merged, anchor, *proxies, tmp_path / "tuned") as process:
+    with in_training(call, merged, anchor, *proxies, tmp_path / "tuned", said=said) as run:
         config = TuneRouterConfig(merged=merged, anchor=anchor, proxy=proxies, output=tmp_path / "tuned", **SMALL)
-        with pytest.raises(UsageError, match=rf"\.tuned\.tuning: is in use by process {process.pid} "):
+        with pytest.raises(UsageError, match=rf"\.tuned\.tuning: is in use by process {run.process.pid} "):
             tune_router(config)
 
 

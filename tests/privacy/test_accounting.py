@@ -6,32 +6,37 @@ import dataclasses
 import math
 from typing import Any
 
-import dp_accounting as dp
 import pytest
-from dp_accounting import pld
 
 from flexctl.bundle import PrivacyInfo
 from flexctl.errors import UsageError
 from flexctl.privacy.accounting import Mechanism, gaussian_noise, least_noise, refutation, spent
 
 PLAIN = Mechanism(noise_multiplier=0.839, sampling_rate=0.032, steps=150, row_noise_multiplier=13.3)
-CLAIM = PrivacyInfo(
-    mechanism="dp-sgd",
-    epsilon=spent(PLAIN, 1e-5),
-    delta=1e-5,
-    unit="document",
-    accountant="pld",
-    noise_multiplier=0.839,
-    sampling_rate=0.032,
-    steps=150,
-    max_grad_norm=0.3,
-    adjacency="add or remove one",
-    row_noise_multiplier=13.3,
-)
+
+
+@pytest.fixture(scope="module")
+def claim() -> PrivacyInfo:
+    return PrivacyInfo(
+        mechanism="dp-sgd",
+        epsilon=spent(PLAIN, 1e-5),
+        delta=1e-5,
+        unit="document",
+        accountant="pld",
+        noise_multiplier=0.839,
+        sampling_rate=0.032,
+        steps=150,
+        max_grad_norm=0.3,
+        adjacency="add or remove one",
+        row_noise_multiplier=13.3,
+    )
 
 
 def by_the_library(mechanism: Mechanism, delta: float) -> float:
     """Epsilon by dp-accounting's own defaults, written down once more."""
+    import dp_accounting as dp
+    from dp_accounting import pld
+
     step = dp.PoissonSampledDpEvent(mechanism.sampling_rate, dp.GaussianDpEvent(mechanism.noise_multiplier))
     rows = dp.GaussianDpEvent(mechanism.row_noise_multiplier)
     accountant = pld.PLDAccountant()
@@ -70,9 +75,9 @@ def test_rows_that_take_all_of_it_leave_nothing_for_steps() -> None:
         least_noise(1.0, 1e-5, sampling_rate=0.1, steps=2, row_noise_multiplier=gaussian_noise(2.0, 1e-5))
 
 
-def test_a_claim_holds_by_its_own_figures() -> None:
-    assert refutation(CLAIM) is None
-    assert refutation(dataclasses.replace(CLAIM, epsilon=5.0)) is None
+def test_a_claim_holds_by_its_own_figures(claim: PrivacyInfo) -> None:
+    assert refutation(claim) is None
+    assert refutation(dataclasses.replace(claim, epsilon=5.0)) is None
 
 
 @pytest.mark.parametrize(
@@ -96,11 +101,13 @@ def test_a_claim_holds_by_its_own_figures() -> None:
         ({"unit": "token"}, "unit is 'token'"),
     ],
 )
-def test_a_claim_that_its_figures_do_not_keep_is_refuted(wrong: dict[str, Any], says: str) -> None:
-    assert says in str(refutation(dataclasses.replace(CLAIM, **wrong)))
+def test_a_claim_that_its_figures_do_not_keep_is_refuted(claim: PrivacyInfo, wrong: dict[str, Any], says: str) -> None:
+    assert says in str(refutation(dataclasses.replace(claim, **wrong)))
 
 
 @pytest.mark.parametrize(("noise", "rate", "steps"), [(0.01, 1.0, 10**8), (0.01, 1e-9, 10**8), (1e6, 1.0, 10**8)])
-def test_figures_at_the_ends_of_what_is_read_take_no_time(noise: float, rate: float, steps: int) -> None:
-    found = refutation(dataclasses.replace(CLAIM, noise_multiplier=noise, sampling_rate=rate, steps=steps))
+def test_figures_at_the_ends_of_what_is_read_take_no_time(
+    claim: PrivacyInfo, noise: float, rate: float, steps: int
+) -> None:
+    found = refutation(dataclasses.replace(claim, noise_multiplier=noise, sampling_rate=rate, steps=steps))
     assert (found is None) == (noise > 1)

@@ -207,19 +207,19 @@ def minilm() -> str:
 def test_real_encoder_tells_code_from_prose(
     model: Any, space: RouterSpace, tokenizer: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    encoder = minilm()
+    encoder, some, others = minilm(), OWN[:10], PUBLIC[:5] + PUBLIC[10:15] + PUBLIC[20:25]
     frame = partial(frame_passages, tokenizer)
     loaded = start_rows.Encoder(encoder)
-    own, public = loaded.embed(OWN), loaded.embed(PUBLIC)
+    own, public = loaded.embed(some), loaded.embed(others)
     other, changed = start_rows.Encoder(encoder), start_rows.Encoder(encoder)
     next(changed._model.parameters()).data[0, 0] += 1
     assert loaded.identity == other.identity != changed.identity
-    assert own.shape == (20, 384)
-    assert torch.allclose(own.norm(dim=1), torch.ones(20), atol=1e-5)
-    assert (own @ own.mean(dim=0)).min() > (public[:20] @ own.mean(dim=0)).max()
+    assert own.shape == (10, 384)
+    assert torch.allclose(own.norm(dim=1), torch.ones(10), atol=1e-5)
+    assert (own @ own.mean(dim=0)).min() > (public[:10] @ own.mean(dim=0)).max()
 
-    rows = rows_of("encoder", model, space, OWN, PUBLIC, frame, encoder).rows
-    mean = [float(row_logits(model, [rows], frame(texts))[1].mean()) for texts in (OWN, PUBLIC[:20])]
+    rows = rows_of("encoder", model, space, some, others, frame, encoder).rows
+    mean = [float(row_logits(model, [rows], frame(texts))[1].mean()) for texts in (some, others[:10])]
     assert mean[0] > 0 > mean[1]
     assert capfd.readouterr() == ("", "")
 

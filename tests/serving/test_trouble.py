@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import apart
 import openai
 import pytest
+from apart import Apart
 from serving.running import Server, a_server, read_all, status_of
 
 from flexctl.serving import Batcher
@@ -264,34 +262,24 @@ def test_a_first_word_to_stop_refuses_new_requests_and_a_second_stops_at_once(ch
     assert 0 < server.result.new_tokens < 60
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "flexctl", "serve", "--port", "0", "--threads", "1", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+def address_of(server: Apart) -> str:
+    until(lambda: re.search(r"http://\S+/v1;", server.err) is not None)
+    return re.findall(r"(http://\S+/v1);", server.err)[0]
 
 
-def address_of(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        found = re.search(r"(http://\S+/v1);", line)
-        if found:
-            return found[1]
-    raise AssertionError("it did not start")
-
-
-def test_sigterm_finishes_what_runs_and_then_says_what_was_served(chatty: Path) -> None:
-    process = start(str(chatty))
-    try:
-        client = openai.OpenAI(base_url=address_of(process), api_key="none", max_retries=0)
+def test_sigterm_finishes_what_runs_and_then_says_what_was_served(chatty: Path, tmp_path: Path) -> None:
+    words = ("serve", chatty, "--port", 0, "--threads", 1)
+    with apart.running("from flexctl.cli.app import run; run()", *words, said=tmp_path / "said") as server:
+        client = openai.OpenAI(base_url=address_of(server), api_key="none", max_retries=0)
         stream = client.completions.create(model="merged", prompt="def", max_tokens=100, temperature=0, stream=True)
         first = next(iter(stream))
-        process.send_signal(signal.SIGTERM)
+        server.process.terminate()
         text = first.choices[0].text + "".join(chunk.choices[0].text for chunk in stream)
         client.close()
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
+        server.process.join(30)
+        code, out, err = server.process.exitcode, server.out, server.err
     assert len(text) > 50
-    assert process.returncode == 0
+    assert code == 0
     assert re.search(r"^requests\s+1$", out, re.MULTILINE)
     assert re.search(r"^new tokens\s+100$", out, re.MULTILINE)
     assert "def" not in err
