@@ -15,6 +15,7 @@ from flexctl.bundle.manifest import (
 from flexctl.bundle.merged import Merged, open_merged
 from flexctl.bundle.router import RouterFile, open_router_file
 from flexctl.bundle.validation import read_directory_manifest
+from flexctl.errors import UsageError
 
 __all__ = ["open_bundle", "read_manifest_of"]
 
@@ -41,6 +42,6 @@ def read_manifest_of(path: Path) -> Manifest:
         UsageError: There is nothing.
         BundleError: There is no manifest, or it is not valid.
     """
-    if path.is_dir():
-        return read_directory_manifest(path)
-    return embedded_manifest(path)[0]
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or directory", hint="flexctl list shows the bundles of the workspace")
+    return read_directory_manifest(path) if path.is_dir() else embedded_manifest(path)[0]

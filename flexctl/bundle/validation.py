@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import re
 from pathlib import Path
+from typing import NoReturn
 
 from flexctl.bundle.codec import canonical_json, decode, encode, parse_json, read_bytes
 from flexctl.bundle.manifest import (
@@ -82,14 +83,21 @@ def read_directory_manifest(path: Path) -> Manifest:
         BundleError: There is no manifest, or it is not valid.
     """
     if not path.is_dir():
-        raise UsageError(f"{path}: no such directory", hint="name the directory of a bundle")
+        hint = "name the directory of a bundle; flexctl init-anchor makes an anchor, flexctl merge a merged model"
+        raise UsageError(f"{path}: no such directory", hint=hint)
     refuse_folder_of_experts(path)
-    if not (path / MANIFEST_FILE).exists() and (path / CONFIG_FILE).is_file() and is_stock_mixture(path):
-        raise BundleError(
-            f"{path / MANIFEST_FILE}: is missing; config.json is that of a mixture of experts",
-            hint=f"flexctl adopt {path} takes one apart that others merged",
-        )
+    if not (path / MANIFEST_FILE).exists() and (path / CONFIG_FILE).is_file():
+        _refuse_stock(path)
     return read_manifest(read_bytes(path / MANIFEST_FILE), str(path / MANIFEST_FILE))
+
+
+def _refuse_stock(path: Path) -> NoReturn:
+    """Refuse a stock checkpoint in the place of a bundle; the hint says how one becomes a bundle."""
+    if is_stock_mixture(path):
+        kind, hint = "a mixture of experts", f"flexctl adopt {path} takes one apart that others merged"
+    else:
+        kind, hint = "a stock checkpoint", f"flexctl init-anchor {path} --data PUBLIC_TEXT makes an anchor of one"
+    raise BundleError(f"{path / MANIFEST_FILE}: is missing; config.json is that of {kind}", hint=hint)
 
 
 def refuse_folder_of_experts(path: Path) -> None:

@@ -161,8 +161,10 @@ def _training_plan(plan: TrainingPlan, rank: int | None) -> list[str]:
     lines = [f"Plan for {kind} on {plan.device} in {plan.dtype}, {steps}: nothing was read but config.json.", ""]
     lines += table(["devices", "at once", "memory of each", "fits", "a million tokens"], rows)
     lines += ["", "One device: " + ", ".join(f"{part} {amount(size, 'bytes')}" for part, size in parts.items())]
-    if plan.limit_bytes is not None:
-        lines.append(f"Fits: into the {amount(plan.limit_bytes, 'bytes')} of this machine's {plan.device}.")
+    if plan.limit_bytes is None:
+        lines.append(f"Fits: not known, as there is no {plan.device} device here.")
+    else:
+        lines.append(f"Fits: whether into {amount(plan.limit_bytes, 'bytes')}, what this machine's {plan.device} has.")
     if plan.flops_per_s is None:
         return [*lines, "Time: not known without a rate; give --plan-tflops."]
     rate = f"{plan.share:.0%} of {number(plan.flops_per_s / 1e12)} TFLOP/s"

@@ -168,6 +168,8 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     if config.dp_epsilon is not None:
         raise UsageError("is not known for runs with `dp_epsilon`", hint="leave one of them out", field="plan")
     anchor = config.anchor or workspace.find().anchor
+    if not hub.is_remote(anchor) and not anchor.is_dir():
+        raise UsageError(f"{anchor}: no such directory", hint="name an anchor or a stock checkpoint by `anchor`")
     dense = read_dense_config(hub.fetch_config(anchor) if hub.is_remote(anchor) else anchor)
     sizes = training.Sizes.of(model.resolve_moe_config(dense))
     refuse_useless_rank(config.rank, _architecture(sizes))

@@ -111,8 +111,9 @@ class Checkpoints:
         self._next_s = time.monotonic() + _EVERY_S
         self._settings = json.loads(json.dumps(settings, sort_keys=True))
         folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            self._drop(self._paths())
+        if not resume and (old := self._paths()):
+            reporter.warn(f"{old[-1]} of a run that was stopped is dropped; `resume` would have gone on from it")
+            self._drop(old)
 
     def _paths(self) -> list[Path]:
         """Return the checkpoints, oldest first, as the writer sees them."""

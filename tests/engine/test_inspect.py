@@ -57,5 +57,6 @@ def test_weights_are_not_read(world: World) -> None:
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"flexctl.json: is missing"):
         inspect(InspectConfig(path=tmp_path))
-    with pytest.raises(UsageError, match="no such file"):
-        inspect(InspectConfig(path=tmp_path / "none.st"))
+    with pytest.raises(UsageError, match="no such file or directory") as caught:
+        inspect(InspectConfig(path=tmp_path / "none"))
+    assert caught.value.hint == "flexctl list shows the bundles of the workspace"

@@ -234,7 +234,7 @@ def test_absence_is_proved_by_name_and_by_content(world: World, tmp_path: Path) 
     result = verify(VerifyConfig(path=Path("n"), absent=("smuggled", str(code.path))))
     assert not failures(result)
     assert "tombstone" in next(check.detail for check in result.checks if check.name == "absent smuggled")
-    with pytest.raises(UsageError, match="absent"):
+    with pytest.raises(UsageError, match="is no merged model but an expert"):
         verify(VerifyConfig(path=code.path, absent=("law",)))
 
 

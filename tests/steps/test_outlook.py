@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,21 @@ def test_a_card_that_is_not_here(one_b: Path, monkeypatch: pytest.MonkeyPatch) -
     assert stated.devices[0].million_tokens_s == pytest.approx(1e6 / 38_300, rel=0.03)
 
 
+def test_a_card_that_is_not_here_has_no_limit(
+    one_b: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["train-expert", "--data", "nowhere", "--anchor", str(one_b), "--plan", "--device", "cuda"]) == 0
+    assert "Fits: not known, as there is no cuda device here." in capsys.readouterr().out
+
+
+def test_a_run_against_a_stock_checkpoint_is_told_how_to_make_an_anchor(one_b: Path) -> None:
+    with pytest.raises(BundleError, match=r"config\.json is that of a stock checkpoint") as caught:
+        train_expert(TrainExpertConfig(data=(one_b,), anchor=one_b))
+    assert caught.value.hint is not None
+    assert f"flexctl init-anchor {one_b}" in caught.value.hint
+
+
 def test_an_anchor_and_a_checkpoint_of_another_family(tmp_path: Path) -> None:
     anchor = make_anchor(tmp_path / "anchor", model_type="qwen3", hidden=64, inner=96, layers=3, vocab=64)
     checkpoint = make_checkpoint(tmp_path / "dense", model_type="qwen3", hidden=64, inner=96, layers=3, vocab=64)
@@ -129,6 +145,7 @@ def test_the_command_line(one_b: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert text.startswith("Plan for an expert of rank 16 on cpu in float32, steps of 64 sequences of 1,024 tokens")
     assert "devices  at once" in text
     assert "One device: frozen 5.9 GB" in text
+    assert re.search(r"^Fits: whether into [0-9.]+ GB, what this machine's cpu has\.$", text, re.M)
     assert "GFLOP a token at 71% of 0.500 TFLOP/s" in text
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -145,8 +162,11 @@ def test_what_a_plan_refuses(one_b: Path, tmp_path: Path, monkeypatch: pytest.Mo
         plan(one_b, device="cuda", dtype="float8")
     with pytest.raises(UsageError, match=r"^device: 'cudo'"):
         plan(one_b, device="cudo")
-    with pytest.raises(BundleError, match=r"config\.json"):
+    with pytest.raises(UsageError, match=r"nothing: no such directory"):
         plan(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match=r"config\.json: is missing"):
+        plan(tmp_path / "empty")
     with pytest.raises(BundleError, match="model_type is 'gpt2'"):
         plan(write_config(tmp_path / "gpt2", ONE_B | {"model_type": "gpt2"}))
     memory(8_000_000_000, monkeypatch)

@@ -144,8 +144,13 @@ def test_nothing_there_means_from_the_start(tmp_path: Path) -> None:
 
 def test_without_resume_old_checkpoints_go(tmp_path: Path) -> None:
     save(tmp_path, [2, 4], make_state())
-    assert open_checkpoints(tmp_path, resume=False).restore(make_state()) == []
+    listener = Listener()
+    assert open_checkpoints(tmp_path, resume=False, reporter=listener).restore(make_state()) == []
     assert names(tmp_path) == []
+    (said,) = listener.warnings
+    assert "checkpoint-00000004.safetensors of a run that was stopped is dropped; `resume`" in said
+    assert open_checkpoints(tmp_path, resume=False, reporter=listener).restore(make_state()) == []
+    assert len(listener.warnings) == 1
 
 
 def break_by_cutting(path: Path) -> None:
