@@ -1,4 +1,4 @@
-"""Writes what README.md shows of the recorded run and of the comparison, and its pictures: part of ``make docs``."""
+"""Writes what README.md shows of the recorded run and of the comparison, and all pictures: part of ``make docs``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools import compared
+from tools.growth import GROWTH, growth
 from tools.picture import PICTURE, life
 from tools.record import RECORDED, ROOT
 
@@ -72,11 +73,12 @@ def current(readme: str) -> str:
 
 
 def main() -> None:
-    """Write README.md's blocks, docs/life.svg and docs/compared.svg."""
+    """Write README.md's blocks and the pictures of README.md and docs/scaling.md."""
     README.write_text(current(README.read_text(encoding="utf-8")), encoding="utf-8")
     PICTURE.write_text(life(), encoding="utf-8")
     figures = json.loads(compared.COMPARED.read_text(encoding="utf-8"))
     compared.CHART.write_text(compared.chart(figures), encoding="utf-8")
+    GROWTH.write_text(growth(), encoding="utf-8")
 
 
 if __name__ == "__main__":

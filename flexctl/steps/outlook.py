@@ -240,7 +240,9 @@ def _refuse(run: _Run, step: training.Step, most: int) -> None:
     least = training.least_bytes(run.sizes, step)
     if least > most:
         takes = f"each of {step.processes} processes takes" if step.processes > 1 else "training takes"
-        has = "the card has" if step.on_card else "this machine has for each, swap included,"
+        has = (
+            "the card has" if step.on_card else f"this machine has{' for each' * (step.processes > 1)}, swap included,"
+        )
         raise UsageError(
             f"{takes} at least {_gb(least)} of memory, and {has} {_gb(most)}",
             hint=_way_out(run, step, most) or "use more devices, or a smaller anchor: docs/scaling.md",

@@ -25,6 +25,8 @@ from flexctl.training.loop import LoopSettings, train
 from flexctl.training.pair import Pair
 from tests.benchmarks.shapes import CPU, ONE_B, PAIR, Shape, step_flops
 from tests.benchmarks.steps import RandomBatches
+from tools.growth import ANCHORS, DEVICES, GROWTH, RANK, gigabytes, growth
+from tools.record import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads and resets the peak in /proc")
 
@@ -182,3 +184,18 @@ def test_the_least_is_below_what_is_expected(rank: int | None, recompute: bool, 
             parts = memory_of_step(sizes, step)
             assert tuple(parts) == PARTS
             assert 0 < least_bytes(sizes, step) <= 1.001 * sum(parts.values())
+
+
+def test_what_the_docs_show_of_growth_is_the_formula() -> None:
+    rows = {}
+    for line in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if name in ANCHORS and len(cells) == 6:
+            rows[name] = [[float(part) for part in cell.split(" / ")] for cell in cells[2:]]
+    assert rows.keys() == ANCHORS.keys()
+    for name, sizes in ANCHORS.items():
+        asked = ((rank, recompute) for rank in (None, RANK) for recompute in (False, True))
+        for shown, (rank, recompute) in zip(rows[name], asked, strict=True):
+            found = [gigabytes(sizes, rank, count, recompute=recompute) for count in DEVICES]
+            assert shown == pytest.approx(found, abs=0.5 if found[0] > 100 else 0.06)
+    assert GROWTH.read_text(encoding="utf-8") == growth()
