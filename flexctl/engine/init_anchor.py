@@ -255,6 +255,7 @@ def _asked(
 
 def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool) -> None:
     check_directory_target(target, kind="anchor", overwrite=config.overwrite or exists)
+    text.refuse_among(target, [*config.data, *config.calibrate], "output")
     _name(config)
     machine_of(config)
     if config.source is None or config.anneal_tokens:

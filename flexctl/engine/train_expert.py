@@ -305,6 +305,7 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     if config.plan_tflops is not None:
         raise UsageError("is for `plan` alone", hint="leave it out", field="plan_tflops")
     check_file_target(target, overwrite=config.overwrite or exists)
+    text.refuse_among(target, _texts(config), "output")
     refuse_useless_rank(config.rank, anchor.manifest.architecture)
     if config.dp_epsilon is not None:
         refuse_many("training under a guarantee (`dp_epsilon`)")
@@ -321,14 +322,9 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
 
 
 def _refuse_bad_cache(folder: Path, data: Sequence[Path]) -> None:
-    place = folder.resolve()
-    if place.exists() and not place.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is no folder", field="token_cache")
-    for path in data:
-        if path.resolve() in (place, *place.parents):
-            raise UsageError(
-                f"{folder}: lies inside {path}, and would be read as text", hint="elsewhere", field="token_cache"
-            )
+    text.refuse_among(folder, data, "token_cache")
 
 
 def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertResult:

@@ -13,6 +13,7 @@ NAMES = {
         "pinned",
         "read_documents",
         "read_records",
+        "refuse_among",
         "sample_documents",
         "sample_halves",
         "sample_passages",

@@ -11,6 +11,7 @@ from flexctl.text.documents import Record as Record
 from flexctl.text.documents import pinned as pinned
 from flexctl.text.documents import read_documents as read_documents
 from flexctl.text.documents import read_records as read_records
+from flexctl.text.documents import refuse_among as refuse_among
 from flexctl.text.documents import sample_documents as sample_documents
 from flexctl.text.documents import sample_halves as sample_halves
 from flexctl.text.documents import sample_passages as sample_passages

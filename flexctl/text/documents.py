@@ -7,6 +7,7 @@ import hashlib
 import heapq
 import io
 import json
+import os
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ __all__ = [
     "pinned",
     "read_documents",
     "read_records",
+    "refuse_among",
     "sample_documents",
     "sample_halves",
     "sample_passages",
@@ -93,6 +95,23 @@ def text_files(paths: Iterable[Path], field: str = "data") -> list[Path | hub.Da
     if not found:
         raise UsageError(f"no text file in {', '.join(map(str, paths))}", field=field)
     return found
+
+
+def refuse_among(place: Path, paths: Iterable[Path], field: str) -> None:
+    """Refuse a place to write whose files would be read as text the next time.
+
+    Args:
+        place: What is to be written.
+        paths: Files, folders and ``hf://datasets/...`` that are read.
+        field: Of the Config that names the place.
+
+    Raises:
+        UsageError: It is one of ``paths`` or lies below one.
+    """
+    real = Path(os.path.realpath(place))
+    for path in paths:
+        if Path(os.path.realpath(path)) in (real, *real.parents):
+            raise UsageError(f"{place} would be among the text of {path}", hint="choose another place", field=field)
 
 
 def pinned(paths: Iterable[Path]) -> tuple[Path, ...]:

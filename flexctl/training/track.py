@@ -25,6 +25,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.model.routed import routed_layers
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
+from flexctl.text import refuse_among
 from flexctl.training.work import has_checkpoints
 
 __all__ = ["UNTRACKED", "RowLogits", "Track", "log_beside", "tracked"]
@@ -86,10 +87,7 @@ def log_beside(target: Path, texts: Iterable[Path]) -> Path:
     log = check_file_target(place.with_name(f"{place.name.removesuffix('.st')}.track.jsonl"), overwrite=True)
     if log.is_fifo():
         raise UsageError(f"{log}: is a pipe; expected a file to write", field="track")
-    for path in texts:
-        if Path(os.path.realpath(path)) in (log, *log.parents):
-            hint = "choose another place with `output`"
-            raise UsageError(f"{log} would be among the text of {path}", hint=hint, field="track")
+    refuse_among(log, texts, "output")
     return log
 
 

@@ -326,6 +326,15 @@ def edit(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def test_an_anchor_among_its_own_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "public").mkdir()
+    (tmp_path / "public" / "a.txt").write_text("a few words")
+    with pytest.raises(UsageError, match="would be among the text of") as caught:
+        init_anchor(InitAnchorConfig(data=(tmp_path / "public",), output=tmp_path / "public" / "anchor"))
+    assert caught.value.field == "output"
+    assert not (tmp_path / "public" / "anchor").exists()
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 @pytest.mark.parametrize("end", [True, False])
 def test_a_token_beyond_the_embedding_is_refused_before_the_work(

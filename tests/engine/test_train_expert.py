@@ -519,6 +519,16 @@ def test_too_little_text_is_refused(tmp_path: Path, anchor: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_expert_among_its_own_text_is_refused(tmp_path: Path, anchor: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a few words")
+    for dry_run in (False, True):
+        with pytest.raises(UsageError, match="would be among the text of") as caught:
+            train(anchor, tmp_path / "corpus", tmp_path / "corpus" / "made" / "x.st", dry_run=dry_run)
+        assert caught.value.field == "output"
+    assert not (tmp_path / "corpus" / "made").exists()
+
+
 def test_diverging_run_is_refused_and_writes_no_expert(tmp_path: Path, anchor: Path, texts: Any) -> None:
     with pytest.raises(FlexctlError, match=r"loss became|NaN|infinity") as caught:
         train(anchor, texts.code, tmp_path / "x.st", lr=1e30, warmup_steps=0)

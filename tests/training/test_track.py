@@ -230,7 +230,7 @@ def test_it_is_never_text_and_never_a_pipe(tmp_path: Path) -> None:
     for named in (tmp_path / "law", tmp_path / "law" / "law.track.jsonl", tmp_path):
         with pytest.raises(UsageError, match=r"law\.track\.jsonl would be among the text of") as caught:
             log_beside(tmp_path / "law" / "law.st", [tmp_path / "other", named])
-        assert caught.value.field == "track"
+        assert caught.value.field == "output"
     assert log_beside(tmp_path / "law.st", [tmp_path / "law", Path("hf://datasets/a/b")]).parent == tmp_path
     os.mkfifo(tmp_path / "pipe.track.jsonl")
     with pytest.raises(UsageError, match=r"pipe\.track\.jsonl: is a pipe"):
