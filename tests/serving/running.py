@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +72,18 @@ def status_of(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1])
 
 
+def _end(thread: threading.Thread, server: Server) -> None:
+    """Stop a server as a signal does, and as a second one does where some client of a test still holds on to it."""
+    for patience_s in (20, 60):
+        if server.listener is not None:
+            server.listener.finish()
+        thread.join(patience_s)
+        if not thread.is_alive():
+            return
+    assert thread.ident is not None
+    raise AssertionError("".join(traceback.format_stack(sys._current_frames()[thread.ident])))
+
+
 @contextmanager
 def a_server(bundle: Path, **settings: Any) -> Iterator[Server]:
     """Serve a bundle while the block runs, and stop cleanly behind it."""
@@ -110,9 +124,6 @@ def a_server(bundle: Path, **settings: Any) -> Iterator[Server]:
             if server.error is None:
                 yield server
         finally:
-            if server.listener is not None:
-                server.listener.finish()
-            thread.join(60)
-            assert not thread.is_alive()
+            _end(thread, server)
     if server.error is not None:
         raise server.error
