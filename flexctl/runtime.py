@@ -20,6 +20,8 @@ __all__ = [
     "busy_cores",
     "cache_folder",
     "counted",
+    "meminfo_bytes",
+    "memory_bytes",
     "note_busy_cores",
     "peak_rss_bytes",
     "software_versions",
@@ -153,20 +155,33 @@ def note_busy_cores(threads: int | None, reporter: Reporter) -> None:
         reporter.note(advice)
 
 
+def memory_bytes() -> int:
+    """Return this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def meminfo_bytes(figure: str) -> int | None:
+    """Return a figure of /proc/meminfo, such as ``MemAvailable``; None where there is none."""
+    return _figure_bytes(Path("/proc/meminfo"), figure)
+
+
 def peak_rss_bytes() -> int:
     """Return the largest resident size that this process has had so far, in bytes.
 
     Linux says it in /proc; getrusage there starts from what the parent had before the fork.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+    peak = _figure_bytes(Path("/proc/self/status"), "VmHWM")
+    if peak is not None:
+        return peak
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _figure_bytes(file: Path, figure: str) -> int | None:
+    found = re.search(rf"^{figure}:\s+(\d+) kB", file.read_text(), re.MULTILINE) if file.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def software_versions() -> dict[str, str]:

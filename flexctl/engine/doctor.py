@@ -14,7 +14,7 @@ from pathlib import Path
 from flexctl import flags, model, workspace
 from flexctl.errors import FlexctlError
 from flexctl.options import Config
-from flexctl.runtime import SILENT, Reporter, busy_cores, cache_folder
+from flexctl.runtime import SILENT, Reporter, busy_cores, cache_folder, meminfo_bytes, memory_bytes
 from flexctl.steps.speed import bfloat16_pays, matmul_gflops_per_s
 
 __all__ = ["CacheFolder", "DoctorConfig", "DoctorResult", "doctor"]
@@ -114,8 +114,8 @@ def doctor(config: DoctorConfig, reporter: Reporter = SILENT) -> DoctorResult:
         extras={extra: [name for name in names if _version(name) is None] for extra, names in optional.items()},
         cpus=os.cpu_count() or 1,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        memory_available_bytes=_memory_available_bytes(),
+        memory_bytes=memory_bytes(),
+        memory_available_bytes=meminfo_bytes("MemAvailable"),
         disk_free_bytes=shutil.disk_usage(root).free,
     )
     return found if missing else _with_libraries(found, config)
@@ -159,12 +159,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _memory_available_bytes() -> int | None:
-    figures = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", figures.read_text(), re.M) if figures.exists() else None
-    return int(found[1]) * 1024 if found else None
 
 
 def _devices() -> list[str]:

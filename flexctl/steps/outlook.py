@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from flexctl.bundle.stock import read_dense_config
 from flexctl.bundle.tensors import TensorType
 from flexctl.errors import UsageError
 from flexctl.processes import launched, launched_here
+from flexctl.runtime import meminfo_bytes, memory_bytes
 from flexctl.steps.expert_run import BudgetConfig, budget_of
 from flexctl.steps.machine import Machine, MachineConfig, machine_of
 from flexctl.steps.speed import matmul_flops_per_s
@@ -283,15 +283,13 @@ def _memory_bytes(device: torch.device) -> int:
         import torch
 
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_bytes()
 
 
 def _most_bytes(device: torch.device) -> int:
     """Return what can be had of a device at the very most: of a CPU's, what it can swap out to as well."""
-    figures = Path("/proc/meminfo")
-    found = re.search(r"^SwapTotal:\s+(\d+) kB", figures.read_text(), re.M) if figures.exists() else None
-    swap = int(found[1]) * 1024 if found and device.type == "cpu" else 0
-    return _memory_bytes(device) + swap
+    swap = meminfo_bytes("SwapTotal") if device.type == "cpu" else None
+    return _memory_bytes(device) + (swap or 0)
 
 
 def _architecture(sizes: training.Sizes) -> Architecture:
