@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.bundle.hashing import hash_file
+from flexctl.bundle.store import new_file
 from flexctl.errors import system_error
 from flexctl.processes import World
 
@@ -88,7 +89,8 @@ def read_shards(path: Path, parameters: Sequence[nn.Parameter], world: World) ->
 
 def _finish(part: Path, path: Path, about: Mapping[str, Any]) -> None:
     files = {item.name: hash_file(item) for item in sorted(part.iterdir())}
-    (part / _ABOUT).write_text(json.dumps({**about, "files": files}))
+    with new_file(part / _ABOUT, overwrite=False) as temporary:
+        temporary.write_text(json.dumps({**about, "files": files}))
     shutil.rmtree(path, ignore_errors=True)  # a broken one, which was passed over
     part.rename(path)
 
