@@ -125,7 +125,7 @@ class Checkpoints:
         if path.suffix == _SHARDS:
             about = self._world.by_writer(lambda: about_shards(path))
             return about, read_shards(path, state.parameters, self._world) if about else {}
-        read = _read(path)
+        read = _read_file(path)
         (is_broken,) = self._world.most(read is None)
         return (None, {}) if read is None or is_broken else read
 
@@ -234,7 +234,7 @@ def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], 
             raise system_error(error) or error from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Return what a checkpoint is of, and its tensors; None where it is not whole."""
     from safetensors import SafetensorError, safe_open
 
