@@ -1,4 +1,4 @@
-"""Kernels of liger-kernel and cut-cross-entropy, and torch.compile, against what flexctl does, at the size of OLMo-2-1B.
+"""Kernels of liger-kernel and cut-cross-entropy, and torch.compile, against flexctl's, at the size of OLMo-2-1B.
 
 First the loss alone, forward and back to the hidden states, with a frozen head; then the whole step of a pair, of which
 one part or all are another's. One wins that makes the step at least ``WINS`` times as fast: less is not worth a
@@ -38,13 +38,24 @@ Loss = Callable[..., Tensor]
 
 
 def main() -> None:
-    """Measure, what may break the device last."""
+    """Measure; last what is most likely to break the device for all that follows."""
     section = Section()
     shape = SMALL if section.small else ONE_B
-    _measure_losses(section, shape)
+    expected = _measure_losses(section, shape, _losses(shape), None)
     free(section.device)
     _measure_steps(section, shape)
+    free(section.device)
+    _measure_losses(section, shape, {"cut-cross-entropy, with the z-loss": (CUT, cut_loss)}, expected)
     section.end()
+
+
+def _losses(shape: Shape) -> dict[str, tuple[str | None, Loss]]:
+    return {
+        "flexctl": (None, training_loss),
+        "liger-kernel": (LIGER, partial(liger_loss, chunks=1)),
+        "liger-kernel, as many logits at once as flexctl": (LIGER, partial(liger_loss, chunks=_chunks(shape))),
+        "torch.compile, all logits at once": (COMPILE, compiled_loss()),
+    }
 
 
 def _missing(section: Section, needs: str | None) -> str | None:
@@ -71,16 +82,11 @@ class _Given(nn.Module):
         return self.head
 
 
-def _measure_losses(section: Section, shape: Shape) -> None:
-    ways: dict[str, tuple[str | None, Loss]] = {
-        "flexctl": (None, training_loss),
-        "torch.compile, all logits at once": (COMPILE, compiled_loss()),
-        "liger-kernel": (LIGER, partial(liger_loss, chunks=1)),
-        "liger-kernel, as many logits at once as flexctl": (LIGER, partial(liger_loss, chunks=_chunks(shape))),
-        "cut-cross-entropy, with the z-loss": (CUT, cut_loss),
-    }
+def _measure_losses(
+    section: Section, shape: Shape, ways: dict[str, tuple[str | None, Loss]], expected: Tensor | None
+) -> Tensor | None:
+    """Measure losses and how far their gradients are from ``expected``, or the first one's; return that."""
     model, targets = _given(section.device, shape)
-    expected: Tensor | None = None
     for name, (needs, loss) in ways.items():
         if reason := _missing(section, needs):
             section.put(name=f"loss: {name}", skipped=reason)
@@ -89,6 +95,7 @@ def _measure_losses(section: Section, shape: Shape) -> None:
             gradient = _measure_loss(section, loss, model, targets, figures)
             expected = gradient if expected is None else expected
             figures["gradient_apart"] = float((gradient - expected).norm() / expected.norm())
+    return expected
 
 
 def _given(device: torch.device, shape: Shape) -> tuple[_Given, Tensor]:
@@ -103,9 +110,7 @@ def _given(device: torch.device, shape: Shape) -> tuple[_Given, Tensor]:
     return _Given(states, head), targets
 
 
-def _measure_loss(
-    section: Section, loss: Loss, model: _Given, targets: Tensor, figures: dict[str, Any]
-) -> Tensor:
+def _measure_loss(section: Section, loss: Loss, model: _Given, targets: Tensor, figures: dict[str, Any]) -> Tensor:
     """Time a loss and its gradient at the states; return the gradient."""
 
     def once() -> float:
@@ -148,9 +153,7 @@ def liger_loss(
     return loss
 
 
-def cut_loss(
-    model: Any, inputs: Tensor, targets: Tensor, z_loss: float, weights: Tensor | None = None
-) -> Tensor:
+def cut_loss(model: Any, inputs: Tensor, targets: Tensor, z_loss: float, weights: Tensor | None = None) -> Tensor:
     """The loss by cut-cross-entropy, which has no z-loss: log Z is its loss and the target's logit."""
     from cut_cross_entropy import linear_cross_entropy
 
@@ -197,20 +200,24 @@ def _measure_steps(section: Section, shape: Shape) -> None:
     model = made.model
     liger = {"rope": _liger_rope, "networks": partial(_liger_networks, model), "norms": partial(_liger_norms, model)}
     liger["loss"] = lambda: _loss_is(partial(liger_loss, chunks=_chunks(shape)))
-    cut = lambda: _loss_is(cut_loss)  # noqa: E731
     parts = partial(_compiled_parts, model)
     ways: dict[str, tuple[str | None, list[Callable[[], AbstractContextManager[None]]]]] = {
         "flexctl": (None, []),
-        "compiled: rope": (COMPILE, [_compiled_rope]),
-        "compiled: rope, networks, norms": (COMPILE, [_compiled_rope, parts]),
         "liger-kernel: all": (LIGER, list(liger.values())),
         **{f"liger-kernel: {name}": (LIGER, [one]) for name, one in liger.items()},
+        "compiled: rope": (COMPILE, [_compiled_rope]),
+        "compiled: rope, networks, norms": (COMPILE, [_compiled_rope, parts]),
         "compiled: rope, networks, norms; liger-kernel: loss": (LIGER, [_compiled_rope, parts, liger["loss"]]),
         "flexctl, again": (None, []),
-        "cut-cross-entropy": (CUT, [cut]),
+        "cut-cross-entropy": (CUT, [lambda: _loss_is(cut_loss)]),
     }
     base: float | None = None
+    weights = made.groups[0].parameters
+    begun = [weight.detach().clone() for weight in weights]
     for name, (needs, others) in ways.items():
+        with torch.no_grad():
+            for weight, was in zip(weights, begun, strict=True):
+                weight.copy_(was)
         if reason := _missing(section, needs):
             section.put(name=f"step: {name}", skipped=reason)
             continue

@@ -34,7 +34,10 @@ def main() -> None:
             kind = f"{'full' if rank is None else f'rank {rank}'}{', recomputed' if recompute else ''}"
             with section.part(f"{name}, {kind}") as figures:
                 figures["predicted_bytes"], figures["predicted_parts"] = predicted(shape, rank, recompute=recompute)
-                _measure(section, shape, rank, recompute, figures)
+                try:
+                    _measure(section, shape, rank, recompute, figures)
+                except torch.OutOfMemoryError as error:
+                    figures["out_of_memory"] = str(error)[:300]
     section.end()
 
 

@@ -15,9 +15,8 @@ ROWS = (
     "masked 2 experts, eager",
     f"LoRA of peft, rank {RANK}",
     "pair, recomputed",
-    "masked 2 experts, grouped",
 )
-"""What is measured, the least important last: what is compiled is among the kernels."""
+"""What is measured: what is compiled is among the kernels."""
 
 
 def main() -> None:
