@@ -27,8 +27,8 @@ RUNS = [(RANK, False), (RANK, True), (None, True), (None, False)]
 def main() -> None:
     """Measure."""
     section = Section()
-    anchors = {"small": replace(SMALL, batch=1)} if section.small else {"1B": replace(ONE_B, batch=1), "7B": SEVEN_B}
-    for name, shape in anchors.items():
+    for name, anchor in ({"small": SMALL} if section.small else {"1B": ONE_B, "7B": SEVEN_B}).items():
+        shape = replace(anchor, batch=1)
         for rank, recompute in RUNS:
             free(section.device)
             kind = f"{'full' if rank is None else f'rank {rank}'}{', recomputed' if recompute else ''}"
