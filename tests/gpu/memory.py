@@ -1,4 +1,4 @@
-"""Memory of a pair's step of one sequence, at the sizes of OLMo-2-1B and 7B, against what ``--plan`` tells.
+"""Memory of a pair's step, at the sizes of OLMo-2-1B and 7B, against what ``--plan`` tells.
 
 What a card cannot hold fails by itself, and says so; the formula may have said that before.
 """
@@ -25,20 +25,24 @@ RUNS = [(RANK, False), (RANK, True), (None, True), (None, False)]
 
 
 def main() -> None:
-    """Measure."""
+    """Measure one sequence each, and a full expert of several: of a 7B that is what a card of 80 GB is to hold."""
     section = Section()
     for name, anchor in ({"small": SMALL} if section.small else {"1B": ONE_B, "7B": SEVEN_B}).items():
-        shape = replace(anchor, batch=1)
         for rank, recompute in RUNS:
-            free(section.device)
-            kind = f"{'full' if rank is None else f'rank {rank}'}{', recomputed' if recompute else ''}"
-            with section.part(f"{name}, {kind}") as figures:
-                figures["predicted_bytes"], figures["predicted_parts"] = predicted(shape, rank, recompute=recompute)
-                try:
-                    _measure(section, shape, rank, recompute, figures)
-                except torch.OutOfMemoryError as error:
-                    figures["out_of_memory"] = str(error)[:300]
+            _try(section, name, replace(anchor, batch=1), rank, recompute=recompute)
+    _try(section, name, anchor, None, recompute=True)
     section.end()
+
+
+def _try(section: Section, name: str, shape: Shape, rank: int | None, *, recompute: bool) -> None:
+    free(section.device)
+    kind = f"{'full' if rank is None else f'rank {rank}'}{', recomputed' if recompute else ''}, batch {shape.batch}"
+    with section.part(f"{name}, {kind}") as figures:
+        figures["predicted_bytes"], figures["predicted_parts"] = predicted(shape, rank, recompute=recompute)
+        try:
+            _measure(section, shape, rank, recompute, figures)
+        except torch.OutOfMemoryError as error:
+            figures["out_of_memory"] = str(error)[:300]
 
 
 def _measure(section: Section, shape: Shape, rank: int | None, recompute: bool, figures: dict[str, Any]) -> None:

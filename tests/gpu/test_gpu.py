@@ -136,20 +136,6 @@ def test_bfloat16_run_that_was_interrupted_goes_on(
     assert float((weights_of(tmp_path / "x.st") - expected).norm() / expected.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_a_private_run_is_the_cpu_s_claim(tmp_path: Path, anchor: Path, texts: Any, rank: int | None) -> None:
-    """Noise is drawn anew, so that weights differ; what is told of the run does not."""
-    pytest.importorskip("dp_accounting")
-    guarantee = {"dp_epsilon": 30.0, "dp_delta": 1e-3, "dp_documents": 40, "dp_noise_multiplier": 0.5}
-    settings: dict[str, Any] = {**guarantee, "dp_row_epsilon": 8.0, "max_steps": 3, "micro_batch": 16, "rank": rank}
-    card = train(anchor, texts.code, tmp_path / "card.st", name="x", **settings)
-    cpu = train(anchor, texts.code, tmp_path / "cpu.st", name="x", device="cpu", **settings)
-    assert card.frozen_verified
-    assert card.privacy is not None
-    assert card.privacy == cpu.privacy
-    assert 0 < card.privacy.epsilon <= 30
-
-
 def test_an_anchor_is_annealed_and_measured(tmp_path: Path, checkpoint: Path, texts: Any) -> None:
     settings: dict[str, Any] = {"sample_tokens": 4_000, "seq_len": 64, "batch_tokens": 512, "lr": 4e-3}
     result = init_anchor(
@@ -174,6 +160,20 @@ def test_router_rows_are_the_cpu_s(tmp_path: Path, anchor: Path, texts: Any) -> 
         embed_router(EmbedRouterConfig(data=(texts.code,), anchor=anchor, output=path, device=device, dtype="float32"))
         rows[where] = to_torch(open_router_file(path).rows)
     assert torch.allclose(rows["here"], rows["card"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_private_run_is_the_cpu_s_claim(tmp_path: Path, anchor: Path, texts: Any, rank: int | None) -> None:
+    """Noise is drawn anew, so that weights differ; what is told of the run does not."""
+    pytest.importorskip("dp_accounting")
+    guarantee = {"dp_epsilon": 30.0, "dp_delta": 1e-3, "dp_documents": 40, "dp_noise_multiplier": 0.5}
+    settings: dict[str, Any] = {**guarantee, "dp_row_epsilon": 8.0, "max_steps": 3, "micro_batch": 16, "rank": rank}
+    card = train(anchor, texts.code, tmp_path / "card.st", name="x", **settings)
+    cpu = train(anchor, texts.code, tmp_path / "cpu.st", name="x", device="cpu", **settings)
+    assert card.frozen_verified
+    assert card.privacy is not None
+    assert card.privacy == cpu.privacy
+    assert 0 < card.privacy.epsilon <= 30
 
 
 def test_merge_evaluate_tune_and_generate(tmp_path: Path, anchor: Path, texts: Any) -> None:
