@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import torch
 
-from tests.benchmarks.shapes import ONE_B, SMALL
+from tests.benchmarks.shapes import ONE_B, SEVEN_B, SMALL
 from tests.benchmarks.steps import KINDS, USUAL, free, matmul_flops_per_s, measure, pair, run
 from tests.gpu.section import Section
 
+_SEVEN_B_BYTES = 84_000_000_000
+"""Of a card that holds a full expert of a 7B: those of 80 GB."""
+
 
 def main() -> None:
-    """Measure in bfloat16, with a batch of 8 and, for its memory, of 1."""
+    """Measure in bfloat16, with a batch of 8 and, for its memory, of 1; and a 7B, where the card is large enough."""
     section = Section()
     shape = SMALL if section.small else ONE_B
     rate = matmul_flops_per_s(section.device, torch.bfloat16, 256 if section.small else 8192)
@@ -27,6 +30,11 @@ def main() -> None:
     small = replace(shape, batch=1)
     for row in measure(small, section.device, torch.bfloat16, steps=4, names=(*USUAL[:2], "pair, recomputed")):
         section.put(**row | {"name": f"{row['name']}, batch 1"})
+    if section.small or torch.cuda.get_device_properties(section.device).total_memory > _SEVEN_B_BYTES:
+        large = SMALL if section.small else SEVEN_B
+        for row in measure(large, section.device, torch.bfloat16, steps=2, names=("pair, recomputed",)):
+            section.failed |= "failed" in row
+            section.put(**row | {"name": f"{row['name']}, of a 7B, batch {large.batch}"})
     section.end()
 
 
