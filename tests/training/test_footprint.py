@@ -35,6 +35,7 @@ RUNS: list[tuple[str, int | None, bool, int]] = [
     ("float32", None, False, 4),
     ("float32", None, True, 4),
     ("bfloat16", None, False, 2),
+    ("bfloat16", None, True, 4),
     ("bfloat16", 8, False, 4),
 ]
 
