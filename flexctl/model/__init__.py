@@ -23,6 +23,7 @@ NAMES = {
         "stock_problems",
     ),
     "configs": ("MixtureConfig", "read_mixture", "refuse_other_architecture", "resolve_moe_config", "warn_of_length"),
+    "kernels": ("Kernels", "find_kernels", "fused"),
     "losses": ("training_loss",),
     "lowrank": ("decompose", "expand"),
     "norms": ("fuse_norms",),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from flexctl.errors import FlexctlError
-from flexctl.model.losses import training_loss
+from flexctl.model.losses import Loss, training_loss
 from flexctl.model.rounded import keep_rounded
 from flexctl.model.sharding import whole
 from flexctl.processes import ALONE, World
@@ -122,6 +122,7 @@ def train(
     reporter: Reporter,
     match: Callable[[Tensor], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    loss: Loss = training_loss,
     checkpoints: Checkpoints | None = None,
     track: Track = UNTRACKED,
     world: World = ALONE,
@@ -137,6 +138,7 @@ def train(
         match: Penalty on the forward pass just made, summed over its tokens; given which sequences of it, in all
             processes, are public, (B,), on the CPU.
         penalty: Penalty added once a step.
+        loss: Of the model's next tokens.
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
         track: Gets each step's figures: ``_FIGURES``, the rate and tokens a second.
         world: The processes that train; each takes its part of every micro-batch.
@@ -160,7 +162,7 @@ def train(
         for step in range(first, settings.steps):
             rate = learning_rate(step, settings)
             set_rate(optimiser, rate)
-            figures = _step(model, parameters, data, step, settings, optimiser, match, penalty, rows, world)
+            figures = _step(model, parameters, data, step, settings, optimiser, match, penalty, loss, rows, world)
             running.add(figures, lr=rate, tokens=per_step)
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
             stops, is_due = world.most(
@@ -225,6 +227,7 @@ def _step(
     optimiser: torch.optim.Optimizer,
     match: Callable[[Tensor], Tensor] | None,
     penalty: Callable[[], Tensor] | None,
+    loss_of: Loss,
     rows: RowLogits | None,
     world: World,
 ) -> Tensor:
@@ -239,7 +242,7 @@ def _step(
         mine, weights = to_device(part.of(together), device), part.weights(data.seq_len)
         weights = weights if weights is None else to_device(weights, device)
         with autocasting(device, settings.autocast):
-            loss = training_loss(model, mine[:, :-1], mine[:, 1:], settings.z_loss, weights)
+            loss = loss_of(model, mine[:, :-1], mine[:, 1:], settings.z_loss, weights)
             penalised = loss if match is None else loss + match(which)
         if rows is not None and rows.is_on:
             logits.append(world.gather(part, rows.take(len(part.numbers))))
