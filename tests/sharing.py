@@ -20,7 +20,8 @@ import torch
 from flexctl.cli.app import main
 from flexctl.evaluation.scoring import held_out_losses
 from flexctl.model import presets
-from flexctl.model.building import build_dense, build_sharded, moved_tensors, save_dense
+from flexctl.model.building import build_sharded, moved_tensors
+from flexctl.model.dense import build_dense, save_dense
 from flexctl.model.recompute import recompute_layers
 from flexctl.processes import Joined, World
 from flexctl.runtime import Progress, SilentReporter

@@ -2,7 +2,6 @@
 
 from flexctl.model.building import WeightSource as WeightSource
 from flexctl.model.building import autocast_dtype as autocast_dtype
-from flexctl.model.building import build_dense as build_dense
 from flexctl.model.building import build_model as build_model
 from flexctl.model.building import build_sharded as build_sharded
 from flexctl.model.building import dense_shapes as dense_shapes
@@ -14,7 +13,6 @@ from flexctl.model.building import pick_device as pick_device
 from flexctl.model.building import pick_dtype as pick_dtype
 from flexctl.model.building import quiet_transformers as quiet_transformers
 from flexctl.model.building import route as route
-from flexctl.model.building import save_dense as save_dense
 from flexctl.model.building import set_threads as set_threads
 from flexctl.model.building import stock_problems as stock_problems
 from flexctl.model.configs import MixtureConfig as MixtureConfig
@@ -22,6 +20,8 @@ from flexctl.model.configs import read_mixture as read_mixture
 from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
 from flexctl.model.configs import resolve_moe_config as resolve_moe_config
 from flexctl.model.configs import warn_of_length as warn_of_length
+from flexctl.model.dense import build_dense as build_dense
+from flexctl.model.dense import save_dense as save_dense
 from flexctl.model.losses import training_loss as training_loss
 from flexctl.model.lowrank import decompose as decompose
 from flexctl.model.lowrank import expand as expand

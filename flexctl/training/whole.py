@@ -64,7 +64,7 @@ def train_whole(
     """Train all of ``model`` in place and return (tokens, mean loss of the last steps in nats a token).
 
     Args:
-        model: A Transformers model in float32, as from ``model.building.build_dense`` where processes share it.
+        model: A Transformers model in float32, as from ``model.dense.build_dense`` where processes share it.
         stream: Text.
         settings: How.
         work: Folder for checkpoints.
