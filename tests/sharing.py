@@ -8,10 +8,13 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tiny
@@ -26,7 +29,7 @@ from flexctl.model.recompute import recompute_layers
 from flexctl.processes import Joined, World
 from flexctl.runtime import Progress, SilentReporter
 from flexctl.text.tokens import Framed, TokenStream
-from flexctl.training import whole
+from flexctl.training import shards, whole
 from flexctl.training.batches import Mixture
 from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.loop import LoopSettings, train
@@ -110,6 +113,7 @@ def train_pair(
     recompute: bool = False,
     checkpoints: Checkpoints | None = None,
     stop: Callable[[], None] = lambda: None,
+    reporter: Any = None,
 ) -> dict[str, Any]:
     """Train an expert for some steps and return all that can be seen of it."""
     weights = tiny.make_weights(tiny.dense_config(family, tie_word_embeddings=tied))
@@ -129,7 +133,7 @@ def train_pair(
         pair.groups(),
         data,
         LoopSettings(steps=STEPS, lr=1e-2, warmup_steps=1, micro_batch=3),
-        reporter=Stopping(STOP, stop),
+        reporter=reporter or Stopping(STOP, stop),
         match=pair.match,
         checkpoints=checkpoints,
         world=world,
@@ -191,6 +195,72 @@ def kill_a_run(world: World, folder: Path) -> None:
 
     with contextlib.suppress(Killed):
         train_pair(world, **CASES["low-rank"], checkpoints=checkpoints_in(folder, world, resume=False), stop=kill)
+
+
+@contextlib.contextmanager
+def writing_aside(act: Callable[[int], None]) -> Iterator[list[str]]:
+    """Let checkpoints be written while training goes on, as on a card; ``act`` is done before the n-th is written.
+
+    Gives the names of the threads that write.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    write, threads = FileSystemWriter.write_data, list[str]()
+
+    def write_data(self: Any, *given: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        act(len(threads))
+        return write(self, *given)
+
+    with (
+        mock.patch.object(shards, "_goes_on", return_value=True),
+        mock.patch.object(FileSystemWriter, "write_data", write_data),
+    ):
+        yield threads
+
+
+class Overtaking(Stopping):
+    """Lets a checkpoint be written when a step has been made that comes after it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(-1, lambda: None)
+        self.warnings: list[str] = []
+        self.there: list[list[str]] = []
+        self.parts: list[Path] = []
+        self.made, self._folder = threading.Semaphore(0), folder
+
+    def advance(self, amount: float, **figures: float | str) -> None:
+        if amount and "loss" in figures:
+            self.there.append(sorted(path.name for path in self._folder.iterdir() if path.name.startswith("check")))
+            self.made.release()
+
+    def warn(self, text: str, /) -> None:
+        self.warnings.append(text)
+        self.parts += self._folder.glob(".*")
+
+
+def train_on(world: World, folder: Path, *, fails_at: int = 0) -> dict[str, Any]:
+    """Train a low-rank expert, whose checkpoints are written when the next step has been made.
+
+    Args:
+        world: The processes.
+        folder: Of the checkpoints.
+        fails_at: In which checkpoint the second process finds a full disk.
+    """
+    reporter = Overtaking(folder)
+
+    def write(number: int) -> None:
+        for _ in range(2 if number == 1 else 1):
+            assert reporter.made.acquire(timeout=60), "training waits for what is written"
+        if number == fails_at and world.rank == 1:
+            raise OSError(28, "No space left on device")
+
+    checkpoints = checkpoints_in(folder, world, resume=False, reporter=reporter)
+    with writing_aside(write) as threads:
+        found = train_pair(world, **CASES["low-rank"], checkpoints=checkpoints, reporter=reporter)
+    last = sorted(path.name for path in folder.iterdir())
+    said = {"warnings": reporter.warnings, "parts": reporter.parts}
+    return found | said | {"threads": threads, "there": reporter.there, "last": last}
 
 
 def go_on(world: World, folder: Path, reporter: Any = None) -> dict[str, Any]:
@@ -262,11 +332,15 @@ def share(folder: Path, checkpoint: Path, anchor: Path, data: Path) -> None:
         found["gone on"] = go_on(world, folder / "killed by one")
         kill_a_run(world, folder / "killed twice")
         found["gone on by as many"] = go_on(world, folder / "killed twice")
+        found["aside"] = train_on(world, folder / "aside")
+        found["aside, full"] = train_on(world, folder / "aside, full", fails_at=2)
     found["train-expert"] = train_expert(anchor, data, folder / "shared.st")
     found["evaluate"] = evaluate(anchor, data, folder / "shared.st")
     found["init-anchor"] = init_anchor(checkpoint, data, folder / "shared-anchor")
     found["anneal"] = anneal(checkpoint, data, folder / "annealed")
-    found["stopped"] = anneal_until(3, checkpoint, data, folder / "stopped")
+    with writing_aside(lambda _: time.sleep(0.3)) as threads:
+        found["stopped"] = anneal_until(3, checkpoint, data, folder / "stopped")
+    found["stopped aside"] = threads
     found["begun by one"] = anneal(checkpoint, data, folder / "begun by one", "--resume")
     found["from scratch"] = from_scratch(data, folder / "from scratch")
     found["exists"] = train_expert(anchor, data, folder / "shared.st")

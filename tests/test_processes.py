@@ -131,6 +131,38 @@ def test_a_part_that_is_broken_breaks_its_checkpoint(found: Found, tmp_path: Pat
     assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-0000000{n}.safetensors" for n in (2, 3)]
 
 
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_run_ends_when_it_is(found: Found) -> None:
+    first, second = found.first["aside"], found.second["aside"]
+    names = [f"checkpoint-0000000{step}.shards" for step in (1, 2, 3)]
+    assert first["there"] == [[], [], names[:1], names[:2]]
+    assert first["last"] == names[1:]
+    assert (first["warnings"], second["warnings"]) == ([], [])
+    for each in (first, second):
+        assert len(each["threads"]) == 3
+        assert "MainThread" not in each["threads"]
+    assert first["losses"] == found.first["low-rank"]["losses"]
+
+
+def test_what_is_written_while_training_goes_on_is_of_its_own_step(found: Found, tmp_path: Path) -> None:
+    folder = shutil.copytree(found.folder / "aside", tmp_path / "aside")
+    shutil.rmtree(folder / "checkpoint-00000003.shards")
+    assert_close(sharing.go_on(ALONE, folder), found.first["low-rank"])
+
+
+def test_a_full_disk_met_while_training_goes_on_keeps_the_old_checkpoint_and_is_said(found: Found) -> None:
+    full = found.first["aside, full"]
+    names = [f"checkpoint-0000000{step}.shards" for step in (1, 2, 3)]
+    assert full["there"] == [[], [], names[:1], names[:1]]
+    assert full["last"] == [names[0], names[2]]
+    assert full["parts"] == [], "what was begun takes no room"
+    (said,) = full["warnings"]
+    assert said.endswith(
+        "/checkpoint-00000002.shards: cannot be written (No space left on device); that of step 1 stays, "
+        "and training goes on"
+    )
+    assert full["losses"] == found.first["low-rank"]["losses"]
+
+
 def test_the_command_makes_one_file_and_one_process_speaks(
     found: Found, tmp_path: Path, anchor: Path, texts: Any
 ) -> None:
@@ -225,7 +257,10 @@ def test_annealing_that_two_began_and_were_stopped_in_one_goes_on_with(
 ) -> None:
     codes = [each["stopped"][0] for each in (found.first, found.second)]
     assert codes == [143, 143]
-    assert "stopped by SIGTERM after step 3 of 6" in json.loads(found.first["stopped"][2])["error"]["message"]
+    message = json.loads(found.first["stopped"][2])["error"]["message"]
+    assert "stopped by SIGTERM after step 3 of 6" in message
+    assert message.endswith("keeps all until step 3"), "it waits for what is written while training goes on"
+    assert "MainThread" not in found.first["stopped aside"]
     shutil.copytree(found.folder / ".stopped.work", tmp_path / ".stopped.work")
     code, said, _ = sharing.anneal(checkpoint, texts.code, tmp_path / "stopped", "--resume")
     assert code == 0

@@ -150,7 +150,11 @@ def train(
     running, rows = _Running(losses, track), RowLogits(model) if track.is_on else None
     started, first = time.monotonic(), len(losses)
     per_step = data.batch_size * data.seq_len
-    with reporter.progress("training", settings.steps * per_step, "tokens") as bar, hearing() as stop:
+    with (
+        reporter.progress("training", settings.steps * per_step, "tokens") as bar,
+        hearing() as stop,
+        checkpoints or nullcontext(),
+    ):
         bar.advance(first * per_step)
         for step in range(first, settings.steps):
             rate = learning_rate(step, settings)
