@@ -7,7 +7,7 @@
 #   make record  a run of the life that README's first screen shows, some minutes; then make docs
 #   make release the wheel: built, checked, installed in a bare environment, and the demo run from it
 #   make bench   measurements; they never fail on time
-#   make gpu     on a CUDA device: its tests, training and inference at the size of a 1B anchor, in 8 minutes
+#   make gpu     on a CUDA device: its tests, training, memory, inference and kernels at the size of 1B, in 8 minutes
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -73,6 +73,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
 
 gpu: $(STAMP)
+	rm -rf gpu-figures
 	$(BIN)/python -m tests.gpu --out gpu-figures --limit 480
 
 clean:

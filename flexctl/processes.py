@@ -358,11 +358,12 @@ def _kind(device: str) -> str:
         )
     if device == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    number = _number("LOCAL_RANK", None)
-    if number >= torch.cuda.device_count():
+    number, cards = _number("LOCAL_RANK", None), torch.cuda.device_count()
+    if number >= cards:
+        has = f"{cards} GPU{'s' * (cards > 1)}"
         raise UsageError(
-            f"{device}: there are {torch.cuda.device_count()} GPUs here for more processes",
-            hint="let torchrun start fewer on this machine, or use cpu",
+            f"{device}: {launched_here()} processes were started on this machine, which has {has}",
+            hint=f"let torchrun start {cards} here, or use cpu",
             field="device",
         )
     torch.cuda.set_device(number)

@@ -20,7 +20,7 @@ import tiny
 import flexctl
 
 FOLDER = Path(__file__).parent.parent / "examples" / "flexmix_mini"
-MODULES = ("budgets", "recipes", "work", "table", "stages")
+MODULES = ("budgets", "recipes", "work", "table", "stages", "scoring", "run")
 
 
 @pytest.fixture
@@ -223,6 +223,37 @@ def test_every_variant_has_a_recipe_and_a_name_of_its_own(example: Any) -> None:
     for budget in example("budgets").BUDGETS.values():
         assert set(budget.recipes or ()) <= known
         assert set(budget.variants or ()) <= set(names)
+
+
+def test_seeds_run_apart_and_seed_0_alone_tries_everything(
+    tmp_path: Path, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = example("run")
+    tried: list[int] = []
+
+    def run_main(work: Any, _data: Path) -> None:
+        main = {name: by for name, by in FOUND.items() if "no-pair" not in name and "no pair" not in name}
+        write_scores(work.root, main, seed=work.seed)
+
+    def run_everything(work: Any) -> None:
+        tried.append(work.seed)
+        write_scores(work.root, FOUND)
+
+    monkeypatch.setattr(run, "run_main", run_main)
+    monkeypatch.setattr(run, "run_everything", run_everything)
+    monkeypatch.setattr(run, "training_cost", lambda _work: {})
+
+    def seeds_of_rows(*seeds: str) -> dict[str, int]:
+        settings = ["--data", "none", "--budget", "smoke", "--output", str(tmp_path), "--seeds", *seeds]
+        monkeypatch.setattr(sys, "argv", ["run.py", *settings])
+        run.main()
+        return {row["name"]: row["seeds"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+
+    assert seeds_of_rows("1") == {"anchor": 1, "own pair": 1, "flexctl": 1}
+    assert tried == []
+    assert seeds_of_rows("0")["no pair training"] == 1
+    assert seeds_of_rows("0", "1") == {"anchor": 2, "own pair": 2, "flexctl": 2, "no pair training": 1}
+    assert tried == [0, 0]
 
 
 def test_tuning_that_gains_nothing_is_told_and_anything_else_stops(

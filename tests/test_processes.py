@@ -341,6 +341,17 @@ def test_a_device_of_several_processes_has_no_number(monkeypatch: pytest.MonkeyP
         pass
 
 
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_processes_beyond_the_cards_are_told_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    said = f"{device}: 2 processes were started on this machine, which has 1 GPU$"
+    with pytest.raises(UsageError, match=said), Joined(device):
+        pass
+
+
 @pytest.mark.parametrize("command", ["train-expert --dp-epsilon 8 --dp-documents 40", "evaluate --tasks x.jsonl"])
 def test_what_one_process_does_is_refused_to_two(command: str, anchor: Path, texts: Any, monkeypatch: Any) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():

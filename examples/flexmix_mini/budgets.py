@@ -105,6 +105,7 @@ BUDGETS = {
         variants=(
             "flexctl",
             "discriminant-0 rows",
+            "discriminant-0.2 rows",
             "half the scale",
             "hidden rows",
             "encoder rows",

@@ -10,7 +10,10 @@ an interruption and it goes on where it was. Budgets: smoke (minutes on one core
     --anchor CHECKPOINT_DIR   anneal this dense checkpoint in place of training an anchor from scratch
     --encoder MODEL           also try router rows from this sentence encoder
     --sets public news code   only these sets take part, public among them
-    --seeds 0 1 2             repeat the default and the baselines with other seeds
+    --seeds 0 1 2             repeat the default and the baselines with other seeds; seed 0 tries everything else
+
+Seeds may run side by side, each in a process of its own with the same --output; a last run with all of them writes
+their table.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 
 from budgets import BUDGETS, PUBLIC_MIX
 from flops import Matrices
-from recipes import DEFAULT, MAIN_RECIPES, MAIN_VARIANTS, RECIPES, VARIANTS, Recipe, Variant
+from recipes import DEFAULT, MAIN_RECIPES, MAIN_VARIANTS, RECIPES, THOROUGH_SEED, VARIANTS, Recipe, Variant
 from scoring import score_all_baselines, score_anchor, score_pairs, score_removal, score_variant
 from stages import TOP_K, make_anchor, make_btx, make_classifier, make_dense, make_expert, make_unrestricted
 from table import read_removals, read_scores, rows_of, write_results
@@ -54,9 +57,12 @@ def main() -> None:
     for work in runs:
         hold_settings(work.root, {**told, "encoder": asked.encoder, "seed": work.seed})
         run_main(work, asked.data)
-    run_everything(runs[0])
+    for work in runs:
+        if work.seed == THOROUGH_SEED:
+            run_everything(work)
     rows = rows_of([read_scores(work.root) for work in runs], training_cost(runs[0]))
-    write_results(root, rows, read_removals(runs[0].root), {**told, "seeds": asked.seeds})
+    removals = [removed for work in runs for removed in read_removals(work.root)]
+    write_results(root, rows, removals, {**told, "seeds": asked.seeds})
     say(f"{root / 'RESULTS.md'} and {root / 'results.json'} are written")
 
 
@@ -87,8 +93,7 @@ def run_everything(work: Work) -> None:
         try_recipe(work, recipe)
     for variant in variants:
         score_variant(work, variant)
-    for variant in variants:
-        if variant.removal:
+        if variant.name == DEFAULT:
             score_removal(work, variant)
 
 

@@ -69,7 +69,7 @@ def score_removal(work: Work, variant: Variant) -> None:
 @contextmanager
 def merged(work: Work, variant: Variant) -> Iterator[Path]:
     """Give a variant's merged model, which is deleted after the block."""
-    folder = work.root / "unfinished" / "merging"
+    folder = work.root / "unfinished" / "merging" / variant.name
     shutil.rmtree(folder, ignore_errors=True)
     experts = tuple(edited(work, variant, name, folder / f"{name}.st") for name in work.names)
     top_k = min(variant.top_k or TOP_K, len(experts) + 1)

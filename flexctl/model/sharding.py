@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flexctl.families import PROJECTIONS
 from flexctl.model.norms import fuse_norms
+from flexctl.model.rounded import RoundedLinear
 from flexctl.model.tensors import RawBytes, rows_of, to_torch
 from flexctl.processes import World
 
@@ -122,6 +123,8 @@ def trained_copy(public: Any, *, device: torch.device, world: World) -> nn.Modul
     network: nn.Module
     if world.size == 1:
         network = copy.deepcopy(public).float().requires_grad_(True)
+        for projection in PROJECTIONS:
+            setattr(network, projection, RoundedLinear(getattr(network, projection)))
         return network
     runs_in = public.gate_proj.weight.dtype
     with torch.device("meta"):

@@ -251,11 +251,13 @@ def _refuse(run: _Run, step: training.Step, most: int) -> None:
 
 def _way_out(run: _Run, step: training.Step, limit: int) -> str | None:
     """Return the least change of settings with which it fits by the estimate; None where there is none."""
-    several = run.budget.batch_size > 1
+    # Where nobody said how long a step is, it may become longer with more text.
+    several = run.budget.batch_size > 1 or run.config.batch_tokens is None
     lean: dict[str, Any] = {"recompute": True, "tokens": min(step.tokens, step.seq_len), "accumulates": several}
     changes: list[tuple[str, dict[str, Any]]] = [("`recompute` and `micro_batch` 1", lean)]
     if step.rank is None:
         changes += [
+            (f"`recompute` and `batch_tokens` {step.seq_len}", {**lean, "accumulates": False}),
             (f"`rank` {_USUAL_RANK}", {"rank": _USUAL_RANK}),
             (f"`rank` {_USUAL_RANK}, `recompute` and `micro_batch` 1", {"rank": _USUAL_RANK, **lean}),
         ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from flexctl.families import FAMILIES
 from flexctl.model.losses import CARD_LOGITS, LOGIT_BUDGET
+from flexctl.training.loop import MOVES
 
 __all__ = ["PARTS", "Sizes", "Step", "flops_per_token", "least_bytes", "memory_of_step"]
 
@@ -20,7 +21,10 @@ PARTS = ("frozen", "trained", "gradients", "moments", "activations", "logits", "
 """What memory is taken by, in the order in which it is shown."""
 
 _FULL = 4
-"""Bytes of a float32: what trains, its gradients and AdamW's moments, whatever products are in."""
+"""Bytes of a float32: what trains and AdamW's moments, whatever products are in, and most gradients."""
+
+_MATRICES = 3
+"""Of a feed-forward network."""
 
 _NORMS_QUERIES = ("olmo2", "qwen3")
 
@@ -144,7 +148,7 @@ def least_bytes(sizes: Sizes, step: Step) -> int:
     trained = sizes.layers * sizes.trained(step.rank)
     inside = 0 if step.recompute else (sizes.layers - 1) * 7 * sizes.inner * step.item_bytes * step.tokens
     held = sizes.frozen * step.item_bytes + 3 * _FULL * trained
-    return held // step.processes + max(_FULL * trained // step.processes, inside)
+    return held // step.processes + max(_gradient_bytes(step) * trained // step.processes, inside)
 
 
 def flops_per_token(sizes: Sizes, seq_len: int, rank: int | None, *, recompute: bool = False) -> int:
@@ -179,13 +183,15 @@ def _moments_of_a_step(sizes: Sizes, step: Step) -> list[dict[str, float]]:
         else first + (sizes.layers - 1) * layer + _matched(sizes, step)
     )
     casts = _casts(sizes, step)
-    gradients = _FULL * sizes.layers * sizes.trained(step.rank) / step.processes
+    gradients = _gradient_bytes(step) * sizes.layers * sizes.trained(step.rank) / step.processes
     there = gradients if step.accumulates else 0.0
     states = step.tokens * sizes.hidden * step.item_bytes
     work = _work(sizes, step)
     again = layer + casts / sizes.layers if step.recompute else casts
+    # What autocast rounds it holds until the pass is over, whoever computes again.
+    rounded = 0.0 if step.recompute and step.rank is None else casts
     return [
-        {"gradients": there, "activations": everything + casts, "logits": _logits(sizes, step) + states},
+        {"gradients": there, "activations": everything + rounded, "logits": _logits(sizes, step) + states},
         {"gradients": there, "activations": everything + again, "workspace": work + states},
         {
             "gradients": max(there, gradients * (1 - 1 / sizes.layers)),
@@ -193,7 +199,21 @@ def _moments_of_a_step(sizes: Sizes, step: Step) -> list[dict[str, float]]:
             "workspace": work,
         },
         {"gradients": gradients, "activations": first + kept + casts / sizes.layers, "workspace": work},
+        {"gradients": gradients + _widened(sizes, step), "activations": kept},
     ]
+
+
+def _gradient_bytes(step: Step) -> int:
+    """Return the bytes of a number of a gradient: as products give it where a full expert's step has one way back."""
+    stays = step.rank is None and step.processes == 1 and not step.accumulates
+    return step.item_bytes if stays else _FULL
+
+
+def _widened(sizes: Sizes, step: Step) -> float:
+    """Return the bytes of the gradients that are float32 at once while the step is made; none where they all were."""
+    matrices = sizes.layers * _MATRICES
+    together = -(-matrices // MOVES)
+    return 0.0 if _gradient_bytes(step) == _FULL else _FULL * together * sizes.network / _MATRICES
 
 
 def _layer(sizes: Sizes, step: Step) -> float:
@@ -240,8 +260,9 @@ def _logits(sizes: Sizes, step: Step) -> float:
 
 def _work(sizes: Sizes, step: Step) -> float:
     """Return the bytes of what one network's way back has at once: gradients at its inner values, and of a matrix."""
-    matrix = sizes.trained(step.rank) / 3
-    fresh = (step.item_bytes if step.item_bytes < _FULL else 0) + (_FULL if step.accumulates else 0)
+    matrix = sizes.trained(step.rank) / _MATRICES
+    # Until it is float32, and until that is added to others.
+    fresh = (step.item_bytes if step.item_bytes < _gradient_bytes(step) else 0) + (_FULL if step.accumulates else 0)
     return step.tokens * step.item_bytes * 3 * (sizes.inner + sizes.hidden) + matrix * fresh
 
 

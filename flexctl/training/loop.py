@@ -12,9 +12,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from flexctl.errors import FlexctlError
 from flexctl.model.losses import training_loss
+from flexctl.model.rounded import keep_rounded
 from flexctl.model.sharding import gathering, whole
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Progress, Reporter
@@ -24,6 +26,7 @@ from flexctl.training.stopping import hearing
 from flexctl.training.track import UNTRACKED, RowLogits, Track
 
 __all__ = [
+    "MOVES",
     "LoopSettings",
     "Outcome",
     "ParameterGroup",
@@ -34,6 +37,9 @@ __all__ = [
     "to_device",
     "train",
 ]
+
+MOVES = 16
+"""As many at most a step is made in where gradients stay in the dtype of products: so few are float32 at once."""
 
 _FIGURES = ("loss", "grad_norm", "router_logit/own", "router_logit/public")
 """What a step finds out; the last two where somebody watches."""
@@ -144,6 +150,7 @@ def train(
     parameters = [parameter for group in groups for parameter in group.parameters]
     optimiser = new_optimiser(groups, settings)
     state = TrainingState(parameters=parameters, optimiser=optimiser)
+    keep_rounded(model, keep=settings.micro_batch >= data.batch_size and penalty is None)
     data.refuse_change()
     losses = checkpoints.restore(state) if checkpoints is not None else []
     loss_of = gathering(model, partial(training_loss, model), world)
@@ -247,11 +254,34 @@ def _step(
     if penalty is not None:
         (penalty() / world.size).backward()
     world.sum_gradients(parameters)
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    norm = _move(parameters, settings.max_grad_norm, optimiser)
     seen = _row_means(torch.cat(logits), public) if logits else ()
     return torch.stack([world.sum(total), norm.float(), *seen])
+
+
+def _move(parameters: Sequence[nn.Parameter], max_norm: float, optimiser: torch.optim.Optimizer) -> Tensor:
+    """Clip gradients, move by them, let go of them, and return the norm that they had, ().
+
+    Those that stayed in the dtype of products become float32 a few at a time. Norms, clip and AdamW go parameter by
+    parameter, so all numbers are those of float32 gradients made at once, bit for bit.
+    """
+    waiting = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if all(gradient.dtype == parameter.dtype for parameter, gradient in waiting):
+        norm = whole(clip_grad_norm_(parameters, max_norm))
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return norm
+    norm = get_total_norm([get_total_norm([gradient.float()]) for _, gradient in waiting])
+    optimiser.zero_grad(set_to_none=True)
+    at_once = -(-len(waiting) // MOVES)
+    while waiting:
+        part, waiting = waiting[:at_once], waiting[at_once:]
+        for parameter, gradient in part:
+            parameter.grad = gradient.float()
+        clip_grads_with_norm_([parameter for parameter, _ in part], max_norm, norm)
+        optimiser.step()  # of those that have a gradient
+        optimiser.zero_grad(set_to_none=True)
+    return norm
 
 
 def _row_means(logits: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ SMALL = Shape(layers=2, hidden=64, heads=4, inner=128, vocab=512, batch=4, seq_l
 CPU = Shape(layers=6, hidden=256, heads=4, inner=1024, vocab=8192, batch=8, seq_len=256)
 ONE_B = Shape(layers=16, hidden=2048, heads=16, inner=8192, vocab=100_352, batch=8, seq_len=1024)
 """allenai/OLMo-2-0425-1B."""
+SEVEN_B = Shape(layers=32, hidden=4096, heads=32, inner=11_008, vocab=100_352, batch=4, seq_len=1024)
+"""allenai/OLMo-2-1124-7B."""
 
 DENSE, PAIR, MASKED, LORA = "dense, every weight", "pair", "masked 2 experts", "LoRA"
 """Kinds of training step."""
@@ -89,16 +91,16 @@ def sizes(shape: Shape) -> dict[str, Any]:
 
 
 def dense_model(shape: Shape, device: Any, dtype: Any) -> Any:
-    """Return a dense OLMo-2 with random weights."""
+    """Return a dense OLMo-2 with random weights, made in ``dtype`` where it is to be."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
-            transformers.Olmo2Config(**sizes(shape)), attn_implementation="sdpa"
+            transformers.Olmo2Config(**sizes(shape)), attn_implementation="sdpa", dtype=dtype
         )
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def mixture_model(shape: Shape, device: Any, dtype: Any, *, experts: int, top_k: int, how: str) -> Any:
@@ -121,6 +123,6 @@ def mixture_model(shape: Shape, device: Any, dtype: Any, *, experts: int, top_k:
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", experts_implementation=how
+            config, attn_implementation="sdpa", experts_implementation=how, dtype=dtype
         )
-    return model.to(dtype).eval()
+    return model.eval()

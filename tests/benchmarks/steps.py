@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from flexctl.training.pair import Pair
 from tests.benchmarks.shapes import CPU, DENSE, LORA, MASKED, PAIR, Shape, dense_model, mixture_model, step_flops
 
 RANK = 16
+COMPILED = ("Olmo2MLP", "Olmo2RMSNorm", "FusedNorm")
 
 
 class Trained(NamedTuple):
@@ -114,10 +116,20 @@ def recomputed(shape: Shape, device: torch.device, dtype: torch.dtype) -> Traine
 def compiled(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
     """The pair with every feed-forward network and norm compiled: what torch.compile would bring on top."""
     made = pair(shape, device, dtype)
-    for module in made.model.modules():
-        if type(module).__name__ in ("Olmo2MLP", "Olmo2RMSNorm", "FusedNorm"):
-            module.forward = torch.compile(module.forward, dynamic=False)
+    compile_parts(made.model)
     return made
+
+
+def compile_parts(model: nn.Module) -> list[nn.Module]:
+    """Compile the feed-forward networks and norms of a model, each class once; return them."""
+    known: dict[type, Callable[..., Any]] = {}
+    parts = [module for module in model.modules() if type(module).__name__ in COMPILED]
+    for part in parts:
+        kind = type(part)
+        if kind not in known:
+            known[kind] = torch.compile(kind.forward, dynamic=False)
+        part.forward = partial(known[kind], part)
+    return parts
 
 
 KINDS: dict[str, tuple[str, int | None, Callable[..., Trained]]] = {
@@ -147,6 +159,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every kind of step: tokens a second, operations a second, peak memory; or why there is none.
 
+    ``warm_up_s`` is what making the model and its first two steps took, compiling included.
+
     Args:
         shape: Of the anchor and of a step.
         device: Where.
@@ -162,9 +176,11 @@ def measure(
             yield row | {"skipped": "peft is not installed"}
             continue
         flops = step_flops(shape, kind, rank)
+        started = time.monotonic()
         try:
             made = make(shape, device, dtype)
             run(made, shape, 2)
+            row["warm_up_s"] = time.monotonic() - started
             reset_peak(device)
             rate, loss = max(run(made, shape, steps) for _ in range(rounds))
         except Exception as error:  # out of memory among them, and whatever a compiler says

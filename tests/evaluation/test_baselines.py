@@ -198,8 +198,10 @@ def test_btm_mixes_stock_logits_token_by_token(budget: int, monkeypatch: pytest.
     monkeypatch.setattr("flexctl.evaluation.baselines.mixing.LOGIT_BUDGET", budget)
     windows = windows_of()
     weights = some_weights(len(windows))
+    told: list[int] = []
     models = [tiny.build(model) for model in MODELS]
-    losses = mixed_logit_losses(models, weights, windows, advance=lambda _count: None)
+    losses = mixed_logit_losses(models, weights, windows, batch_tokens=32, advance=told.append)
+    assert sum(told) == len(windows)
     for index, piece in enumerate(windows.pieces()):
         tokens = torch.from_numpy(piece.tokens)
         with torch.no_grad():
@@ -211,7 +213,8 @@ def test_btm_mixes_stock_logits_token_by_token(budget: int, monkeypatch: pytest.
 
 def test_models_of_weight_zero_do_not_run() -> None:
     windows = windows_of((9,))
-    alone = mixed_logit_losses([tiny.build(MODELS[0]), None], np.array([[1.0], [0.0]]), windows, advance=lambda _: None)  # type: ignore[list-item]
+    models: list[Any] = [tiny.build(MODELS[0]), None]
+    alone = mixed_logit_losses(models, np.array([[1.0], [0.0]]), windows, batch_tokens=64, advance=lambda _: None)
     assert alone == pytest.approx(stock_losses(STOCK[0], windows), abs=1e-3)
 
 

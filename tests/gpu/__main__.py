@@ -1,8 +1,9 @@
 """One prepared run on a CUDA device: ``make gpu``, or ``python -m tests.gpu --out FOLDER --limit SECONDS``.
 
 Each section is a process of its own with a time limit of its own, so that one that fails or hangs leaves the others
-their time. In FOLDER there are then gpu.json with all figures, log.txt with everything that was printed, and table.md.
-``--small`` runs the same on a CPU with tiny sizes: the rehearsal.
+their time. In FOLDER there are then gpu-figures.json with all figures, gpu-log.txt with everything that was printed,
+gpu-table.md, and gpu-profile.txt where that was asked for; what other sections left there before stays. ``--small``
+runs the same on a CPU with tiny sizes: the rehearsal.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SECTIONS = {"machine": 45, "tests": 150, "steps": 180, "inference": 75, "life": 300}
+SECTIONS = {
+    "machine": 30,
+    "steps": 75,
+    "memory": 75,
+    "inference": 75,
+    "kernels": 130,
+    "tests": 120,
+    "life": 120,
+    "profile": 60,
+}
 """Section -> the most seconds that it may take."""
 
 _LEFT_FOR_THE_END_S, _LEAST_S = 4, 5
@@ -28,8 +38,9 @@ def main() -> None:
     options = _options()
     options.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + options.limit
-    figures: dict[str, Any] = {}
-    with (options.out / "log.txt").open("w") as log:
+    kept = options.out / "gpu-figures.json"
+    figures: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    with (options.out / "gpu-log.txt").open("a") as log:
         for names in options.only:
             left = ends - time.monotonic() - _LEFT_FOR_THE_END_S
             with ThreadPoolExecutor(len(names)) as pool:
@@ -39,9 +50,9 @@ def main() -> None:
                 log.flush()
                 figures[name] = section
                 print(f"{name:<10} {section['state']:<14} {section['seconds']:7.1f} s", flush=True)
-            (options.out / "gpu.json").write_text(json.dumps(figures, indent=1))
+            kept.write_text(json.dumps(figures, indent=1))
     table = _table(figures)
-    (options.out / "table.md").write_text(table)
+    (options.out / "gpu-table.md").write_text(table)
     print(table)
 
 
@@ -52,10 +63,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--patience", type=float, default=1, help="factor on every section's own limit")
     parser.add_argument(
         "--only",
-        default="machine,steps,tests+life,inference",
+        default="machine,steps,memory,inference,kernels,tests+life",
         help="sections, + for side by side: " + ",".join(SECTIONS),
     )
-    parser.add_argument("--layers", type=int, default=16, help="layers of the anchor of the section life")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the anchor of the section life")
     parser.add_argument("--small", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
     options.only = [names.split("+") for names in options.only.split(",")]
@@ -69,7 +80,7 @@ def _section(name: str, options: argparse.Namespace, left_s: float) -> dict[str,
     if left_s < _LEAST_S:
         return {"state": "no time left", "seconds": 0.0, "log": ""}
     limit_s = min(SECTIONS[name] * options.patience, left_s)
-    figures, log = options.out / f"{name}.figures", options.out / f"{name}.log"
+    figures, log = options.out / f"gpu-{name}.figures", options.out / f"gpu-{name}.log"
     command = [sys.executable, "-m", f"tests.gpu.{name}", "--out", str(figures), "--layers", str(options.layers)]
     command += ["--small"] if options.small else []
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true", "FLEXCTL_DEBUG": "1"}

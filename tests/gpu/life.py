@@ -39,15 +39,15 @@ def _live(section: Section, shape: Shape, root: Path) -> None:
     with section.part("checkpoint, tokenizer and text"):
         make_checkpoint(root / "checkpoint", shape, section.device)
         words = 30 if section.small else 500
-        make_text(root / "public.jsonl", shape.vocab, documents=600, words=words, seed=0)
-        make_text(root / "law.jsonl", shape.vocab, documents=500, words=words, seed=1)
+        make_text(root / "public.jsonl", shape.vocab, documents=240, words=words, seed=0)
+        make_text(root / "law.jsonl", shape.vocab, documents=240, words=words, seed=1)
         make_text(root / "test.jsonl", shape.vocab, documents=16, words=words, seed=1, draw=2)
     where = ["--device", section.device.type, "--dtype", "bfloat16"]
     anchor, merged = ["--anchor", str(root / "anchor")], str(root / "merged")
-    steps = ["--max-steps", "3" if section.small else "40", "--batch-tokens", str(shape.tokens)]
+    steps = ["--max-steps", "3" if section.small else "16", "--batch-tokens", str(shape.tokens)]
     steps += ["--seq-len", str(shape.seq_len), "--lr", "3e-4"]
     data = ["--data", str(root / "law.jsonl")]
-    experts = [str(root / "law.st"), str(root / "low.st")]
+    law, low = str(root / "law.st"), str(root / "low.st")
     test = f"law={root / 'test.jsonl'}"
     commands = {
         "init-anchor": [
@@ -58,11 +58,13 @@ def _live(section: Section, shape: Shape, root: Path) -> None:
             str(root / "anchor"),
             *where,
         ],
-        "train-expert": [*data, *anchor, "-o", experts[0], "--name", "law", *steps, *where],
-        "train-expert --rank 16": [*data, *anchor, "-o", experts[1], "--name", "low", "--rank", "16", *steps, *where],
-        "merge": [*experts, *anchor, "-o", merged],
+        "train-expert": [*data, *anchor, "-o", law, "--name", "law", *steps, *where],
+        "merge": [law, *anchor, "-o", merged],
         "evaluate": [merged, "--data", test, *where],
         "generate": [merged, "--prompt", "w00010 w00011 w00012", "--max-new-tokens", "32", *where],
+        "train-expert --rank 16": [*data, *anchor, "-o", low, "--name", "low", "--rank", "16", *steps, *where],
+        "merge of two": [law, low, *anchor, "-o", f"{merged}-2"],
+        "generate from two": [f"{merged}-2", "--prompt", "w00010 w00011", "--max-new-tokens", "32", *where],
     }
     for name, arguments in commands.items():
         with section.part(name) as figures:

@@ -20,7 +20,7 @@ class Section:
     def __init__(self) -> None:
         parser = argparse.ArgumentParser()
         parser.add_argument("--out", type=Path, required=True)
-        parser.add_argument("--layers", type=int, default=16)
+        parser.add_argument("--layers", type=int, default=4)
         parser.add_argument("--small", action="store_true")
         options = parser.parse_args()
         self.small: bool = options.small

@@ -32,7 +32,7 @@ from flexctl.model.tensors import to_torch
 from flexctl.runtime import SILENT
 from flexctl.training import checkpoints, shards
 from flexctl.training import train as run
-from flexctl.training.loop import LoopSettings
+from flexctl.training.loop import LoopSettings, ParameterGroup, _move, new_optimiser
 from tests.benchmarks.shapes import Shape
 from tests.benchmarks.steps import RandomBatches, pair
 
@@ -137,6 +137,30 @@ def test_bfloat16_run_that_was_interrupted_goes_on(
     assert float((weights_of(tmp_path / "x.st") - expected).norm() / expected.norm()) < 1e-3
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 and later")
+def test_a_step_of_bfloat16_gradients_is_that_of_the_same_in_float32() -> None:
+    """Bit for bit: norm, clip and weights, of tensors that one kernel takes and of those that it takes in parts."""
+    sizes = [(1,), (3, 5), (257, 1023), (2048, 8192), *[(64, 160)] * 40]
+    settings = LoopSettings(steps=4, lr=1e-3, warmup_steps=1, micro_batch=1, weight_decay=0.1)
+    norms: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    weights = {}
+    for stays in (True, False):
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        made = [torch.nn.Parameter(torch.randn(size, generator=generator, device=DEVICE)) for size in sizes]
+        optimiser = new_optimiser([ParameterGroup(parameters=made)], settings)
+        for scale in (1e-5, 1e-3, 1.0):
+            for parameter in made:
+                gradient = scale * torch.randn(parameter.shape, generator=generator, device=DEVICE)
+                parameter.grad_dtype = None
+                parameter.grad = gradient.bfloat16() if stays else gradient.bfloat16().float()
+            norms[stays].append(_move(made, settings.max_grad_norm, optimiser))
+            assert all(parameter.grad is None for parameter in made)
+        weights[stays] = [parameter.detach() for parameter in made]
+    assert norms[True] == norms[False]
+    assert norms[True][0] < settings.max_grad_norm < norms[True][1]
+    assert all(torch.equal(one, other) for one, other in zip(weights[True], weights[False], strict=True))
+
+
 def test_an_anchor_is_annealed_and_measured(tmp_path: Path, checkpoint: Path, texts: Any) -> None:
     settings: dict[str, Any] = {"sample_tokens": 4_000, "seq_len": 64, "batch_tokens": 512, "lr": 4e-3}
     result = init_anchor(
@@ -161,6 +185,20 @@ def test_router_rows_are_the_cpu_s(tmp_path: Path, anchor: Path, texts: Any) -> 
         embed_router(EmbedRouterConfig(data=(texts.code,), anchor=anchor, output=path, device=device, dtype="float32"))
         rows[where] = to_torch(open_router_file(path).rows)
     assert torch.allclose(rows["here"], rows["card"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_private_run_is_the_cpu_s_claim(tmp_path: Path, anchor: Path, texts: Any, rank: int | None) -> None:
+    """Noise is drawn anew, so that weights differ; what is told of the run does not."""
+    pytest.importorskip("dp_accounting")
+    guarantee = {"dp_epsilon": 30.0, "dp_delta": 1e-3, "dp_documents": 40, "dp_noise_multiplier": 0.5}
+    settings: dict[str, Any] = {**guarantee, "dp_row_epsilon": 8.0, "max_steps": 3, "micro_batch": 16, "rank": rank}
+    card = train(anchor, texts.code, tmp_path / "card.st", name="x", **settings)
+    cpu = train(anchor, texts.code, tmp_path / "cpu.st", name="x", device="cpu", **settings)
+    assert card.frozen_verified
+    assert card.privacy is not None
+    assert card.privacy == cpu.privacy
+    assert 0 < card.privacy.epsilon <= 30
 
 
 def test_merge_evaluate_tune_and_generate(tmp_path: Path, anchor: Path, texts: Any) -> None:

@@ -13,11 +13,13 @@ from builders import make_anchor, make_checkpoint
 from conftest import Texts
 
 from flexctl.bundle import open_anchor
+from flexctl.bundle.stock import read_dense_config
 from flexctl.cli.app import main
 from flexctl.engine.train_expert import TrainExpertConfig, train_expert
 from flexctl.errors import BundleError, UsageError
+from flexctl.model import resolve_moe_config
 from flexctl.steps import outlook
-from flexctl.steps.machine import machine_of
+from flexctl.steps.machine import Machine, machine_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -177,6 +179,23 @@ def test_what_a_plan_refuses(one_b: Path, tmp_path: Path, monkeypatch: pytest.Mo
         plan(seven_b, dtype="bfloat16", device="cpu")
     assert caught.value.hint is not None
     assert "`rank` 16, `recompute` and `micro_batch` 1 it takes about" in caught.value.hint
+
+
+def test_steps_of_one_micro_batch_are_what_a_full_expert_may_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their gradients take half the bytes: docs/scaling.md, section 2."""
+    memory(80_000_000_000, monkeypatch)
+    seven_b = write_config(tmp_path / "seven-b", SEVEN_B)
+    shape = resolve_moe_config(read_dense_config(seven_b))
+    card = Machine(device=torch.device("cuda"), dtype=torch.bfloat16, autocast=torch.bfloat16)
+    settings: dict[str, Any] = {"data": (tmp_path,), "micro_batch": 1}
+    with pytest.raises(UsageError, match=r"at least 83\.\d GB") as caught:
+        outlook.refuse_what_cannot_fit(TrainExpertConfig(**settings, batch_tokens=8192), shape, card)
+    assert str(caught.value.hint).startswith("with `recompute` and `batch_tokens` 1024 it takes about 77.6 GB")
+    outlook.refuse_what_cannot_fit(TrainExpertConfig(**settings, batch_tokens=1024, recompute=True), shape, card)
+    found = plan(seven_b, device="cuda", batch_tokens=4096, recompute=True, plan_tflops=780).devices[0]
+    assert found.memory_bytes == pytest.approx(80.7e9, rel=0.01)
 
 
 def run(anchor: Path, texts: Texts, **settings: Any) -> None:

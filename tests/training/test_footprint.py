@@ -23,7 +23,7 @@ from flexctl.runtime import SILENT
 from flexctl.training.footprint import PARTS, Sizes, Step, flops_per_token, least_bytes, memory_of_step
 from flexctl.training.loop import LoopSettings, train
 from flexctl.training.pair import Pair
-from tests.benchmarks.shapes import CPU, ONE_B, PAIR, Shape, step_flops
+from tests.benchmarks.shapes import CPU, ONE_B, PAIR, SEVEN_B, Shape, step_flops
 from tests.benchmarks.steps import RandomBatches
 from tools.growth import ANCHORS, DEVICES, GROWTH, RANK, gigabytes, growth
 from tools.record import ROOT
@@ -35,11 +35,9 @@ RUNS: list[tuple[str, int | None, bool, int]] = [
     ("float32", None, False, 4),
     ("float32", None, True, 4),
     ("bfloat16", None, False, 2),
+    ("bfloat16", None, True, 4),
     ("bfloat16", 8, False, 4),
 ]
-SEVEN_B = Sizes(
-    hidden=4096, inner=11008, layers=32, vocab=100352, queries=4096, keys=4096, is_tied=False, norms_queries=True
-)
 
 
 def sizes_of(shape: Shape) -> Sizes:
@@ -100,12 +98,14 @@ def test_what_malloc_keeps_back_is_what_a_plan_says() -> None:
     assert all(0.8 < ratio < 1.25 for ratio in found.values()), found
 
 
-def allocated(model_type: str, dtype: str, rank: int | None, recompute: bool, micro_batch: int) -> float:
+def allocated(
+    model_type: str, dtype: str, rank: int | None, recompute: bool, micro_batch: int, seq_len: int = 96
+) -> float:
     """Return the peak of what torch allocates in two steps, over the formula's."""
     config = tiny.dense_config(model_type, hidden_size=64, intermediate_size=160, num_hidden_layers=5)
     if model_type == "qwen3":
         config["head_dim"] = 32
-    shape = Shape(layers=5, hidden=64, heads=4, inner=160, vocab=tiny.VOCAB_SIZE, batch=4, seq_len=96)
+    shape = Shape(layers=5, hidden=64, heads=4, inner=160, vocab=tiny.VOCAB_SIZE, batch=4, seq_len=seq_len)
     gc.collect()  # what goes while it is watched would count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         model = route(tiny.make_dense(config).to(getattr(torch, dtype)))
@@ -140,13 +140,24 @@ def test_what_torch_allocates_is_what_the_formula_says(
     assert 0.85 < allocated(model_type, dtype, rank, recompute, micro_batch) < 1.05
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 and later")
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("recompute", "seq_len"), [(False, 96), (True, 4), (True, 96)])
+def test_a_step_of_one_micro_batch_has_its_gradients_in_half_the_bytes(recompute: bool, seq_len: int) -> None:
+    """Of few tokens the step itself is the peak."""
+    assert 0.85 < allocated("olmo2", "bfloat16", None, recompute, 4, seq_len) < 1.05
+
+
 @pytest.mark.parametrize(
     ("rank", "recompute", "measured_gb"), [(None, False, 36.6), (16, False, 25.5), (None, True, 18.4)]
 )
 def test_what_an_h100_had_in_use_is_what_the_formula_says(
     rank: int | None, recompute: bool, measured_gb: float
 ) -> None:
-    """docs/benchmarks.md, On a GPU: the most that torch had allocated, of 8 sequences of 1,024."""
+    """docs/benchmarks.md, On a GPU: the most that torch had allocated, of 8 sequences of 1,024.
+
+    The last was measured while all gradients were float32, 1.5 GB more by the formula.
+    """
     step = step_of(ONE_B, "bfloat16", rank, recompute, ONE_B.batch, on_card=True)
     assert sum(memory_of_step(sizes_of(ONE_B), step).values()) / 1e9 == pytest.approx(measured_gb, rel=0.08)
 
@@ -159,28 +170,34 @@ def test_operations_are_those_of_the_benchmarks(rank: int | None) -> None:
     assert 1.2 < again / flops_per_token(sizes_of(CPU), CPU.seq_len, rank) < 1.5
 
 
-def test_the_aims_that_hold_and_the_one_that_does_not() -> None:
+def test_the_aims_hold() -> None:
     """docs/scaling.md, section 4."""
 
-    def gb(sizes: Sizes, shape: Shape = ONE_B, **more: Any) -> float:
-        step = step_of(shape, "bfloat16", more.pop("rank", None), more.pop("recompute", False), 1, **more)
+    def gb(sizes: Sizes, sequences: int = 1, **more: Any) -> float:
+        step = step_of(ONE_B, "bfloat16", more.pop("rank", None), more.pop("recompute", False), sequences, **more)
         return sum(memory_of_step(sizes, step).values()) / 1e9
 
-    one = sizes_of(ONE_B)
+    one, seven = sizes_of(ONE_B), sizes_of(SEVEN_B)
     assert gb(one) < gb(one, on_card=True) < 22
     assert gb(one, rank=16) < gb(one, rank=16, on_card=True) < 12
-    assert 80 < gb(SEVEN_B, recompute=True, on_card=True) < gb(SEVEN_B, on_card=True)
-    assert gb(SEVEN_B, rank=16, on_card=True) < 25
-    assert gb(SEVEN_B, on_card=True, processes=2) < 80
+    # Several micro-batches are summed in float32; one is not, and leaves a twentieth of the card.
+    assert 85 < gb(seven, recompute=True, on_card=True) < gb(seven, on_card=True)
+    assert gb(seven, 4, recompute=True, on_card=True, accumulates=False) < 0.95 * 85
+    assert gb(seven, rank=16, on_card=True) < 25
+    assert gb(seven, on_card=True, processes=2) < 80
 
 
 @pytest.mark.parametrize("rank", [None, 16])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("processes", [1, 4])
-def test_the_least_is_below_what_is_expected(rank: int | None, recompute: bool, processes: int) -> None:
-    for sizes in (sizes_of(SHAPE), sizes_of(ONE_B), SEVEN_B):
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_the_least_is_below_what_is_expected(
+    rank: int | None, recompute: bool, processes: int, accumulates: bool
+) -> None:
+    for sizes in map(sizes_of, (SHAPE, ONE_B, SEVEN_B)):
         for tokens in (1, 1024, 65_536):
-            step = step_of(ONE_B, "bfloat16", rank, recompute, 8, tokens=tokens, processes=processes)
+            more = {"tokens": tokens, "processes": processes, "accumulates": accumulates}
+            step = step_of(ONE_B, "bfloat16", rank, recompute, 8, **more)
             parts = memory_of_step(sizes, step)
             assert tuple(parts) == PARTS
             assert 0 < least_bytes(sizes, step) <= 1.001 * sum(parts.values())

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from flexctl.model.building import moved_tensors, route
 from flexctl.model.lowrank import expand
+from flexctl.model.recompute import recompute_layers
+from flexctl.model.rounded import RoundedLinear
 from flexctl.model.routed import routed_layers
 from flexctl.routing.space import RouterSpace, fit_space, measure_inputs
 from flexctl.runtime import SILENT
 from flexctl.text.tokens import TokenStream
+from flexctl.training import loop
 from flexctl.training.batches import Mixture
+from flexctl.training.checkpoints import Checkpoints
 from flexctl.training.loop import LoopSettings, Outcome, train
 from flexctl.training.pair import Pair
+from flexctl.training.track import UNTRACKED, Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,8 +55,9 @@ def make_pair(
     bias: float = -0.5,
     match: float = 0.0,
     rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Pair]:
-    model = tiny.build(WEIGHTS)
+    model = tiny.build(WEIGHTS).to(dtype)
     return model, Pair(model, start_rows(space, bias), public_match=match, rank=rank)
 
 
@@ -65,9 +74,24 @@ def run(
     steps: int = 6,
     lr: float = 5e-3,
     public_share: float = 0.25,
+    checkpoints: Checkpoints | None = None,
+    track: Track = UNTRACKED,
+    **settings: Any,
 ) -> Outcome:
-    settings = LoopSettings(steps=steps, lr=lr, warmup_steps=1, micro_batch=4)
-    return train(model, pair.groups(), make_data(public_share), settings, reporter=SILENT, match=pair.match)
+    how = LoopSettings(**{"steps": steps, "lr": lr, "warmup_steps": 1, "micro_batch": 4, **settings})
+    kept: dict[str, Any] = {"checkpoints": checkpoints, "track": track}
+    return train(model, pair.groups(), make_data(public_share), how, reporter=SILENT, match=pair.match, **kept)
+
+
+class Stopping(Checkpoints):
+    """Checkpoints of a run that is stopped in some step."""
+
+    steps_left: int | None = None
+
+    def is_due(self, step: int, steps: int) -> bool:
+        if step == self.steps_left:
+            raise KeyboardInterrupt
+        return super().is_due(step, steps)
 
 
 def trained_names(model: Any) -> set[str]:
@@ -239,3 +263,72 @@ def test_golden_losses() -> None:
     """Of the pair with its match. They changed when rows stopped to train (docs/results.md, section 10)."""
     pair = Pair(model := route(tiny.make_golden_model()), tiny.scrambled((2, 32), 7, 0.3), public_match=5.0)
     assert run(model, pair, steps=6, lr=4e-3).losses == pytest.approx(GOLDEN, abs=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "dtype", "micro_batch"),
+    [(None, torch.bfloat16, 4), (None, torch.bfloat16, 3), (None, None, 4), (3, torch.bfloat16, 4)],
+)
+def test_gradients_in_half_the_bytes_change_no_bit(
+    space: RouterSpace, rank: int | None, dtype: torch.dtype | None, micro_batch: int, recompute: bool
+) -> None:
+    """Losses, norms and weights are those of plain maps under autocast, clipped and moved by torch all at once."""
+    runs = []
+    for is_plain in (False, True):
+        model, pair = make_pair(space, match=1.0, rank=rank, dtype=dtype or torch.float32)
+        for module in model.modules() if is_plain else ():
+            module.__class__ = nn.Linear if isinstance(module, RoundedLinear) else module.__class__
+        if recompute:
+            recompute_layers(model)
+        how: dict[str, Any] = {"autocast": dtype, "micro_batch": micro_batch, "max_grad_norm": 0.3, "weight_decay": 0.1}
+        norms: list[float] = []
+        track = Track((lambda _step, figures, to=norms: to.append(figures["grad_norm"]),))
+        losses = run(model, pair, track=track, **how).losses
+        runs.append((losses, norms, [weight.detach() for weight in pair.groups()[0].parameters]))
+    (losses, norms, weights), (expected, their_norms, theirs) = runs
+    assert losses == expected
+    assert norms == their_norms
+    assert max(norms) > 0.3, "nothing was clipped"
+    assert all(torch.equal(one, other) for one, other in zip(weights, theirs, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 and later")
+@pytest.mark.parametrize(("micro_batch", "expected"), [(4, torch.bfloat16), (2, torch.float32)])
+def test_a_step_of_one_micro_batch_has_narrow_gradients(
+    space: RouterSpace, monkeypatch: pytest.MonkeyPatch, micro_batch: int, expected: torch.dtype
+) -> None:
+    model, pair = make_pair(space, dtype=torch.bfloat16)
+    seen, at_once, move = set(), [], loop._move
+
+    def watched(parameters: Sequence[nn.Parameter], max_norm: float, optimiser: torch.optim.Optimizer) -> Tensor:
+        seen.update(parameter.grad.dtype for parameter in parameters if parameter.grad is not None)
+        return move(parameters, max_norm, optimiser)
+
+    def counted(optimiser: torch.optim.Optimizer, *_: object) -> None:
+        grads = [each.grad for group in optimiser.param_groups for each in group["params"] if each.grad is not None]
+        at_once.append(len(grads))
+        assert {grad.dtype for grad in grads} == {torch.float32}
+
+    monkeypatch.setattr(loop, "_move", watched)
+    monkeypatch.setattr(loop, "MOVES", 3)
+    with register_optimizer_step_pre_hook(counted):
+        run(model, pair, steps=1, autocast=torch.bfloat16, micro_batch=micro_batch)
+    assert seen == {expected}
+    assert at_once == ([2, 2, 2] if expected == torch.bfloat16 else [6])
+
+
+def test_a_run_in_bfloat16_resumes_to_the_same_bits(space: RouterSpace, tmp_path: Path) -> None:
+    def attempt(steps_left: int | None, *, resume: bool) -> tuple[Any, list[float]]:
+        model, pair = make_pair(space, match=1.0, dtype=torch.bfloat16)
+        kept = Stopping(tmp_path, {}, every_steps=2, resume=resume, reporter=SILENT)
+        kept.steps_left = steps_left
+        return model, run(model, pair, autocast=torch.bfloat16, checkpoints=kept).losses
+
+    straight, expected = attempt(None, resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(3, resume=False)
+    resumed, losses = attempt(None, resume=True)
+    assert losses == expected
+    theirs = straight.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in resumed.state_dict().items())

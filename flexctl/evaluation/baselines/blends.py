@@ -130,7 +130,7 @@ def _mean(count: int) -> Combine:
 def _largest(change: Tensor, density: float) -> Tensor:
     """Return ``change`` with all but the ``density`` of its entries of largest magnitude set to zero."""
     count = max(1, round(density * change.numel()))
-    chosen = change.flatten().abs().topk(count).indices
+    chosen = change.flatten().abs().topk(count, sorted=False).indices
     kept = torch.zeros(change.numel())
     kept[chosen] = change.flatten()[chosen]
     return kept.reshape(change.shape)

@@ -25,7 +25,7 @@ from flexctl.text.tokens import Framed, frame_documents
 
 __all__ = ["Baselines"]
 
-SCORING = 1
+SCORING = 2
 """Part of what the cache knows a baseline by; goes up when the same ingredients and text get other figures."""
 
 

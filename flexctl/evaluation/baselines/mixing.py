@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexctl.evaluation.baselines.windows import Floats, Windows
+from flexctl.model.batching import of_like_length
 from flexctl.model.losses import LOGIT_BUDGET
 
 __all__ = ["mixed_logit_losses", "soup_losses"]
@@ -59,45 +60,75 @@ def _fill(mixed: nn.Module, models: Sequence[nn.Module], weights: Floats) -> Non
     for target, *parts in zip(mixed.parameters(), *(model.parameters() for model in models), strict=True):
         total = torch.zeros_like(target, dtype=torch.float32)
         for weight, part in zip(weights, parts, strict=True):
-            total += float(weight) * part.float()
+            total.add_(part, alpha=float(weight))
         target.copy_(total)
 
 
 def mixed_logit_losses(
-    models: Sequence[nn.Module], weights: Floats, windows: Windows, *, advance: Callable[[int], None]
+    models: Sequence[nn.Module],
+    weights: Floats,
+    windows: Windows,
+    *,
+    batch_tokens: int,
+    advance: Callable[[int], None],
 ) -> Floats:
     """Return the losses of windows under the weighted sum of the models' logits, token by token, (W,), nats.
 
-    Models of weight 0 do not run. The logits of one window exist at a time, and of a long window a part.
+    Models of weight 0 do not run. The logits of one window exist at a time, and of a long window a part; all models'
+    last hidden states of a batch do.
 
     Args:
         models: As from ``model.building.build_model``.
         weights: (M, W), each column adding up to 1.
         windows: What to score.
+        batch_tokens: Positions that go through a model at once.
         advance: Told how many windows were scored.
 
     Source: FlexOlmo's branch-train-merge baseline, which mixes logits; the original (arXiv 2208.03306) mixes
     probabilities.
     """
-    device = next(models[0].parameters()).device
     losses = np.zeros(len(windows))
-    for index, piece in enumerate(windows.pieces()):
-        tokens = torch.from_numpy(piece.tokens).to(device)
-        running = [(model, float(w)) for model, w in zip(models, weights[:, index], strict=True) if w > 0]
-        losses[index] = _mixed_loss(running, tokens[:-1], tokens[1:])
-        advance(1)
+    stream = enumerate(windows.pieces())
+    while near := dict(islice(stream, _TOGETHER)):
+        order = list(near)
+        for batch in of_like_length([len(near[number].tokens) - 1 for number in order], batch_tokens):
+            numbers = [order[each] for each in batch]
+            tokens = [torch.from_numpy(near[number].tokens) for number in numbers]
+            losses[numbers] = _mixed_losses(models, weights[:, numbers], tokens)
+            advance(len(numbers))
     return losses
 
 
 @torch.no_grad()
-def _mixed_loss(running: Sequence[tuple[Any, float]], inputs: Tensor, targets: Tensor) -> float:
-    states = [model.base_model(inputs[None], use_cache=False).last_hidden_state[0] for model, _ in running]
-    heads = [model.get_output_embeddings() for model, _ in running]
-    size = max(1, LOGIT_BUDGET // heads[0].out_features)
-    total = 0.0
+def _mixed_losses(models: Sequence[Any], weights: Floats, tokens: Sequence[Tensor]) -> list[float]:
+    """Return the loss of each window, nats.
+
+    Args:
+        models: As given.
+        weights: (M, windows).
+        tokens: Of each window, (S + 1,), int64.
+    """
+    mixtures: list[list[tuple[Any, float, Tensor]]] = [[] for _ in tokens]
+    for model, shares in zip(models, weights, strict=True):
+        running = np.flatnonzero(shares).tolist()
+        if not running:
+            continue
+        device, head = next(model.parameters()).device, model.get_output_embeddings()
+        ids = nn.utils.rnn.pad_sequence([tokens[number][:-1] for number in running], batch_first=True).to(device)
+        for number, states in zip(running, model.base_model(ids, use_cache=False).last_hidden_state, strict=True):
+            mixtures[number].append((head, float(shares[number]), states))
+    return [_mixed_loss(parts, each[1:]) for parts, each in zip(mixtures, tokens, strict=True)]
+
+
+def _mixed_loss(parts: Sequence[tuple[Any, float, Tensor]], targets: Tensor) -> float:
+    """Return one window's loss, nats, from (head, weight, states of at least S positions) of each model that runs."""
+    device = parts[0][2].device
+    size = max(1, LOGIT_BUDGET // parts[0][0].out_features)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(targets), size):
-        logits = torch.zeros((), device=targets.device)
-        for (_, weight), head, state in zip(running, heads, states, strict=True):
-            logits = logits + weight * head(state[start : start + size]).float()
-        total += float(F.cross_entropy(logits, targets[start : start + size], reduction="none").double().sum())
-    return total
+        ids = targets[start : start + size].to(device)
+        logits = torch.zeros((), device=device)
+        for head, weight, states in parts:
+            logits = logits + weight * head(states[start : start + len(ids)]).float()
+        total += F.cross_entropy(logits, ids, reduction="none").double().sum()
+    return float(total)

@@ -85,7 +85,10 @@ class Panel:
 
     def _btm(self, weights: Floats) -> Floats:
         with self._progress("BTM") as bar:
-            return mixed_logit_losses(list(self._models.values()), weights, self._windows, advance=bar.advance)
+            models = list(self._models.values())
+            return mixed_logit_losses(
+                models, weights, self._windows, batch_tokens=self._batch_tokens, advance=bar.advance
+            )
 
     def _votes(self, classifier: PromptClassifier) -> Floats:
         """Return the classifier's logits against each model, times each window's targets, (M, W)."""
