@@ -226,7 +226,7 @@ class Overtaking(Stopping):
         super().__init__(-1, lambda: None)
         self.warnings: list[str] = []
         self.there: list[list[str]] = []
-        self.parts: list[Path] = []
+        self.parts: list[str] = []
         self.made, self._folder = threading.Semaphore(0), folder
 
     def advance(self, amount: float, **figures: float | str) -> None:
@@ -236,7 +236,7 @@ class Overtaking(Stopping):
 
     def warn(self, text: str, /) -> None:
         self.warnings.append(text)
-        self.parts += self._folder.glob(".*")
+        self.parts += [path.name for path in self._folder.glob(".*")]
 
 
 def train_on(world: World, folder: Path, *, fails_at: int = 0) -> dict[str, Any]:
