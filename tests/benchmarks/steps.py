@@ -60,7 +60,7 @@ class RandomBatches:
 
 def pair(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int | None = None) -> Trained:
     """flexctl's own: frozen weights in ``dtype``, trained ones in float32."""
-    model = fuse_norms(route(dense_model(shape, device, dtype)).to(device))
+    model = fuse_norms(route(dense_model(shape, device, dtype)).to(device), device)
     rows = 0.02 * torch.randn(shape.layers, shape.hidden, generator=torch.Generator().manual_seed(0))
     made = Pair(model, rows, public_match=1.0, rank=rank)
     return Trained(model, made.groups(), made.match, None if dtype == torch.float32 else dtype)
