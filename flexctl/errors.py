@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
 
-__all__ = ["BundleError", "FlexctlError", "Interrupted", "Terminated", "UsageError", "system_error"]
+__all__ = ["BundleError", "FlexctlError", "Interrupted", "Saving", "Terminated", "UsageError", "system_error"]
 
 
 class FlexctlError(Exception):
@@ -68,3 +71,22 @@ def system_error(error: BaseException) -> OSError | None:
     """
     found = re.search(r"\(os error (\d+)\)$", str(error).strip())
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
+class Saving(AbstractContextManager[None]):
+    """Let a Rust library write inside the ``with`` statement: what the system refuses is an OSError with the place.
+
+    Args:
+        path: What is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        found = None if error is None else system_error(error)
+        if found is not None:
+            found.filename = str(self._path)
+            raise found from None

@@ -26,7 +26,7 @@ from flexctl.bundle.checks import prove
 from flexctl.bundle.manifest import MANIFEST_FILE
 from flexctl.bundle.names import name_an_anchor
 from flexctl.bundle.store import check_directory_target, place_of_work
-from flexctl.errors import UsageError
+from flexctl.errors import Saving, UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
 from flexctl.processes import Joined, World
@@ -441,7 +441,8 @@ def _checkpoint(
 
 def _complete(folder: Path, source: Path | None, tokenizer: Any) -> None:
     """Put beside weights that were trained what does not train."""
-    tokenizer.save_pretrained(folder)
+    with Saving(folder):
+        tokenizer.save_pretrained(folder)
     if source is not None and (source / _GENERATION).is_file():
         shutil.copyfile(source / _GENERATION, folder / _GENERATION)
 
@@ -466,7 +467,8 @@ def _readable(source: Path, work: Path) -> Path:
     folder = work / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    model.load_tokenizer(source).save_pretrained(folder)
+    with Saving(folder):
+        model.load_tokenizer(source).save_pretrained(folder)
     for file in source.iterdir():
         if file.is_file() and not (folder / file.name).exists():
             (folder / file.name).symlink_to(file.resolve())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flexctl.errors import Saving
 from flexctl.model.building import quiet_transformers
 from flexctl.model.sharding import HEAD, shard_whole, whole
 from flexctl.model.tensors import RawBytes
@@ -64,7 +65,7 @@ def save_dense(dense: Any, folder: Path, world: World = ALONE) -> None:
         plain.load_state_dict(tensors, strict=False, assign=True)
         if HEAD not in tensors:
             plain.lm_head.weight = plain.model.embed_tokens.weight
-        with quiet_transformers():
+        with quiet_transformers(), Saving(folder):
             plain.save_pretrained(folder)
 
     world.by_writer(write)

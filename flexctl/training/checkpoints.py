@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.bundle.store import new_file
-from flexctl.errors import UsageError, system_error
+from flexctl.errors import Saving, UsageError
 from flexctl.model.sharding import rows_like
 from flexctl.model.tensors import tensors_digest
 from flexctl.processes import ALONE, World
@@ -264,16 +264,13 @@ def _is_measured(value: Any) -> bool:
 
 
 def _write(path: Path, settings: Mapping[str, Any], tensors: dict[str, Tensor], losses: Sequence[float]) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     about = {"settings": settings, "losses": list(losses), "sha256": tensors_digest(tensors)}
     with new_file(path, overwrite=True) as temporary:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
+        with Saving(path):
             save_file(whole, temporary, {"run": json.dumps(about)})
-        except SafetensorError as error:
-            raise system_error(error) or error from None
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

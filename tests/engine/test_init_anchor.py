@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flexctl.bundle import open_anchor, open_router_file, store
@@ -455,6 +456,23 @@ def test_weights_that_are_not_finite_leave_nothing(tmp_path: Path, texts: Any, s
     with pytest.raises(BundleError):
         make(texts, tmp_path / "anchor", source=str(broken))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "sharded"]
+
+
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [(transformers.PreTrainedModel, SafetensorError), (transformers.PreTrainedTokenizerBase, Exception)],
+)
+def test_what_the_system_does_not_let_be_written_names_the_place_and_leaves_nothing(
+    tmp_path: Path, texts: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, writer: Any, error: Any
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error("what a library in Rust says (os error 28)")
+
+    monkeypatch.setattr(writer, "save_pretrained", refuse)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        make(texts, tmp_path / "anchor", source=str(checkpoint), anneal_tokens=64, seq_len=32, batch_tokens=64)
+    assert caught.value.filename == str(tmp_path / ".anchor.work" / "checkpoint")
+    assert [item.name for item in tmp_path.rglob("*")] == []
 
 
 @pytest.mark.usefixtures("tiny_preset")
