@@ -117,6 +117,7 @@ class Checkpoints:
         self._next_s = time.monotonic() + _EVERY_S
         self._settings = json.loads(json.dumps(settings, sort_keys=True))
         folder.mkdir(parents=True, exist_ok=True)
+        world.by_writer(lambda: _remove(folder.glob(".*")))  # what a killed run had begun to write
         if not resume and (old := self._paths()):
             reporter.warn(f"{old[-1]} of a run that was stopped is dropped; `resume` would have gone on from it")
             world.by_writer(lambda: _remove(old))
@@ -246,10 +247,10 @@ def _step_of(path: Path) -> int:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        if path.suffix == _FILE:
-            path.unlink()
-        else:
+        if path.is_dir():
             shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _agree(one: Any, other: Any) -> bool:

@@ -336,6 +336,16 @@ def test_all_broken_means_from_the_start(tmp_path: Path) -> None:
     assert same(fresh, make_state(9))
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_a_killed_run_had_begun_to_write_takes_no_room_from_the_next(tmp_path: Path, resume: bool) -> None:
+    save(tmp_path, [2], make_state())
+    (tmp_path / ".checkpoint-00000004.safetensors.machine-1-0.tmp").write_bytes(b"half")
+    (tmp_path / ".checkpoint-00000006.shards.part").mkdir()
+    (tmp_path / ".checkpoint-00000006.shards.part" / "__0_0.distcp").write_bytes(b"half")
+    open_checkpoints(tmp_path, resume=resume)
+    assert names(tmp_path) == ["checkpoint-00000002.safetensors"] * resume
+
+
 def test_a_file_that_was_being_written_is_no_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, [2], make_state())
     (tmp_path / "checkpoint-00000004.partial").write_bytes(b"half")
