@@ -141,6 +141,8 @@ def planned(config: PrivateConfig, anchor: Anchor) -> Plan | None:
             hint="a tenth of that, or less",
             field="dp_delta",
         )
+    if config.recompute:
+        raise UsageError("changes nothing of a run with `dp_epsilon`", hint="leave it out", field="recompute")
     _refuse_leaks(config)
     return _plan(config, anchor, epsilon, delta, documents)
 

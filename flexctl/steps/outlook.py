@@ -251,6 +251,8 @@ def _refuse(run: _Run, step: training.Step, most: int) -> None:
 
 def _way_out(run: _Run, step: training.Step, limit: int) -> str | None:
     """Return the least change of settings with which it fits by the estimate; None where there is none."""
+    if run.config.dp_epsilon is not None:  # such steps are others, which no estimate is of, and in one process
+        return f"use a {'' if step.rank is None else 'lower '}`rank`, or a smaller anchor"
     # Where nobody said how long a step is, it may become longer with more text.
     several = run.budget.batch_size > 1 or run.config.batch_tokens is None
     lean: dict[str, Any] = {"recompute": True, "tokens": min(step.tokens, step.seq_len), "accumulates": several}

@@ -318,6 +318,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"dp_max_grad_norm": 0.0}, "dp_max_grad_norm"),
     ({"batch_tokens": 41 * 32}, "batch_tokens: makes steps of 41 documents of 32 tokens, and there are 40"),
     ({"max_tokens": 1000}, "max_tokens: counts the owner's tokens"),
+    ({"recompute": True}, "recompute: changes nothing of a run with `dp_epsilon`"),
     ({"router": "encoder", "encoder": "e"}, "router: encoder: such rows"),
     ({"own_covariance": 0.2}, "own_covariance: 0.2: under a guarantee"),
 ]

@@ -198,6 +198,20 @@ def test_steps_of_one_micro_batch_are_what_a_full_expert_may_need(
     assert found.memory_bytes == pytest.approx(81.1e9, rel=0.01)
 
 
+@pytest.mark.parametrize(("rank", "word"), [(None, "a `rank`"), (1024, "a lower `rank`")])
+def test_a_run_under_a_guarantee_is_told_what_helps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None, word: str
+) -> None:
+    """No estimate is of its steps, nothing of it is computed again, and it is of one process."""
+    memory(16_000_000_000, monkeypatch)
+    shape = resolve_moe_config(read_dense_config(write_config(tmp_path / "seven-b", SEVEN_B)))
+    card = Machine(device=torch.device("cuda"), dtype=torch.bfloat16, autocast=torch.bfloat16)
+    config = TrainExpertConfig(data=(tmp_path,), rank=rank, dp_epsilon=8.0)
+    with pytest.raises(UsageError, match="training takes at least") as caught:
+        outlook.refuse_what_cannot_fit(config, shape, card)
+    assert caught.value.hint == f"use {word}, or a smaller anchor"
+
+
 def run(anchor: Path, texts: Texts, **settings: Any) -> None:
     train_expert(TrainExpertConfig(data=(texts.code,), anchor=anchor, dry_run=True, threads=1, **settings))
 
