@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -259,6 +261,10 @@ class Joined(AbstractContextManager[World]):
     ) -> None:
         if self._store is None:
             return
+        with nullcontext() if error is None else _deaf_to_sigterm():
+            self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
         # What is wrong with a run is found by all at once: the first process then tells, or one that fails alone.
         tells = error is None or self._is_first_to_fail()
         if error is None or self._kind == "cpu":  # NCCL would wait here for the others, who may be gone
@@ -282,6 +288,19 @@ class Joined(AbstractContextManager[World]):
             return self._store.add("failed", 1) == 1
         except RuntimeError:  # who kept the store went first
             return False
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Let a launcher, which ends all as soon as one has ended, wait for what this process has to tell."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _meet(rank: int, size: int, kind: str) -> Store:

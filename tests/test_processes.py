@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from flexctl.bundle import open_anchor, open_expert
-from flexctl.errors import UsageError
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.model import presets
 from flexctl.model.tensors import to_torch
 from flexctl.processes import ALONE, Joined, World, launched
@@ -306,6 +307,24 @@ def test_a_process_that_fails_alone_says_so_in_one_line_and_ends_all(found: Foun
     assert len(told) == 1
     assert told[0].startswith("error: process 1: ")
     assert "nowhere" in told[0]
+
+
+def test_a_launcher_that_ends_all_does_not_keep_a_process_from_telling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the first process was killed: the second is told to end before it has told why."""
+    heard: list[int] = []
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        joined = Joined("cpu")
+        joined._store, joined._rank = torch.distributed.HashStore(), 1
+        error = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+        with pytest.raises(FlexctlError, match="another process of the run went away"):
+            joined.__exit__(RuntimeError, error, None)
+        assert heard == []
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM], "afterwards it is heard as before"
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
