@@ -155,7 +155,7 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
         block.experts.extend(_dense_block(public, tensors, index, dtype) for tensors in experts[1:])
         block.router = Router(to_torch(weights.router[index]))
         block.top_k = weights.num_experts_per_tok
-    return fuse_norms(stack_experts(model.requires_grad_(False).eval(), device).to(device))
+    return fuse_norms(stack_experts(model.requires_grad_(False).eval(), device).to(device), device)
 
 
 def build_sharded(weights: WeightSource, *, device: torch.device, dtype: torch.dtype, world: World) -> nn.Module:

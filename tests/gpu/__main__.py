@@ -22,9 +22,9 @@ SECTIONS = {
     "machine": 30,
     "steps": 75,
     "memory": 75,
-    "inference": 75,
-    "kernels": 130,
-    "tests": 120,
+    "inference": 90,
+    "kernels": 100,
+    "tests": 180,
     "life": 120,
     "profile": 60,
 }
