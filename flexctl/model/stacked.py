@@ -79,7 +79,11 @@ def _stacked(block: RoutedFeedForward, device: torch.device) -> Together:
     like: Tensor = experts[0].gate_proj.weight
     inner, hidden = like.shape
     config = FlexOlmoConfig(
-        hidden_size=hidden, intermediate_size=inner, num_experts=len(experts), num_attention_heads=1, hidden_act="silu"
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_experts=len(experts),
+        num_attention_heads=1,
+        hidden_act=experts[0].config.hidden_act,
     )
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):

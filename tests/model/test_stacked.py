@@ -250,3 +250,11 @@ def test_no_layer_waits_for_the_device(model_type: str, top_k: int) -> None:
                 with pytest.raises(DataDependentOutputException):
                     apart(block, inputs)
                 block.top_k = top_k
+
+
+@torch.no_grad()
+def test_the_activation_is_the_anchor_s() -> None:
+    weights = tiny.make_weights(tiny.dense_config("llama", hidden_act="gelu"), NAMES, top_k=2)
+    inputs = torch.randn(9, 32)
+    for block in routed_layers(build_model(weights, device=CPU, dtype=torch.float32)):
+        torch.testing.assert_close(block(inputs), apart(block, inputs), rtol=0, atol=1e-5)
