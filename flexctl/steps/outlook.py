@@ -215,10 +215,16 @@ def refuse_what_cannot_fit(config: PlanConfig, moe_config: Mapping[str, Any], ma
     """
     sizes = training.Sizes.of(moe_config)
     longest = moe_config.get("max_position_embeddings")
-    budget = budget_of(config, available_tokens=0, hidden_size=sizes.hidden, longest=longest)
-    run = _Run(config=config, sizes=sizes, budget=budget, device=machine.device.type, dtype=_name(machine.dtype))
+    budgets = [
+        budget_of(config, available_tokens=tokens, hidden_size=sizes.hidden, longest=longest)
+        for tokens in (_ENDLESS, 0)
+    ]
+    run, least = (
+        _Run(config=config, sizes=sizes, budget=budget, device=machine.device.type, dtype=_name(machine.dtype))
+        for budget in budgets
+    )
     # Under a guarantee documents may be of any length.
-    step = run.step(launched()[1], **({"tokens": 0} if config.dp_epsilon is not None else {}))
+    step = least.step(launched()[1], **({"tokens": 0} if config.dp_epsilon is not None else {}))
     _refuse(run, step, _most_bytes(machine.device) // (1 if step.on_card else launched_here()))
 
 
@@ -245,7 +251,8 @@ def _refuse(run: _Run, step: training.Step, most: int) -> None:
         )
         raise UsageError(
             f"{takes} at least {_gb(least)} of memory, and {has} {_gb(most)}",
-            hint=_way_out(run, step, most) or "use more devices, or a smaller anchor: docs/scaling.md",
+            hint=_way_out(run, run.step(step.processes), most)
+            or "use more devices, or a smaller anchor: docs/scaling.md",
         )
 
 
@@ -253,9 +260,8 @@ def _way_out(run: _Run, step: training.Step, limit: int) -> str | None:
     """Return the least change of settings with which it fits by the estimate; None where there is none."""
     if run.config.dp_epsilon is not None:  # such steps are others, which no estimate is of, and in one process
         return f"use a {'' if step.rank is None else 'lower '}`rank`, or a smaller anchor"
-    # Where nobody said how long a step is, it may become longer with more text.
-    several = run.budget.batch_size > 1 or run.config.batch_tokens is None
-    lean: dict[str, Any] = {"recompute": True, "tokens": min(step.tokens, step.seq_len), "accumulates": several}
+    several = run.budget.batch_size > 1
+    lean: dict[str, Any] = {"recompute": True, "tokens": step.seq_len, "accumulates": several}
     changes: list[tuple[str, dict[str, Any]]] = [("`recompute` and `micro_batch` 1", lean)]
     if step.rank is None:
         changes += [

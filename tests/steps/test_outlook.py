@@ -198,6 +198,28 @@ def test_steps_of_one_micro_batch_are_what_a_full_expert_may_need(
     assert found.memory_bytes == pytest.approx(81.1e9, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ("`rank` 16, `recompute` and `micro_batch` 1", {"rank": 16, "recompute": True, "micro_batch": 1}),
+        ("`rank` 16", {"rank": 16}),
+    ],
+    ids=["of any length", "one sequence at a time"],
+)
+def test_what_a_hint_names_fits_however_long_the_text_is(
+    one_b: Path, monkeypatch: pytest.MonkeyPatch, flags: str, settings: dict[str, Any]
+) -> None:
+    memory(12_000_000_000, monkeypatch)
+    given: dict[str, Any] = {} if "micro_batch" in settings else {"micro_batch": 1}
+    card = Machine(device=torch.device("cuda"), dtype=torch.bfloat16, autocast=torch.bfloat16)
+    config = TrainExpertConfig(data=(one_b,), **given)
+    with pytest.raises(UsageError, match="training takes at least") as caught:
+        outlook.refuse_what_cannot_fit(config, resolve_moe_config(read_dense_config(one_b)), card)
+    takes = plan(one_b, device="cuda", plan_tflops=780, **given, **settings).devices[0].memory_bytes
+    assert takes <= 12_000_000_000
+    assert str(caught.value.hint).startswith(f"with {flags} it takes about {takes / 1e9:.1f} GB; ")
+
+
 @pytest.mark.parametrize(("rank", "word"), [(None, "a `rank`"), (1024, "a lower `rank`")])
 def test_a_run_under_a_guarantee_is_told_what_helps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None, word: str
