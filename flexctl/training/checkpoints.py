@@ -28,7 +28,7 @@ from flexctl.model.sharding import rows_like
 from flexctl.model.tensors import tensors_digest
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
-from flexctl.training.shards import Writing, about_shards, begin_shards, read_shards
+from flexctl.training.shards import Writing, about_shards, begin_shards, read_shards, sizes_in_shards
 
 __all__ = ["Checkpoints", "TrainingState"]
 
@@ -59,13 +59,10 @@ class TrainingState:
             found |= {f"{i}.{name}": value for name, value in self.optimiser.state[parameter].items()}
         return found
 
-    def takes(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether every parameter is among ``tensors``, in its shape."""
-        found = [tensors.get(f"{i}.parameter") for i in range(len(self.parameters))]
-        return all(
-            kept is not None and kept.shape == parameter.shape
-            for kept, parameter in zip(found, self.parameters, strict=True)
-        )
+    def takes(self, sizes: Mapping[str, torch.Size]) -> bool:
+        """Return whether tensors of such names and sizes are of these parameters and no others."""
+        theirs = {name: size for name, size in sizes.items() if name.endswith(".parameter")}
+        return theirs == {f"{i}.parameter": parameter.shape for i, parameter in enumerate(self.parameters)}
 
     def load(self, tensors: Mapping[str, Tensor], world: World = ALONE) -> None:
         """Take everything back, in place; of a parameter that is sharded, this process's rows."""
@@ -145,14 +142,18 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         return [path for path in sorted(self.folder.glob("checkpoint-*")) if path.suffix in (_FILE, _SHARDS)]
 
-    def _read(self, path: Path, state: TrainingState) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-        """Return what a checkpoint is of and its tensors; None where it is not whole."""
+    def _read(self, path: Path, state: TrainingState) -> tuple[dict[str, Any] | None, dict[str, Tensor] | None]:
+        """Return what a checkpoint is of, None where it is not whole, and its tensors, None where they do not fit."""
         if path.suffix == _SHARDS:
             about = self._world.by_writer(lambda: about_shards(path))
-            return about, read_shards(path, state.parameters, self._world) if about else {}
+            fits = about is not None and state.takes(sizes_in_shards(path))
+            return about, read_shards(path, state.parameters, self._world) if fits else None
         read = _read_file(path)
         (is_broken,) = self._world.most(read is None)
-        return (None, {}) if read is None or is_broken else read
+        if read is None or is_broken:
+            return None, None
+        about, tensors = read
+        return about, tensors if state.takes({name: tensor.shape for name, tensor in tensors.items()}) else None
 
     def restore(self, state: TrainingState) -> list[float]:
         """Load the newest whole checkpoint into ``state`` and return the losses so far (empty: from the start).
@@ -166,7 +167,7 @@ class Checkpoints:
                 self._reporter.warn(f"{path.name} is broken and is passed over")
                 continue
             self._refuse_other_settings(path, about["settings"])
-            if path.suffix == _FILE and not state.takes(tensors):
+            if tensors is None:
                 self._reporter.warn(f"{path.name} is of another version of flexctl and is passed over")
                 continue
             state.load(tensors, self._world)

@@ -23,7 +23,7 @@ from flexctl.bundle.store import new_file
 from flexctl.errors import system_error
 from flexctl.processes import World
 
-__all__ = ["Writing", "about_shards", "begin_shards", "read_shards"]
+__all__ = ["Writing", "about_shards", "begin_shards", "read_shards", "sizes_in_shards"]
 
 _ABOUT, _PART = "about.json", ".part"
 _LIKE_ITS_PARAMETER = ("parameter", "exp_avg", "exp_avg_sq")
@@ -79,6 +79,11 @@ def about_shards(path: Path) -> dict[str, Any] | None:
     return about if is_whole else None
 
 
+def sizes_in_shards(path: Path) -> dict[str, torch.Size]:
+    """Return the sizes of a whole checkpoint's tensors by name."""
+    return {name: kind.size for name, kind in _known(path).items()}
+
+
 def read_shards(path: Path, parameters: Sequence[nn.Parameter], world: World) -> dict[str, Tensor]:
     """Return the tensors of a whole checkpoint by name; of those of a sharded parameter, this process's part.
 
@@ -87,21 +92,26 @@ def read_shards(path: Path, parameters: Sequence[nn.Parameter], world: World) ->
         parameters: That ``{i}.parameter`` and so on belong to.
         world: The processes.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    known = FileSystemReader(path).read_metadata().state_dict_metadata
     tensors: dict[str, Tensor] = {}
-    for name, kind in known.items():
+    for name, kind in _known(path).items():
         number, _, what = name.partition(".")
         if what in _LIKE_ITS_PARAMETER:
             tensors[name] = torch.empty_like(parameters[int(number)], requires_grad=False)
         else:
-            tensors[name] = torch.empty(kind.size, dtype=kind.properties.dtype)  # type: ignore[union-attr]
+            tensors[name] = torch.empty(kind.size, dtype=kind.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         load(tensors, checkpoint_id=path, no_dist=world.size == 1)
     return tensors
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """Return what torch tells of a whole checkpoint's tensors, by name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    return dict(FileSystemReader(path).read_metadata().state_dict_metadata)
 
 
 def _goes_on(tensors: Mapping[str, Tensor]) -> bool:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint import state_dict_saver
 
 from flexctl.errors import UsageError
 from flexctl.model.tensors import tensors_digest
+from flexctl.processes import ALONE
 from flexctl.runtime import SilentReporter
+from flexctl.training import shards
 from flexctl.training.checkpoints import Checkpoints, TrainingState
 from flexctl.training.shards import Writing
 
@@ -334,6 +338,43 @@ def test_all_broken_means_from_the_start(tmp_path: Path) -> None:
     fresh = make_state(9)
     assert open_checkpoints(tmp_path, resume=True).restore(fresh) == []
     assert same(fresh, make_state(9))
+
+
+def state_of(*shapes: tuple[int, ...]) -> TrainingState:
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimiser = torch.optim.AdamW(parameters, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    return TrainingState(parameters=parameters, optimiser=optimiser)
+
+
+def write_shards(folder: Path, state: TrainingState, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write a checkpoint of several processes, all of it in one."""
+    save = state_dict_saver.save
+    monkeypatch.setattr(state_dict_saver, "save", partial(save, no_dist=True))
+    about = {"settings": SETTINGS, "losses": [1.0] * 4}
+    with pytest.warns(UserWarning, match=r"torch\.distributed is"):
+        shards.begin_shards(folder / "checkpoint-00000004.shards", about, state.tensors(), ALONE).end()
+
+
+@pytest.mark.parametrize("theirs", [((4, 3),), ((4, 3), (5,), (6,)), ((3, 4), (5,)), ((8, 3), (5,))])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_checkpoint_of_other_parameters_is_refused_by_its_settings_or_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool, theirs: tuple[tuple[int, ...], ...]
+) -> None:
+    """As of another rank, or of another version of flexctl, which has other parameters in the same settings."""
+    if several:
+        write_shards(tmp_path, state_of(*theirs), monkeypatch)
+    else:
+        save(tmp_path, [4], state_of(*theirs))
+    (name,) = names(tmp_path)
+    with pytest.raises(UsageError, match=f"{name}: that run had lr = 0.1, this one has 0.2"):
+        open_checkpoints(tmp_path, resume=True, lr=0.2).restore(state_of((4, 3), (5,)))
+    listener = Listener()
+    assert open_checkpoints(tmp_path, resume=True, reporter=listener).restore(state_of((4, 3), (5,))) == []
+    assert listener.warnings == [f"{name} is of another version of flexctl and is passed over"]
+    assert len(open_checkpoints(tmp_path, resume=True).restore(state_of(*theirs))) == 4
 
 
 @pytest.mark.parametrize("resume", [True, False])
