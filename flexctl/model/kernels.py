@@ -29,6 +29,9 @@ __all__ = ["KNOWN", "Kernels", "find_kernels", "fused"]
 KNOWN = SpecifierSet(">=0.8.5,<0.9")
 """Releases of liger-kernel whose functions take what is given here: they have no names for it, only places."""
 
+_UNLOADABLE = (ImportError, AttributeError, RuntimeError, OSError)
+"""What a package raises that is broken, or stands on a Triton or a driver that it does not know."""
+
 _SILU = ("silu", "swish")
 
 
@@ -69,8 +72,9 @@ def find_kernels(device: torch.device, autocast: torch.dtype | None, reporter: R
         return None
     try:
         return _liger(version)
-    except ImportError as error:
-        reporter.warn(f"liger-kernel {version} is left out, as it cannot be loaded: {error}")
+    except _UNLOADABLE as error:
+        said = " ".join(str(error).split())
+        reporter.warn(f"liger-kernel {version} is left out, as it cannot be loaded: {said}")
         return None
 
 

@@ -237,6 +237,33 @@ def test_one_that_cannot_be_loaded_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     assert said.startswith("liger-kernel 0.8.6 is left out, as it cannot be loaded: ")
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "raise ImportError('two\\nlines')",
+        "raise RuntimeError('0 active drivers ([]). There should only be one.')",
+        "import math; math.no_such_kernel",
+        "raise OSError('libcuda.so.1: cannot open shared object file')",
+        "",
+    ],
+)
+def test_one_that_is_broken_is_left_out_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    installed(monkeypatch, "0.8.6")
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").touch()
+    (tmp_path / "liger_kernel" / "ops.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    listening = Listening()
+    assert find_kernels(CARD, torch.bfloat16, listening) is None
+    [said] = listening.warned
+    assert said.startswith("liger-kernel 0.8.6 is left out, as it cannot be loaded: ")
+    assert "\n" not in said
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        sys.modules.pop(name, None)
+
+
 def test_the_extra_asks_for_the_releases_that_are_known() -> None:
     [asked] = re.findall(r'"liger-kernel(.*)"', (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
     assert SpecifierSet(asked) == KNOWN
