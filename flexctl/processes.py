@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from flexctl.errors import FlexctlError, UsageError
 
@@ -248,7 +248,7 @@ class Joined(AbstractContextManager[World]):
         rank, size = launched()
         if size == 1:
             return ALONE
-        self._rank, self._kind = rank, _kind(self._device)
+        self._rank, self._kind = rank, _kind(self._device, rank)
         try:
             self._store = _meet(rank, size, self._kind)
         except RuntimeError as error:
@@ -311,7 +311,7 @@ def _meet(rank: int, size: int, kind: str) -> Store:
 
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UsageError(f"{name} is not set, and WORLD_SIZE is {size}", hint="start the run with torchrun")
+            _refuse(f"{name} is not set, and WORLD_SIZE is {size}", hint="start the run with torchrun", tells=not rank)
     found, _, _ = next(rendezvous("env://", rank, size))
     store = PrefixStore(f"flexctl-{next(_MEETINGS)}", found)
     backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
@@ -367,23 +367,36 @@ def _number(name: str, default: int | None) -> int:
     return int(text)
 
 
-def _kind(device: str) -> str:
+def _refuse(message: str, *, tells: bool, hint: str, field: str | None = None) -> NoReturn:
+    """Raise what several processes find before they have met: one tells, and the others wait until it has."""
+    error = UsageError(message, hint=hint, field=field)
+    if tells:
+        raise error
+    time.sleep(_LAST_WORDS_S)
+    raise Echo(error.exit_code) from error
+
+
+def _kind(device: str, rank: int) -> str:
     """Return cpu or cuda; on cuda this process has the GPU of its number on this machine from here on."""
     import torch
 
     if ":" in device:
-        raise UsageError(
-            f"{device} is one GPU, and each process takes its own", hint="use auto, cpu or cuda", field="device"
+        _refuse(
+            f"{device} is one GPU, and each process takes its own",
+            hint="use auto, cpu or cuda",
+            field="device",
+            tells=not rank,
         )
     if device == "cpu" or not torch.cuda.is_available():
         return "cpu"
     number, cards = _number("LOCAL_RANK", None), torch.cuda.device_count()
     if number >= cards:
         has = f"{cards} GPU{'s' * (cards > 1)}"
-        raise UsageError(
+        _refuse(
             f"{device}: {launched_here()} processes were started on this machine, which has {has}",
             hint=f"let torchrun start {cards} here, or use cpu",
             field="device",
+            tells=number == cards,
         )
     torch.cuda.set_device(number)
     return "cuda"

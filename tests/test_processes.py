@@ -19,11 +19,12 @@ import sharing
 import torch
 from safetensors.torch import load_file
 
+from flexctl import processes
 from flexctl.bundle import open_anchor, open_expert
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.model import presets
 from flexctl.model.tensors import to_torch
-from flexctl.processes import ALONE, Joined, World, launched
+from flexctl.processes import ALONE, Echo, Joined, World, launched
 from flexctl.runtime import SilentReporter
 from flexctl.training import whole
 
@@ -369,6 +370,24 @@ def test_processes_beyond_the_cards_are_told_so(device: str, monkeypatch: pytest
     said = f"{device}: 2 processes were started on this machine, which has 1 GPU$"
     with pytest.raises(UsageError, match=said), Joined(device):
         pass
+
+
+@pytest.mark.parametrize(("rank", "device", "address"), [(1, "cuda:1", "here"), (1, "cpu", None), (2, "cuda", "here")])
+def test_what_another_process_tells_is_not_said_again(
+    rank: int, device: str, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "3", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    if address is not None:
+        monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    waited: list[float] = []
+    monkeypatch.setattr(processes.time, "sleep", waited.append)
+    with pytest.raises(Echo) as caught, Joined(device):
+        pass
+    assert (caught.value.exit_code, len(waited)) == (2, 1)
 
 
 @pytest.mark.parametrize("command", ["train-expert --dp-epsilon 8 --dp-documents 40", "evaluate --tasks x.jsonl"])
