@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from flexctl.model.batching import of_like_length
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.processes import ALONE, World
+from flexctl.routing.covariances import Covariances
 
 __all__ = [
     "InputStatistics",
@@ -54,7 +56,7 @@ class InputStatistics:
     second: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterSpace:
     """Mean and shrunk covariance S = F'F + diag(D) of router inputs on public text.
 
@@ -102,32 +104,44 @@ class RouterSpace:
                 tensors[f"layers.{i}.variety_diagonal"] = self.variety[1][i]
         return tensors
 
+    def to(self, device: torch.device) -> RouterSpace:
+        """Return the same on a device, where everything that is asked of it is then computed."""
+        varied = None if self.variety is None else (self.variety[0].to(device), self.variety[1].to(device))
+        return RouterSpace(
+            mean=self.mean.to(device),
+            factor=self.factor.to(device),
+            diagonal=self.diagonal.to(device),
+            variety=varied,
+        )
+
+    @cached_property
+    def covariances(self) -> Covariances:
+        """S of every layer."""
+        return Covariances(factor=self.factor, diagonal=self.diagonal)
+
+    @cached_property
+    def usual_covariances(self) -> Covariances:
+        """How router inputs vary in text of many kinds, as far as that was measured; else S."""
+        if self.variety is None:
+            return self.covariances
+        factor, diagonal = self.variety
+        return Covariances(factor=factor, diagonal=diagonal)
+
     def covariance(self, layer: int) -> Tensor:
         """Return S of one layer, (H, H), float64."""
-        return _dense(self.factor[layer], self.diagonal[layer])
+        return self.covariances.dense(layer)
 
     def usual(self, layer: int) -> Tensor:
         """Return how router inputs vary in text of many kinds, as far as that was measured; else S. (H, H), float64."""
-        if self.variety is None:
-            return self.covariance(layer)
-        return _dense(self.variety[0][layer], self.variety[1][layer])
+        return self.usual_covariances.dense(layer)
 
     def solve(self, directions: Tensor) -> Tensor:
         """Return S^-1 d for directions of every layer, (..., L, H) -> (..., L, H), float64."""
-        wide = directions.double()
-        solved = [
-            torch.cholesky_solve(
-                wide[..., i, :].reshape(-1, wide.shape[-1]).T, torch.linalg.cholesky(self.covariance(i))
-            )
-            for i in range(len(self.mean))
-        ]
-        return torch.stack([part.T for part in solved], dim=1).reshape(wide.shape)
+        return self.covariances.solve(directions)
 
     def quadratic(self, directions: Tensor) -> Tensor:
         """Return d'S d for one direction a layer, (L, H) -> (L,), float64."""
-        wide = directions.double()
-        through = (self.factor.double() @ wide[:, :, None]).square().sum(dim=(1, 2))
-        return through + (self.diagonal.double() * wide.square()).sum(dim=1)
+        return self.covariances.quadratic(directions)
 
     def constant(self) -> Tensor:
         """Return u = S^-1 m / (m . S^-1 m), (L, H), float64: u . m = 1 and u . x is near 1 for most x.
@@ -139,7 +153,7 @@ class RouterSpace:
 
     def spread_bound(self) -> Tensor:
         """Return the standard deviation of u . x that S implies, (L,), float64; shrinkage makes it an upper bound."""
-        return self.quadratic(self.constant()).sqrt()
+        return self.covariances.inverse_quadratic(self.mean).rsqrt()
 
 
 def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = ALONE) -> InputStatistics:
@@ -221,16 +235,12 @@ def _fit(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(factors).float().cpu(), torch.stack(diagonals).float().cpu()
 
 
-def _dense(factor: Tensor, diagonal: Tensor) -> Tensor:
-    return factor.double().T @ factor.double() + torch.diag(diagonal.double())
-
-
 def constant_spread(space: RouterSpace, statistics: InputStatistics) -> Tensor:
     """Return the standard deviation of u . x on public text, (L,), float64; its mean is 1."""
-    constant = space.constant()
-    second = torch.einsum("lh,lhk,lk->l", constant, statistics.second.cpu(), constant)
-    first = (constant * statistics.mean.cpu()).sum(dim=1)
-    return (second - first.square()).clamp(min=0).sqrt()
+    constant = space.constant().to(statistics.second.device)
+    second = torch.einsum("lh,lhk,lk->l", constant, statistics.second, constant)
+    first = (constant * statistics.mean).sum(dim=1)
+    return (second - first.square()).clamp(min=0).sqrt().cpu()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +249,8 @@ class PassageInputs:
 
     Attributes:
         means: Of each passage, (passages, L, H), float32.
-        within: Covariance of inputs about the mean of their own passage, over all passages, (L, H, H), float32.
+        within: Covariance of inputs about the mean of their own passage, over all passages, (L, H, H), float32, where
+            the model ran.
     """
 
     means: Tensor
@@ -295,7 +306,7 @@ def measure_passages(
 
     means = _measure_each(model, tokens, add, advance, world)
     freedom = sum(len(each) - 2 for each in tokens)
-    return PassageInputs(means=means, within=world.sum(scatter).cpu() / max(1, freedom))
+    return PassageInputs(means=means, within=world.sum(scatter).div_(max(1, freedom)))
 
 
 def _measure_each(
@@ -307,13 +318,14 @@ def _measure_each(
 ) -> Tensor:
     """Return each document's mean router inputs; ``add`` gets inputs less their document's mean, (T, H), by layer.
 
-    Of positions that are padding, and of each document's first, that is zero.
+    Of positions that are padding, and of each document's first, that is zero. Nothing waits for the device until all
+    documents are through.
     """
     if len(documents) < 2:
         raise UsageError("router rows need at least two documents", hint="give more text, or split it into documents")
     blocks = routed_layers(model)
     device, hidden = blocks[0].router.public.device, blocks[0].router.public.shape[1]
-    means = torch.zeros(len(documents), len(blocks), hidden)
+    means = torch.zeros(len(documents), len(blocks), hidden, device=device)
     real = current = torch.empty(0)
 
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
@@ -332,7 +344,7 @@ def _measure_each(
             real = ((places > 0) & (places < lengths.to(device)[:, None])).float()
             current = torch.zeros(len(mine), len(blocks), hidden, device=device)
             model.base_model(ids, use_cache=False)  # type: ignore[operator]
-            means[batch] = world.gather(part, current).cpu()
+            means[torch.tensor(batch).to(device)] = world.gather(part, current)
             if advance is not None:
                 advance(len(batch))
-    return means
+    return means.cpu()
