@@ -4,8 +4,8 @@ S = F'F + diag(D) has rank R beside its diagonal, so Woodbury's identity inverts
 
   S^-1 = D^-1 - D^-1 F' C^-1 F D^-1        C = I + F D^-1 F'
 
-That takes 2 R^2 H operations a layer once, and 4 R H a direction, where factorising S takes H^3 / 3 and 2 H^2. A root of S
-is as cheap: with G = F D^-1/2 and Q the root of I + G G',
+That takes 2 R^2 H operations a layer once, and 4 R H a direction, where factorising S takes H^3 / 3 and 2 H^2. A root
+of S is as cheap: with G = F D^-1/2 and Q the root of I + G G',
 
   S = A A'    A = D^1/2 (I + G' (I + Q)^-1 G)    A^-1 = (I - G' (Q (I + Q))^-1 G) D^-1/2
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.model.batching import of_like_length
+from flexctl.model.batching import of_like_length, to_device
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.processes import ALONE, World
@@ -23,15 +23,20 @@ __all__ = [
     "InputStatistics",
     "PassageInputs",
     "RouterSpace",
+    "add_outer",
     "constant_spread",
     "fit_space",
     "measure_documents",
     "measure_inputs",
     "measure_passages",
+    "mirrored",
 ]
 
 BATCH_TOKENS = 2048
 """Positions of documents that go through the model at once."""
+
+OUTER_BLOCKS = 4
+"""Parts of the width by which sums of outer products are taken: of their two halves, which are the same, one."""
 
 MAX_RANK = 256
 SHRINKAGE = 0.1
@@ -181,18 +186,18 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = A
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
         states = inputs.reshape(*shape, hidden)[:real, 1:].reshape(-1, hidden).float()
         mean[layer] += states.double().sum(dim=0)
-        second[layer] += (states.T @ states).double()
+        add_outer(second[layer], states)
 
     with torch.no_grad(), observing(model, observe):
         for batch in batches:
             part = world.part(len(batch))
             rows, real = part.of(batch), part.real
             shape = tuple(rows.shape)
-            model.base_model(rows.to(device), use_cache=False)  # type: ignore[operator]
+            model.base_model(to_device(rows, device), use_cache=False)  # type: ignore[operator]
             count += len(batch) * (shape[1] - 1)
     if count == 0:
         raise BundleError("there is no public text to measure router inputs on", hint="give more text")
-    found = InputStatistics(count=count, mean=world.sum(mean) / count, second=world.sum(second) / count)
+    found = InputStatistics(count=count, mean=world.sum(mean) / count, second=mirrored(world.sum(second)) / count)
     if not found.second.isfinite().all():
         raise FlexctlError(
             "what routers are given on public text is not finite",
@@ -302,11 +307,31 @@ def measure_passages(
     scatter = torch.zeros(len(blocks), rows.shape[1], rows.shape[1], device=rows.device)
 
     def add(layer: int, apart: Tensor) -> None:
-        scatter[layer] += apart.T @ apart
+        add_outer(scatter[layer], apart)
 
     means = _measure_each(model, tokens, add, advance, world)
     freedom = sum(len(each) - 2 for each in tokens)
-    return PassageInputs(means=means, within=world.sum(scatter).div_(max(1, freedom)))
+    return PassageInputs(means=means, within=mirrored(world.sum(scatter)).div_(max(1, freedom)))
+
+
+def add_outer(total: Tensor, states: Tensor) -> None:
+    """Add the outer product of every state with itself to a sum, (H, H), above its diagonal: 5/8 of the operations.
+
+    Args:
+        total: The sum; below the diagonal it is not to be looked at before ``mirrored``.
+        states: (T, H), float32.
+    """
+    width = states.shape[1]
+    size = -(-width // OUTER_BLOCKS)
+    for first in range(0, width, size):
+        total[first : first + size, first:] += states[:, first : first + size].T @ states[:, first:]
+
+
+def mirrored(totals: Tensor) -> Tensor:
+    """Return sums of ``add_outer``, (L, H, H), with what is above the diagonal below it too; in place."""
+    for total in totals:
+        total.copy_(total.triu() + total.triu(1).T)
+    return totals
 
 
 def _measure_each(
@@ -337,14 +362,14 @@ def _measure_each(
         for batch in of_like_length([len(tokens) for tokens in documents], BATCH_TOKENS):
             part = world.part(len(batch))
             mine = [documents[batch[number]] for number in part.numbers]
-            ids = nn.utils.rnn.pad_sequence(mine, batch_first=True).to(device)
+            ids = to_device(nn.utils.rnn.pad_sequence(mine, batch_first=True), device)
             # A row that stands in counts for nothing but its second position, whose distance to itself is zero.
             lengths = torch.tensor([len(tokens) if row < part.real else 2 for row, tokens in enumerate(mine)])
             places = torch.arange(ids.shape[1], device=device)
-            real = ((places > 0) & (places < lengths.to(device)[:, None])).float()
+            real = ((places > 0) & (places < to_device(lengths, device)[:, None])).float()
             current = torch.zeros(len(mine), len(blocks), hidden, device=device)
             model.base_model(ids, use_cache=False)  # type: ignore[operator]
-            means[torch.tensor(batch).to(device)] = world.gather(part, current)
+            means[to_device(torch.tensor(batch), device)] = world.gather(part, current)
             if advance is not None:
                 advance(len(batch))
     return means.cpu()
