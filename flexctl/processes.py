@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.distributed_c10d import Store
+    from torch.distributed.distributed_c10d import ProcessGroup, Store
 
 __all__ = ["ALONE", "Echo", "Joined", "Part", "World", "launched", "launched_here", "refuse_many"]
 
@@ -107,6 +107,11 @@ class World:
         """All devices in one row; one process has none."""
         raise NotImplementedError
 
+    @property
+    def aside(self) -> ProcessGroup:
+        """What a second thread of each process speaks by while the first ones go on; one process has none."""
+        raise NotImplementedError
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of what the processes have, the same bits in each; it bears no gradient."""
         return tensor
@@ -147,6 +152,14 @@ class _Together(World):
         from torch.distributed.device_mesh import init_device_mesh
 
         return init_device_mesh(self._kind, (self.size,))
+
+    @cached_property
+    def aside(self) -> ProcessGroup:
+        """A group of its own, over gloo: what two threads say in one would come in any order."""
+        from torch import distributed
+
+        group: ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+        return group
 
     def sum(self, tensor: Tensor) -> Tensor:
         from torch import distributed

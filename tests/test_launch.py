@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flexctl import TrainExpertConfig, shipped
+from flexctl import InitAnchorConfig, TrainExpertConfig, shipped
 from flexctl.cli.parsing import Call, make_app
 from flexctl.commands import COMMANDS
 from flexctl.config import resolve
@@ -84,6 +84,16 @@ def test_each_says_what_to_fill_in_and_holds_no_tab(name: str) -> None:
     assert text.isascii()
     assert "\t" not in text
     assert max(map(len, text.splitlines())) <= 120 + 10
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_says_how_an_anchor_is_trained(name: str) -> None:
+    [line] = [line for line in launch(name).splitlines() if "-m flexctl init-anchor" in line]
+    comment, said = line.strip().split(" ", 1)
+    arguments = said.split()[2:]
+    call = make_app(COMMANDS, arguments)(args=arguments, prog_name="flexctl", standalone_mode=False)
+    config = resolve(InitAnchorConfig, call.command, call.given)
+    assert (comment, config.anneal_tokens, config.resume) == ("#", 100_000_000, True)
 
 
 def shell_parts(name: str) -> list[str]:

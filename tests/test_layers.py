@@ -82,6 +82,7 @@ ONLY_IMPORTER = {
     "datasketch": ("text/near_duplicates.py",),
     "xxhash": ("text/",),
     "trackio": ("training/track.py",),
+    "liger_kernel": ("model/kernels.py",),
     "click": (),
 }
 WITHOUT_TORCH_AT_TOP = (

@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import sharing
 import torch
+from safetensors.torch import load_file
 
 from flexctl.bundle import open_anchor, open_expert
 from flexctl.errors import UsageError
+from flexctl.model import presets
 from flexctl.model.tensors import to_torch
 from flexctl.processes import ALONE, Joined, World, launched
 from flexctl.runtime import SilentReporter
+from flexctl.training import whole
 
 TESTS = Path(__file__).parent
 LOSS = 1e-5
@@ -29,6 +32,10 @@ LOSS = 1e-5
 
 WEIGHT = 1e-4
 """Of a weight after some steps at a rate of 0.01: AdamW divides by a gradient's size, and with it what was rounded."""
+
+
+ROUNDED_LOSS = 5e-3
+"""Of a loss in bfloat16: several processes gather norms' weights in it, which one has in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,7 @@ class Found:
 def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, anchor: Path, texts: Any) -> Found:
     folder = tmp_path_factory.mktemp("shared")
     sharing.kill_a_run(ALONE, folder / "killed by one")
+    assert sharing.anneal_until(3, checkpoint, texts.code, folder / "begun by one")[0] == 143
     # What is scored here must not be taken from what one process has scored.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -123,6 +131,38 @@ def test_a_part_that_is_broken_breaks_its_checkpoint(found: Found, tmp_path: Pat
     assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-0000000{n}.safetensors" for n in (2, 3)]
 
 
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_run_ends_when_it_is(found: Found) -> None:
+    first, second = found.first["aside"], found.second["aside"]
+    names = [f"checkpoint-0000000{step}.shards" for step in (1, 2, 3)]
+    assert first["there"] == [[], [], names[:1], names[:2]]
+    assert first["last"] == names[1:]
+    assert (first["warnings"], second["warnings"]) == ([], [])
+    for each in (first, second):
+        assert len(each["threads"]) == 3
+        assert "MainThread" not in each["threads"]
+    assert first["losses"] == found.first["low-rank"]["losses"]
+
+
+def test_what_is_written_while_training_goes_on_is_of_its_own_step(found: Found, tmp_path: Path) -> None:
+    folder = shutil.copytree(found.folder / "aside", tmp_path / "aside")
+    shutil.rmtree(folder / "checkpoint-00000003.shards")
+    assert_close(sharing.go_on(ALONE, folder), found.first["low-rank"])
+
+
+def test_a_full_disk_met_while_training_goes_on_keeps_the_old_checkpoint_and_is_said(found: Found) -> None:
+    full = found.first["aside, full"]
+    names = [f"checkpoint-0000000{step}.shards" for step in (1, 2, 3)]
+    assert full["there"] == [[], [], names[:1], names[:1]]
+    assert full["last"] == [names[0], names[2]]
+    assert full["parts"] == [], "what was begun takes no room"
+    (said,) = full["warnings"]
+    assert said.endswith(
+        "/checkpoint-00000002.shards: cannot be written (No space left on device); that of step 1 stays, "
+        "and training goes on"
+    )
+    assert full["losses"] == found.first["low-rank"]["losses"]
+
+
 def test_the_command_makes_one_file_and_one_process_speaks(
     found: Found, tmp_path: Path, anchor: Path, texts: Any
 ) -> None:
@@ -140,11 +180,11 @@ def test_the_command_makes_one_file_and_one_process_speaks(
     assert one.manifest.training["batch_size"] == other.manifest.training["batch_size"]
     for name in one.spans:
         assert torch.allclose(to_torch(one.tensor(name)), to_torch(other.tensor(name)), rtol=0, atol=WEIGHT), name
-    logs = [
-        (path / name).read_text().splitlines()
-        for path, name in ((tmp_path, "alone.track.jsonl"), (found.folder, "shared.track.jsonl"))
-    ]
-    for line, theirs in zip(*logs, strict=True):
+    assert_same_log(tmp_path / "alone.track.jsonl", found.folder / "shared.track.jsonl")
+
+
+def assert_same_log(path: Path, other: Path) -> None:
+    for line, theirs in zip(*(each.read_text().splitlines() for each in (path, other)), strict=True):
         mine, others = ({k: v for k, v in json.loads(each).items() if k != "tokens_per_s"} for each in (line, theirs))
         assert mine == pytest.approx(others, rel=1e-4)
 
@@ -171,6 +211,79 @@ def test_two_processes_calibrate_what_one_calibrates(
         if name.endswith("factor"):  # its rows may have either sign
             mine, theirs = mine.T @ mine, theirs.T @ theirs
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("case", sharing.WHOLE)
+def test_two_processes_train_every_weight_as_one_does(
+    found: Found, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "_MICRO_BATCH_TOKENS", 16)
+    alone = sharing.train_all(ALONE, tmp_path, **sharing.WHOLE[case])
+    first, second = (each[f"all, {case}"] for each in (found.first, found.second))
+    is_rounded = case == "bfloat16"
+    assert first["losses"] == pytest.approx(alone["losses"], rel=ROUNDED_LOSS if is_rounded else LOSS)
+    assert first["norms"] == pytest.approx(alone["norms"], rel=10 * ROUNDED_LOSS if is_rounded else LOSS)
+    assert (second["losses"], second["norms"]) == (first["losses"], first["norms"])
+    one, other = (load_file(path / "saved" / "model.safetensors") for path in (tmp_path, found.folder / case))
+    assert set(one) == set(other) == set(alone["read"])
+    for name, tensor in one.items():
+        assert is_rounded or torch.allclose(tensor, other[name], rtol=0, atol=WEIGHT), name
+    assert set(alone["read"].values()) == {1.0}
+    assert set(first["read"].values()) == set(second["read"].values()) == {0.5}
+
+
+def assert_same_anchor(path: Path, other: Path) -> None:
+    one, two = (open_anchor(each).weights() for each in (path, other))
+    for mine, theirs in ((one.shared, two.shared), (one.experts["public"], two.experts["public"])):
+        assert set(mine) == set(theirs)
+        for name, raw in mine.items():
+            assert torch.allclose(to_torch(raw), to_torch(theirs[name]), rtol=0, atol=WEIGHT), name
+
+
+def test_two_processes_anneal_what_one_anneals(found: Found, tmp_path: Path, checkpoint: Path, texts: Any) -> None:
+    code, said, _ = sharing.anneal(checkpoint, texts.code, tmp_path / "annealed")
+    alone, shared = json.loads(said), json.loads(found.first["anneal"][1])
+    assert (code, found.first["anneal"][0], found.second["anneal"]) == (0, 0, (0, "", ""))
+    assert (alone["tokens"], alone["sample_tokens"]) == (shared["tokens"], shared["sample_tokens"])
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=LOSS)
+    assert_same_anchor(tmp_path / "annealed", found.folder / "annealed")
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "public-sample.safetensors"):
+        assert (tmp_path / "annealed" / name).read_bytes() == (found.folder / "annealed" / name).read_bytes()
+    assert_same_log(tmp_path / "annealed.track.jsonl", found.folder / "annealed.track.jsonl")
+
+
+def test_annealing_that_two_began_and_were_stopped_in_one_goes_on_with(
+    found: Found, tmp_path: Path, checkpoint: Path, texts: Any
+) -> None:
+    codes = [each["stopped"][0] for each in (found.first, found.second)]
+    assert codes == [143, 143]
+    message = json.loads(found.first["stopped"][2])["error"]["message"]
+    assert "stopped by SIGTERM after step 3 of 6" in message
+    assert message.endswith("keeps all until step 3"), "it waits for what is written while training goes on"
+    assert "MainThread" not in found.first["stopped aside"]
+    shutil.copytree(found.folder / ".stopped.work", tmp_path / ".stopped.work")
+    code, said, _ = sharing.anneal(checkpoint, texts.code, tmp_path / "stopped", "--resume")
+    assert code == 0
+    assert json.loads(said)["loss"] == pytest.approx(json.loads(found.first["anneal"][1])["loss"], rel=LOSS)
+    assert_same_anchor(tmp_path / "stopped", found.folder / "annealed")
+
+
+def test_annealing_that_one_began_two_go_on_with(found: Found) -> None:
+    code, said, _ = found.first["begun by one"]
+    assert (code, found.second["begun by one"]) == (0, (0, "", ""))
+    assert json.loads(said)["loss"] == pytest.approx(json.loads(found.first["anneal"][1])["loss"], rel=LOSS)
+    assert_same_anchor(found.folder / "begun by one", found.folder / "annealed")
+
+
+def test_two_processes_make_an_anchor_from_nothing_as_one_does(
+    found: Found, tmp_path: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(presets.PRESETS, "nano", presets.PRESETS["nano"])
+    code, said, _ = sharing.from_scratch(texts.code, tmp_path / "nano")
+    alone, shared = json.loads(said), json.loads(found.first["from scratch"][1])
+    assert (code, found.first["from scratch"][0], found.second["from scratch"]) == (0, 0, (0, "", ""))
+    assert shared["loss"] == pytest.approx(alone["loss"], rel=LOSS)
+    assert_same_anchor(tmp_path / "nano", found.folder / "from scratch")
 
 
 def test_what_is_wrong_for_all_the_first_process_says(found: Found) -> None:

@@ -19,7 +19,7 @@ _OURS = "flexctl"
 _INK, _QUIET, _PAPER, _LINE = "#1f2933", "#52606d", "#ffffff", "#d5dbe1"
 _ACCENT, _OTHER = "#b65c00", "#00689d"
 _WIDTH, _LEFT, _RIGHT, _TOP, _ROW = 900, 350, 850, 66, 27
-_TICKS = (1.18, 1.19, 1.20, 1.21, 1.22, 1.23, 1.24, 1.25)
+_TICKS = (1.18, 1.19, 1.20, 1.21, 1.22, 1.23, 1.24, 1.25, 1.26)
 
 
 def table(compared: Mapping[str, Any]) -> str:

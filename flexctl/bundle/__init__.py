@@ -12,7 +12,15 @@ from flexctl.bundle.opening import open_bundle
 from flexctl.bundle.rights import Rights, forbidden, rights_of
 from flexctl.bundle.router import RouterFile, open_router_file, write_router_file
 from flexctl.bundle.selection import Selection, left_out_of, model_name, select
-from flexctl.bundle.stock import head_differs, left_out, named_code, read_checkpoint, read_dense_config, unread_weights
+from flexctl.bundle.stock import (
+    dense_tensors,
+    head_differs,
+    left_out,
+    named_code,
+    read_checkpoint,
+    read_dense_config,
+    unread_weights,
+)
 from flexctl.bundle.tensors import RawTensor, TensorType, check_agreement
 from flexctl.bundle.weights import Weights
 
@@ -32,6 +40,7 @@ __all__ = [
     "Weights",
     "check_agreement",
     "compare_dense",
+    "dense_tensors",
     "forbidden",
     "head_differs",
     "left_out",

@@ -13,7 +13,7 @@ from flexctl.bundle.headers import read_header
 from flexctl.bundle.layout import expert_layout
 from flexctl.bundle.manifest import Architecture
 from flexctl.bundle.names import check_file_name, is_file_name, shown
-from flexctl.bundle.tensors import Span, check_agreement, check_floats
+from flexctl.bundle.tensors import RawTensor, Span, check_agreement, check_floats
 from flexctl.errors import BundleError
 from flexctl.families import FAMILIES, family_of
 
@@ -185,6 +185,19 @@ def head_differs(spans: Mapping[str, Span]) -> bool:
         return False
     infos = hash_weights({name: spans[name] for name in (EMBEDDING, HEAD)})
     return infos[EMBEDDING] != infos[HEAD]
+
+
+def dense_tensors(checkpoint: Path) -> dict[str, RawTensor]:
+    """Return the weights of a stock checkpoint, memory-mapped, as Transformers takes them.
+
+    A head that is tied to the embedding is not among them.
+
+    Raises:
+        BundleError: As ``read_checkpoint`` and ``head_differs`` say.
+    """
+    spans = read_checkpoint(checkpoint)
+    is_tied = read_dense_config(checkpoint).get("tie_word_embeddings") and not head_differs(spans)
+    return {name: span.read() for name, span in spans.items() if not (is_tied and name == HEAD)}
 
 
 def unread_weights(checkpoint: Path) -> list[str]:

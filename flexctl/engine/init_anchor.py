@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 
 from flexctl import flags, hub, model, text, training, workspace
 from flexctl.bundle import (
+    RawTensor,
     TensorType,
     check_agreement,
+    dense_tensors,
     head_differs,
     open_anchor,
     read_checkpoint,
@@ -27,7 +29,7 @@ from flexctl.bundle.store import check_directory_target, place_of_work
 from flexctl.errors import UsageError
 from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
-from flexctl.processes import Joined, World, refuse_many
+from flexctl.processes import Joined, World
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
 from flexctl.steps.calibration import Calibration, calibrate
 from flexctl.steps.checkpoint import warn_of_left_behind
@@ -35,6 +37,7 @@ from flexctl.steps.machine import machine_of
 
 __all__ = ["InitAnchorConfig", "InitAnchorResult", "init_anchor"]
 
+_GENERATION = "generation_config.json"
 _ANNEAL: dict[str, Any] = {"seq_len": 1024, "batch_tokens": 8192, "lr": 1e-4}
 
 
@@ -143,13 +146,15 @@ class _Public:
     """Public text, counted and tokenised.
 
     Attributes:
-        inventory: What is in it.
+        digest: Of all documents.
+        counts: Of documents by ``text.COUNTS``.
         tokenizer: The anchor's.
         sample: What goes along with the anchor.
         stream: All of it, to train on; None where nothing is trained.
     """
 
-    inventory: text.Inventory
+    digest: str
+    counts: dict[str, Any]
     tokenizer: Any
     sample: text.PublicSample
     stream: text.TokenStream | None
@@ -198,10 +203,9 @@ def _init_anchor(config: InitAnchorConfig, world: World, reporter: Reporter) -> 
     ):
         # Once more, as a run that ended in this moment may have written it.
         check_directory_target(target, kind="anchor", overwrite=config.overwrite)
-        counted = replace(config, near_duplicates=config.near_duplicates and world.is_writer)
-        public = world.writer_first(lambda: _read_public(counted, source, decontamination, work, reporter))
-        asked = _asked(config, source, public.inventory.digest, decontamination)
-        checkpoint, trained = world.by_writer(lambda: _checkpoint(config, source, public, work, track, reporter))
+        public = world.by_writer(lambda: _read_public(config, source, decontamination, work, reporter))
+        asked = _asked(config, source, public.digest, decontamination)
+        checkpoint, trained = _checkpoint(config, source, public, work, track, world, reporter)
         found = _calibrate(config, checkpoint, public, world, reporter)
         return world.by_writer(lambda: _written(config, checkpoint, public, target, trained, found, asked))
 
@@ -258,8 +262,6 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
     text.refuse_among(target, [*config.data, *config.calibrate], "output")
     _name(config)
     machine_of(config)
-    if config.source is None or config.anneal_tokens:
-        refuse_many("training an anchor")
     if config.track and config.source is not None and not config.anneal_tokens:
         raise UsageError("SOURCE is not trained", hint="use `anneal_tokens` to train it further", field="track")
     for path in config.calibrate:
@@ -383,7 +385,13 @@ def _read_public(
         else:
             stream = None
             deque(documents(), maxlen=0)
-    return _Public(inventory=inventory, tokenizer=tokenizer, sample=sampler.drawn(), stream=stream)
+    return _Public(
+        digest=inventory.digest,
+        counts={name: getattr(inventory, name) for name in text.COUNTS},
+        tokenizer=tokenizer,
+        sample=sampler.drawn(),
+        stream=stream,
+    )
 
 
 def _tokenizer(config: InitAnchorConfig, source: Path | None, stocktaking: text.Stocktaking, reporter: Reporter) -> Any:
@@ -401,25 +409,51 @@ def _checkpoint(
     public: _Public,
     work: Path,
     track: training.Track,
+    world: World,
     reporter: Reporter,
 ) -> tuple[Path, tuple[int, float | None]]:
     """Return a dense checkpoint directory and the (tokens, loss) of what was trained for it."""
     if public.stream is None:
         assert source is not None
-        return _readable(source, work), (0, None)
-    tokenizer = public.tokenizer
-    if source is None:
-        dense = model.new_model(model.PRESETS[config.preset], tokenizer, config.seed)
-    else:
-        dense = model.load_dense(source)
-    stored = dense.config.dtype
-    trained = _train(config, dense, public.stream, work, track, reporter)
+        return world.by_writer(lambda: _readable(source, work)), (0, None)
+    machine = machine_of(config)
+    dense_config, tensors = _start(config, source, public.tokenizer)
+    dense = model.build_dense(dense_config, tensors, device=machine.device, runs_in=machine.autocast, world=world)
+    trained = training.train_whole(
+        dense,
+        public.stream,
+        _training_settings(config),
+        work=work,
+        resume=config.resume,
+        checkpoint_steps=config.checkpoint_steps,
+        autocast=machine.autocast,
+        reporter=reporter,
+        track=track,
+        world=world,
+    )
     folder = work / "checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)
-    with model.quiet_transformers():
-        dense.to(device="cpu", dtype=stored).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if world.is_writer:
+        shutil.rmtree(folder, ignore_errors=True)
+    model.save_dense(dense, folder, world)
+    world.by_writer(lambda: _complete(folder, source, public.tokenizer))
     return folder, trained
+
+
+def _complete(folder: Path, source: Path | None, tokenizer: Any) -> None:
+    """Put beside weights that were trained what does not train."""
+    tokenizer.save_pretrained(folder)
+    if source is not None and (source / _GENERATION).is_file():
+        shutil.copyfile(source / _GENERATION, folder / _GENERATION)
+
+
+def _start(
+    config: InitAnchorConfig, source: Path | None, tokenizer: Any
+) -> tuple[Mapping[str, Any], dict[str, RawTensor]]:
+    """Return config.json and weights of what is to be trained."""
+    if source is not None:
+        return read_dense_config(source), dense_tensors(source)
+    new = model.new_model(model.PRESETS[config.preset], tokenizer, config.seed)
+    return new.config.to_dict(), {name: RawTensor(*model.to_bytes(each)) for name, each in new.named_parameters()}
 
 
 def _readable(source: Path, work: Path) -> Path:
@@ -437,28 +471,6 @@ def _readable(source: Path, work: Path) -> Path:
         if file.is_file() and not (folder / file.name).exists():
             (folder / file.name).symlink_to(file.resolve())
     return folder
-
-
-def _train(
-    config: InitAnchorConfig,
-    dense: Any,
-    stream: text.TokenStream,
-    work: Path,
-    track: training.Track,
-    reporter: Reporter,
-) -> tuple[int, float]:
-    machine = machine_of(config)
-    return training.train_whole(
-        model.fuse_norms(dense.to(machine.device)),
-        stream,
-        _training_settings(config),
-        work=work,
-        resume=config.resume,
-        checkpoint_steps=config.checkpoint_steps,
-        autocast=machine.autocast,
-        reporter=reporter,
-        track=track,
-    )
 
 
 def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
@@ -501,7 +513,6 @@ def _written(
 ) -> InitAnchorResult:
     """Write the anchor, and the workspace around it where it is in a workspace's place."""
     dense = read_dense_config(checkpoint)
-    counts = {name: getattr(public.inventory, name) for name in text.COUNTS}
     anchor = write_anchor(
         target,
         checkpoint=checkpoint,
@@ -515,7 +526,7 @@ def _written(
             "constant_std": found.spread,
             "tokens": trained[0],
             "loss": trained[1],
-            **counts,
+            **public.counts,
             "software": software_versions(),
         },
         license=config.license,
@@ -536,5 +547,5 @@ def _written(
         loss=trained[1],
         constant_std=found.spread,
         sample_tokens=found.sample["tokens"].shape[0],
-        **counts,
+        **public.counts,
     )

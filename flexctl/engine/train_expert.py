@@ -427,7 +427,14 @@ def _written(task: _Task, trained: Trained, asked: Mapping[str, Any]) -> TrainEx
             **({"special_as_text": True} if config.special_as_text else {}),
         },
         router=trained.router,
-        run={"tokens_per_s": told.tokens_per_s, "peak_rss_bytes": peak_rss_bytes(), **told.counts} if is_open else {},
+        run={
+            "tokens_per_s": told.tokens_per_s,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "kernels": trained.kernels,
+            **told.counts,
+        }
+        if is_open
+        else {},
         privacy=trained.privacy,
         asked=asked,
         overwrite=config.overwrite,

@@ -20,10 +20,14 @@ from flexctl.model.configs import read_mixture as read_mixture
 from flexctl.model.configs import refuse_other_architecture as refuse_other_architecture
 from flexctl.model.configs import resolve_moe_config as resolve_moe_config
 from flexctl.model.configs import warn_of_length as warn_of_length
+from flexctl.model.dense import build_dense as build_dense
+from flexctl.model.dense import save_dense as save_dense
+from flexctl.model.kernels import Kernels as Kernels
+from flexctl.model.kernels import find_kernels as find_kernels
+from flexctl.model.kernels import fused as fused
 from flexctl.model.losses import training_loss as training_loss
 from flexctl.model.lowrank import decompose as decompose
 from flexctl.model.lowrank import expand as expand
-from flexctl.model.norms import fuse_norms as fuse_norms
 from flexctl.model.presets import PRESETS as PRESETS
 from flexctl.model.presets import new_model as new_model
 from flexctl.model.recompute import recompute_layers as recompute_layers

@@ -154,7 +154,7 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
         block.experts.extend(_dense_block(public, tensors, index, dtype) for tensors in experts[1:])
         block.router = Router(to_torch(weights.router[index]))
         block.top_k = weights.num_experts_per_tok
-    return fuse_norms(model.requires_grad_(False).eval().to(device))
+    return fuse_norms(model.requires_grad_(False).eval().to(device), device)
 
 
 def build_sharded(weights: WeightSource, *, device: torch.device, dtype: torch.dtype, world: World) -> nn.Module:

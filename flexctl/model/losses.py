@@ -5,6 +5,7 @@ Shapes: B sequences, S positions, T = B S tokens, H hidden_size, V vocab_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["CARD_LOGITS", "LOGIT_BUDGET", "score_tokens", "training_loss"]
+__all__ = ["CARD_LOGITS", "LOGIT_BUDGET", "Loss", "score_tokens", "training_loss"]
+
+Loss = Callable[[nn.Module, Tensor, Tensor, float, "Tensor | None"], Tensor]
+"""Called as ``training_loss`` is, with model, inputs, targets, z_loss and weights."""
 
 LOGIT_BUDGET = 4 * 1024 * 1024
 """Logits that may exist at once; positions are taken in chunks of LOGIT_BUDGET / vocab_size.

@@ -37,12 +37,12 @@ class FusedNorm(nn.Module):
         return normed.to(states.dtype)
 
 
-def fuse_norms(model: Model) -> Model:
-    """Let the RMS norms of a Transformers model run in one kernel each if it is on a GPU; return the model.
+def fuse_norms(model: Model, device: torch.device) -> Model:
+    """Let the RMS norms of a Transformers model run in one kernel each if it is to be on a GPU; return the model.
 
     Names of tensors stay as they are. On a CPU there is no such kernel, so nothing changes.
     """
-    if _has_kernel(model):
+    if _has_kernel(device):
         for parent in list(model.modules()):
             norms: list[tuple[str, Any]] = [each for each in parent.named_children() if _is_norm(each[1])]
             for name, norm in norms:
@@ -50,8 +50,8 @@ def fuse_norms(model: Model) -> Model:
     return model
 
 
-def _has_kernel(model: nn.Module) -> bool:
-    return next(model.parameters()).is_cuda
+def _has_kernel(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _is_norm(module: nn.Module) -> bool:

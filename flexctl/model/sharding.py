@@ -2,14 +2,15 @@
 
 A matrix's rows lie in equal parts with the processes. A layer's frozen weights are one group that is gathered when the
 layer runs, the trained expert's another, so that gradients are summed, and optimiser state kept, for it alone. The
-embedding, the last norm, the head and the router rows are whole everywhere.
+embedding, the last norm, the head and the router rows are whole everywhere. Where every weight trains, a layer is one
+group, and what is outside of layers another.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,23 @@ from flexctl.model.rounded import RoundedLinear
 from flexctl.model.tensors import RawBytes, rows_of, to_torch
 from flexctl.processes import World
 
-__all__ = ["local_rows", "network_of_rows", "rows_like", "shard_frozen", "shard_trained", "trained_copy", "whole"]
+__all__ = [
+    "HEAD",
+    "gathering",
+    "local_rows",
+    "network_of_rows",
+    "rows_like",
+    "shard_frozen",
+    "shard_trained",
+    "shard_whole",
+    "trained_copy",
+    "whole",
+]
+
+HEAD = "lm_head.weight"
+"""A checkpoint that has none has the embedding for it."""
+
+Given = ParamSpec("Given")
 
 
 def shard_frozen(model: Any, tensors: Mapping[str, RawBytes], *, device: torch.device, world: World) -> None:
@@ -33,26 +50,72 @@ def shard_frozen(model: Any, tensors: Mapping[str, RawBytes], *, device: torch.d
         world: The processes.
     """
     base = model.model
-    base.rotary_emb = type(base.rotary_emb)(config=model.config).to(device)
+    _fill_buffers(model, device)
     dtype = model.dtype
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         if name in tensors and not name.startswith("model.layers."):
             _assign(model, name, to_torch(tensors[name]).to(device, dtype))
-    if "lm_head.weight" not in tensors:
+    if HEAD not in tensors:
         model.lm_head.weight = base.embed_tokens.weight
-    fuse_norms(model)
+    fuse_norms(model, device)
     for index, layer in enumerate(base.layers):
         router = layer.mlp.router
         layer.mlp.router = None
         _shard(layer, world, set())
         layer.to_empty(device=device)
-        layer.mlp.router = router.to(device)
         prefix = f"model.layers.{index}."
         _fill(
             layer, world, {name.removeprefix(prefix): raw for name, raw in tensors.items() if name.startswith(prefix)}
         )
+        layer.mlp.router = router.to(device)
     whole_ones = {value for name, value in model.named_parameters() if not hasattr(value, "full_tensor")}
     _shard(base, world, whole_ones)
+
+
+def shard_whole(
+    model: Any, tensors: Mapping[str, RawBytes], *, device: torch.device, runs_in: torch.dtype | None, world: World
+) -> None:
+    """Fill a dense model that is on the meta device and is to train; this process reads its rows of each weight alone.
+
+    Args:
+        model: Of its family's class in Transformers, float32.
+        tensors: By the model's names.
+        device: Where it runs.
+        runs_in: Dtype of the layers' products; None for float32.
+        world: The processes; one has all rows.
+    """
+    fuse_norms(model, device)
+    if world.size > 1:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        policy = MixedPrecisionPolicy(param_dtype=runs_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in model.model.layers:
+            _shard(layer, world, set(), mp_policy=policy)
+        _shard(model, world, set())
+    model.to_empty(device=device)
+    _fill_buffers(model, device)
+    if HEAD not in tensors:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    _fill(model, world, tensors)
+
+
+def gathering(model: nn.Module, work: Callable[Given, Tensor], world: World) -> Callable[Given, Tensor]:
+    """Return ``work`` so that a model has its weights whole while it runs, as for a forward pass.
+
+    Args:
+        model: What ``work`` uses weights of.
+        work: Calls some of its modules, and may look at the weights of others.
+        world: The processes that share the model.
+    """
+    if world.size == 1:
+        return work
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    run: Any = model
+    run.work = work
+    register_fsdp_forward_method(model, "work")
+    found: Callable[Given, Tensor] = run.work
+    return found
 
 
 def trained_copy(public: Any, *, device: torch.device, world: World) -> nn.Module:
@@ -137,12 +200,16 @@ def _shard(module: nn.Module, world: World, ignored: set[Any], **how: Any) -> No
     sharded.set_force_sum_reduction_for_comms(True)
 
 
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Compute the one buffer that these families have."""
+    base = model.model
+    base.rotary_emb = type(base.rotary_emb)(config=model.config).to(device)
+
+
 @torch.no_grad()
 def _fill(module: nn.Module, world: World, tensors: Mapping[str, RawBytes]) -> None:
-    """Give a layer's matrices this process's rows of what is on disk."""
+    """Give parameters this process's rows of what is on disk."""
     for name, parameter in module.named_parameters():
-        if not hasattr(parameter, "to_local"):
-            continue
         first, last = world.rows(parameter.shape[0])
         local_rows(parameter).copy_(rows_of(tensors[name.replace(".experts.0.", ".")], first, last))
 

@@ -184,6 +184,7 @@ class Trained:
         held_out: {part of the text: {"before", "after"}}, nats a token on text that was not trained on.
         told: What is told of the owner's text.
         privacy: The guarantee, where there is one.
+        kernels: Whose kernels ran parts of the steps, with version; None for torch's alone.
     """
 
     tensors: dict[str, Tensor]
@@ -194,6 +195,7 @@ class Trained:
     held_out: dict[str, dict[str, float]]
     told: Told = field(default_factory=Told)
     privacy: PrivacyInfo | None = None
+    kernels: str | None = None
 
 
 def budget_of(config: BudgetConfig, *, available_tokens: int, hidden_size: int, longest: int | None) -> training.Budget:

@@ -60,7 +60,8 @@ def train_openly(config: ExpertConfig, given: Inputs) -> Trained:
     if world.size > 1:
         del reader  # FSDP takes no module after the first pass, so that the expert goes into a new one
         reader = given.machine.build(anchor.weights(), world)
-    tensors, outcome = _train(config, given, setup, reader, rows)
+    kernels = _kernels(given)
+    tensors, outcome = _train(config, given, setup, reader, rows, kernels)
     after = evaluation.held_out_losses(
         reader, held_out, seq_len=setup.data.seq_len, reporter=given.reporter, world=world
     )
@@ -74,6 +75,7 @@ def train_openly(config: ExpertConfig, given: Inputs) -> Trained:
         public_tokens=setup.data.public_before(setup.loop.steps) * setup.data.seq_len,
         held_out={part: {"before": before[part], "after": after[part]} for part in before},
         told=_told(setup, outcome),
+        kernels=None if kernels is None else kernels.name,
     )
 
 
@@ -156,8 +158,22 @@ def _start_rows(config: ExpertConfig, given: Inputs, setup: _Setup, reader: nn.M
     return given.world.by_writer(lambda: (rows.rows, info))
 
 
+def _kernels(given: Inputs) -> model.Kernels | None:
+    """Return what runs parts of a step in place of torch, and say so; several processes have none."""
+    machine = given.machine
+    kernels = model.find_kernels(machine.device, machine.autocast, given.reporter) if given.world.size == 1 else None
+    if kernels is not None:
+        given.reporter.note(f"{kernels.name} runs rotary embeddings, networks and loss")
+    return kernels
+
+
 def _train(
-    config: ExpertConfig, given: Inputs, setup: _Setup, reader: nn.Module, rows: Tensor
+    config: ExpertConfig,
+    given: Inputs,
+    setup: _Setup,
+    reader: nn.Module,
+    rows: Tensor,
+    kernels: model.Kernels | None,
 ) -> tuple[dict[str, Tensor], training.Outcome]:
     """Train the pair; return the expert's tensors, rounded as they are stored, and what the run did."""
     anchor, world = given.base.anchor, given.world
@@ -173,17 +189,19 @@ def _train(
     pair = training.Pair(reader, rows, public_match=match, rank=config.rank, seed=config.seed, world=world)
     if config.recompute:
         model.recompute_layers(reader)
-    outcome = training.train(
-        reader,
-        pair.groups(),
-        setup.data,
-        setup.loop,
-        reporter=given.reporter,
-        match=pair.match if match else None,
-        checkpoints=checkpoints,
-        track=given.track,
-        world=world,
-    )
+    with model.fused(reader, kernels) as loss:
+        outcome = training.train(
+            reader,
+            pair.groups(),
+            setup.data,
+            setup.loop,
+            reporter=given.reporter,
+            match=pair.match if match else None,
+            loss=loss,
+            checkpoints=checkpoints,
+            track=given.track,
+            world=world,
+        )
     pair.close()
     return pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC]), outcome
 

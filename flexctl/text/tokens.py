@@ -119,6 +119,10 @@ class TokenStream:
     def __len__(self) -> int:
         return len(self._ids)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go to another process as the place of the file, where there is one."""
+        return (TokenStream, (self._ids,)) if self._file is None else (TokenStream.open, (self._file, self._digest))
+
     @property
     def digest(self) -> str:
         """A digest of all tokens, of a file those that were written into it."""

@@ -12,9 +12,12 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from flexctl.model.sharding import rows_like
 from flexctl.model.tensors import tensors_digest
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
-from flexctl.training.shards import about_shards, read_shards, write_shards
+from flexctl.training.shards import Writing, about_shards, begin_shards, read_shards
 
 __all__ = ["Checkpoints", "TrainingState"]
 
@@ -83,6 +86,8 @@ class TrainingState:
 class Checkpoints:
     """A directory of checkpoints of one run: the newest, and the one before it in case the newest is broken.
 
+    One may be written while training goes on, and never two. It is waited for when the ``with`` statement ends.
+
     Args:
         folder: Where they are; made when missing.
         settings: Everything that decides the run's result. A checkpoint of other settings is refused.
@@ -93,7 +98,6 @@ class Checkpoints:
 
     Attributes:
         folder: As given.
-        newest: The step of the newest whole one; None where there is none.
     """
 
     def __init__(
@@ -107,18 +111,38 @@ class Checkpoints:
         world: World = ALONE,
     ) -> None:
         self.folder, self._every, self._reporter, self._world = folder, every_steps, reporter, world
-        self.newest: int | None = None
+        self._newest: int | None = None
+        self._writing: Writing | None = None
+        self._waited_s = 0.0
         self._next_s = time.monotonic() + _EVERY_S
         self._settings = json.loads(json.dumps(settings, sort_keys=True))
         folder.mkdir(parents=True, exist_ok=True)
         if not resume and (old := self._paths()):
             reporter.warn(f"{old[-1]} of a run that was stopped is dropped; `resume` would have gone on from it")
-            self._drop(old)
+            world.by_writer(lambda: _remove(old))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Of a run that fails, it is told why, and not what became of a checkpoint for want of the others.
+        with suppress(*(() if error is None else (OSError, RuntimeError))):
+            self._settle()
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest whole one, if need be after waiting for it; None where there is none."""
+        self._settle()
+        return self._newest
 
     def _paths(self) -> list[Path]:
         """Return the checkpoints, oldest first, as the writer sees them."""
-        paths = self._world.by_writer(lambda: sorted(self.folder.glob("checkpoint-*")))
-        return [path for path in paths if path.suffix in (_FILE, _SHARDS)]
+        return self._world.by_writer(self._found)
+
+    def _found(self) -> list[Path]:
+        return [path for path in sorted(self.folder.glob("checkpoint-*")) if path.suffix in (_FILE, _SHARDS)]
 
     def _read(self, path: Path, state: TrainingState) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return what a checkpoint is of and its tensors; None where it is not whole."""
@@ -145,7 +169,7 @@ class Checkpoints:
                 self._reporter.warn(f"{path.name} is of another version of flexctl and is passed over")
                 continue
             state.load(tensors, self._world)
-            self.newest = len(about["losses"])
+            self._newest = len(about["losses"])
             self._reporter.note(f"going on after step {len(about['losses'])} ({path.name})")
             return list(about["losses"])
         return []
@@ -159,13 +183,15 @@ class Checkpoints:
                 )
 
     def is_due(self, step: int, steps: int) -> bool:
-        """Return whether a checkpoint belongs after ``step`` of ``steps`` steps."""
+        """Return whether a checkpoint belongs after ``step`` of ``steps`` steps, and see to the one under way."""
+        if self._writing is not None and self._writing.is_done():
+            self._settle()
         if step == steps:
             return False
         return time.monotonic() >= self._next_s if self._every is None else step % self._every == 0
 
     def save(self, step: int, state: TrainingState, losses: Sequence[float], check: Callable[[], None]) -> None:
-        """Write a checkpoint after ``step`` steps and drop all but the one before it.
+        """Write a checkpoint after ``step`` steps, or begin to; once it is there, drop all but the one before it.
 
         Where it cannot be written, as on a full disk, those that are there stay, and the run goes on with a warning.
 
@@ -175,39 +201,55 @@ class Checkpoints:
             losses: One a step.
             check: Called first; it raises where the run may not be kept. Its time is part of what a checkpoint costs.
         """
-        kind = _FILE if self._world.size == 1 else _SHARDS
-        path, started_s = self.folder / f"checkpoint-{step:08d}{kind}", time.monotonic()
+        self._settle()
+        started_s = time.monotonic()
         check()
+        self._writing = self._begin(self.folder / f"checkpoint-{step:08d}", state.tensors(), losses)
+        self._waited_s, self._next_s = time.monotonic() - started_s, math.inf
+        if self._writing.is_done():
+            self._settle()
+
+    def _begin(self, path: Path, tensors: dict[str, Tensor], losses: Sequence[float]) -> Writing:
+        if self._world.size == 1:
+            path = path.with_suffix(_FILE)
+            return Writing(path, partial(_write, path, self._settings, tensors, losses), lambda: True)
+        about = {"settings": self._settings, "losses": list(losses)}
+        return begin_shards(path.with_suffix(_SHARDS), about, tensors, self._world)
+
+    def _settle(self) -> None:
+        """Wait for what is being written, and say where it could not be; without a word to the other processes."""
+        if self._writing is None:
+            return
+        writing, self._writing, started_s = self._writing, None, time.monotonic()
         try:
-            if kind == _FILE:
-                _write(path, self._settings, state.tensors(), losses)
-            else:
-                about = {"settings": self._settings, "losses": list(losses)}
-                write_shards(path, about, state.tensors(), self._world)
+            writing.end()
         except OSError as error:
-            kept = "there is none yet" if self.newest is None else f"that of step {self.newest} stays"
-            self._reporter.warn(f"{path}: cannot be written ({error.strerror}); {kept}, and training goes on")
+            kept = "there is none yet" if self._newest is None else f"that of step {self._newest} stays"
+            self._reporter.warn(f"{writing.path}: cannot be written ({error.strerror}); {kept}, and training goes on")
         else:
-            self._drop_all_but(path)
-            self.newest = step
+            if self._world.is_writer:
+                self._remove_all_but(writing.path)
+            self._newest = _step_of(writing.path)
         ended_s = time.monotonic()
-        self._next_s = ended_s + max(_EVERY_S, (ended_s - started_s) / _COST)
+        self._next_s = ended_s + max(_EVERY_S, (self._waited_s + ended_s - started_s) / _COST)
 
-    def _drop_all_but(self, newest: Path) -> None:
+    def _remove_all_but(self, newest: Path) -> None:
         """Keep ``newest`` and the one before it; those behind it were broken, or it would not have been written."""
-        paths = self._paths()
+        paths = self._found()
         before = [path for path in paths if path < newest]
-        self._drop({*paths} - {newest, *before[-1:]})
+        _remove({*paths} - {newest, *before[-1:]})
 
-    def _drop(self, paths: Iterable[Path]) -> None:
-        def drop() -> None:
-            for path in paths:
-                if path.suffix == _FILE:
-                    path.unlink()
-                else:
-                    shutil.rmtree(path)
 
-        self._world.by_writer(drop)
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.suffix == _FILE:
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def _agree(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_nor
 
 from flexctl.errors import FlexctlError
 from flexctl.model.batching import to_device
-from flexctl.model.losses import training_loss
+from flexctl.model.losses import Loss, training_loss
 from flexctl.model.rounded import keep_rounded
-from flexctl.model.sharding import whole
+from flexctl.model.sharding import gathering, whole
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Progress, Reporter
 from flexctl.training.batches import Batches
@@ -122,6 +123,7 @@ def train(
     reporter: Reporter,
     match: Callable[[Tensor], Tensor] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    loss: Loss = training_loss,
     checkpoints: Checkpoints | None = None,
     track: Track = UNTRACKED,
     world: World = ALONE,
@@ -137,6 +139,7 @@ def train(
         match: Penalty on the forward pass just made, summed over its tokens; given which sequences of it, in all
             processes, are public, (B,), on the CPU.
         penalty: Penalty added once a step.
+        loss: Of the model's next tokens.
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
         track: Gets each step's figures: ``_FIGURES``, the rate and tokens a second.
         world: The processes that train; each takes its part of every micro-batch.
@@ -152,15 +155,20 @@ def train(
     keep_rounded(model, keep=settings.micro_batch >= data.batch_size and penalty is None)
     data.refuse_change()
     losses = checkpoints.restore(state) if checkpoints is not None else []
+    loss_of = gathering(model, partial(loss, model), world)
     running, rows = _Running(losses, track), RowLogits(model) if track.is_on else None
     started, first = time.monotonic(), len(losses)
     per_step = data.batch_size * data.seq_len
-    with reporter.progress("training", settings.steps * per_step, "tokens") as bar, hearing() as stop:
+    with (
+        reporter.progress("training", settings.steps * per_step, "tokens") as bar,
+        hearing() as stop,
+        checkpoints or nullcontext(),
+    ):
         bar.advance(first * per_step)
         for step in range(first, settings.steps):
             rate = learning_rate(step, settings)
             set_rate(optimiser, rate)
-            figures = _step(model, parameters, data, step, settings, optimiser, match, penalty, rows, world)
+            figures = _step(loss_of, parameters, data, step, settings, optimiser, match, penalty, rows, world)
             running.add(figures, lr=rate, tokens=per_step)
             _report(bar, losses, per_step, (step + 1 - first) * per_step / (time.monotonic() - started))
             stops, is_due = world.most(
@@ -217,7 +225,7 @@ class _Running:
 
 
 def _step(
-    model: nn.Module,
+    loss_of: Callable[..., Tensor],
     parameters: Sequence[nn.Parameter],
     data: Batches,
     step: int,
@@ -239,7 +247,7 @@ def _step(
         mine, weights = to_device(part.of(together), device), part.weights(data.seq_len)
         weights = weights if weights is None else to_device(weights, device)
         with autocasting(device, settings.autocast):
-            loss = training_loss(model, mine[:, :-1], mine[:, 1:], settings.z_loss, weights)
+            loss = loss_of(mine[:, :-1], mine[:, 1:], settings.z_loss, weights)
             penalised = loss if match is None else loss + match(which)
         if rows is not None and rows.is_on:
             logits.append(world.gather(part, rows.take(len(part.numbers))))

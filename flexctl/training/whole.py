@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexctl.model.sharding import whole
 from flexctl.model.tensors import to_bytes
+from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 from flexctl.text.tokens import TokenStream
 from flexctl.training.batches import Mixture
@@ -55,13 +57,14 @@ def train_whole(
     autocast: torch.dtype | None,
     reporter: Reporter,
     track: Track = UNTRACKED,
+    world: World = ALONE,
     public: TokenStream | None = None,
     match: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[int, float]:
     """Train all of ``model`` in place and return (tokens, mean loss of the last steps in nats a token).
 
     Args:
-        model: A Transformers model in float32.
+        model: A Transformers model in float32, as from ``model.dense.build_dense`` where processes share it.
         stream: Text.
         settings: How.
         work: Folder for checkpoints.
@@ -70,6 +73,7 @@ def train_whole(
         autocast: Dtype of matrix products, or None.
         reporter: Hears of progress.
         track: As ``loop.train`` takes it.
+        world: The processes that train; each has the model or its part of it.
         public: Public text for ``public_share``.
         match: A penalty, as ``loop.train`` takes it.
     """
@@ -87,16 +91,22 @@ def train_whole(
         steps=steps,
         lr=settings.lr,
         warmup_steps=warmup_steps(steps, None),
-        micro_batch=max(1, _MICRO_BATCH_TOKENS // settings.seq_len),
+        micro_batch=max(1, _MICRO_BATCH_TOKENS // settings.seq_len) * world.size,
         weight_decay=settings.weight_decay,
         autocast=autocast,
     )
     identity = {**asdict(settings), "text": stream.digest, "weights": _digest(model)}
     checkpoints = Checkpoints(
-        work / "checkpoints", identity, every_steps=checkpoint_steps, resume=resume, reporter=reporter
+        work / "checkpoints",
+        identity,
+        every_steps=checkpoint_steps,
+        resume=resume,
+        reporter=reporter,
+        world=world,
     )
     model.requires_grad_(True).train()
-    torch.manual_seed(settings.seed % 2**63)  # of dropout, where the model has some
+    # Of dropout, where the model has some. All processes draw alike, so a checkpoint's state is that of each.
+    torch.manual_seed(settings.seed % 2**63)
     outcome = train(
         model,
         [ParameterGroup(parameters=list(model.parameters()))],
@@ -106,6 +116,7 @@ def train_whole(
         match=match,
         checkpoints=checkpoints,
         track=track,
+        world=world,
     )
     return data.own_tokens(steps), outcome.final_loss
 
@@ -114,5 +125,5 @@ def _digest(model: nn.Module) -> str:
     """Return a digest of the weights that training starts from."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(to_bytes(parameter)[2].data)
+        digest.update(to_bytes(whole(parameter.detach()))[2].data)
     return digest.hexdigest()

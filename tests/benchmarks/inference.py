@@ -30,7 +30,7 @@ def ours(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         block.experts.extend(copy.deepcopy(block.experts[0]) for _ in range(EXPERTS - 1))
         block.router = Router(torch.randn(EXPERTS, shape.hidden, generator=generator))
         block.top_k = TOP_K
-    return fuse_norms(model.requires_grad_(False).to(device))
+    return fuse_norms(model.requires_grad_(False).to(device), device)
 
 
 def stock(how: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a router row takes beside the passages' pass through the model, a layer: ``python -m tests.benchmarks.rows WIDTH ...``.
+"""What a router row takes beside a pass through the model, a layer: ``python -m tests.benchmarks.rows WIDTH ...``.
 
 On one thread, by its own time; made-up inputs of a real spread, 128 passages of 256 tokens.
 """

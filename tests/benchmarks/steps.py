@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.model.building import route
+from flexctl.model.losses import Loss, training_loss
 from flexctl.model.norms import fuse_norms
 from flexctl.model.recompute import recompute_layers
 from flexctl.runtime import SILENT, peak_rss_bytes
@@ -59,7 +60,7 @@ class RandomBatches:
 
 def pair(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int | None = None) -> Trained:
     """flexctl's own: frozen weights in ``dtype``, trained ones in float32."""
-    model = fuse_norms(route(dense_model(shape, device, dtype)).to(device))
+    model = fuse_norms(route(dense_model(shape, device, dtype)).to(device), device)
     rows = 0.02 * torch.randn(shape.layers, shape.hidden, generator=torch.Generator().manual_seed(0))
     made = Pair(model, rows, public_match=1.0, rank=rank)
     return Trained(model, made.groups(), made.match, None if dtype == torch.float32 else dtype)
@@ -199,11 +200,13 @@ def measure(
         yield row
 
 
-def run(made: Trained, shape: Shape, steps: int) -> tuple[float, float]:
+def run(made: Trained, shape: Shape, steps: int, loss: Loss = training_loss) -> tuple[float, float]:
     """Train for ``steps`` and return (tokens a second, last losses' mean); on a CPU by its own time."""
     settings = LoopSettings(steps=steps, lr=1e-4, warmup_steps=1, micro_batch=shape.batch, autocast=made.autocast)
     started = time.process_time()
-    outcome = train(made.model, made.groups, RandomBatches(shape), settings, reporter=SILENT, match=made.match)
+    outcome = train(
+        made.model, made.groups, RandomBatches(shape), settings, reporter=SILENT, match=made.match, loss=loss
+    )
     worked_s = time.process_time() - started
     on_card = made.groups[0].parameters[0].is_cuda
     rate = outcome.tokens_per_s if on_card else steps * shape.tokens / worked_s

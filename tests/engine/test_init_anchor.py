@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from flexctl.bundle import open_anchor, open_router_file, store
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
@@ -178,6 +179,27 @@ def test_annealing_keeps_the_dtype_and_stays_silent(
     assert {value.dtype for value in state.values()} == {torch.bfloat16}
     assert open_anchor(tmp_path / "anchor").config["dtype"] == "bfloat16"
     assert not same_state(state, state_of(sharded))
+
+
+def test_annealing_keeps_how_the_source_generates(tmp_path: Path, texts: Any, source: Path) -> None:
+    edit(source / "generation_config.json", temperature=0.7, do_sample=True)
+    make(texts, tmp_path / "anchor", source=str(source), anneal_tokens=600, seq_len=32, batch_tokens=128)
+    kept = [path / "generation_config.json" for path in (tmp_path / "anchor", source)]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_annealing_keeps_a_head_that_is_not_the_embedding_whatever_the_config_says(
+    tmp_path: Path, texts: Any, source: Path
+) -> None:
+    """As Transformers loads it; a head that is the embedding once more stays tied."""
+    state = load_file(source / "model.safetensors")
+    edit(source / "config.json", tie_word_embeddings=True)
+    found = []
+    for head in (state["lm_head.weight"], state["model.embed_tokens.weight"]):
+        save_file({**state, "lm_head.weight": head.clone()}, source / "model.safetensors", {"format": "pt"})
+        make(texts, tmp_path / "a", source=str(source), anneal_tokens=600, seq_len=32, batch_tokens=128, overwrite=True)
+        found.append(open_anchor(tmp_path / "a").weights().shared)
+    assert [("lm_head.weight" in shared) for shared in found] == [True, False]
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import apart
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pytest
+import standin
 import tiny
 import torch
 from builders import read_directory
@@ -31,6 +33,7 @@ from flexctl.model.tensors import to_torch
 from flexctl.routing.rows import bias_of
 from flexctl.routing.space import RouterSpace
 from flexctl.runtime import SILENT, SilentReporter
+from flexctl.steps import open_run
 from flexctl.text.corpus import prepare_corpus
 from flexctl.text.sample import PublicSample, leading
 from flexctl.training import checkpoints, pair
@@ -635,3 +638,50 @@ def test_recomputing_layers_keeps_less_and_changes_nothing(
     found = train(anchor, texts.code, tmp_path / "recomputed.st", name="x", rank=rank, recompute=True)
     assert found.digest == expected.digest
     assert forwards.count(True) == 2 * 6
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_kernels_train_the_same_and_the_run_says_so(
+    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch, rank: int | None
+) -> None:
+    plain = train(anchor, texts.code, tmp_path / "plain.st", name="x", rank=rank)
+    assert json.loads((tmp_path / "plain.run.json").read_text())["kernels"] is None
+    asked_for = []
+
+    def find(device: torch.device, autocast: torch.dtype | None, _reporter: Any) -> Any:
+        asked_for.append((device.type, autocast))
+        return standin.kernels()
+
+    monkeypatch.setattr("flexctl.model.find_kernels", find, raising=False)
+    listener = Listener()
+    settings: dict[str, Any] = {**SMALL, "data": (texts.code,), "anchor": anchor, "name": "x", "rank": rank}
+    found = train_expert(TrainExpertConfig(output=tmp_path / "x.st", **settings), listener)
+    assert asked_for == [("cpu", None)]
+    assert "a stand-in runs rotary embeddings, networks and loss" in listener.notes
+    assert json.loads((tmp_path / "x.run.json").read_text())["kernels"] == "a stand-in"
+    assert found.frozen_verified
+    assert found.final_loss == pytest.approx(plain.final_loss, rel=1e-5)
+    assert found.held_out["own"]["after"] == pytest.approx(plain.held_out["own"]["after"], rel=1e-4)
+    resumed = train_expert(TrainExpertConfig(output=tmp_path / "x.st", resume=True, **settings), SILENT)
+    assert resumed.digest == found.digest
+
+
+def test_several_processes_ask_for_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexctl.model.find_kernels", lambda *_: standin.kernels(), raising=False)
+    for size, name in ((1, "a stand-in"), (2, None)):
+        machine = SimpleNamespace(device=torch.device("cuda"), autocast=torch.bfloat16)
+        given: Any = SimpleNamespace(world=SimpleNamespace(size=size), machine=machine, reporter=SILENT)
+        kernels = open_run._kernels(given)
+        assert (kernels and kernels.name) == name
+
+
+def test_a_run_goes_on_where_kernels_are_installed_and_were_not(
+    anchor: Path, texts: Any, killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexctl.model.find_kernels", lambda *_: standin.kernels(), raising=False)
+    listener = Listener()
+    settings: dict[str, Any] = {**SMALL, "data": (texts.code,), "anchor": anchor, "output": killed}
+    result = train_expert(TrainExpertConfig(resume=True, **settings), listener)
+    assert result.steps == 6
+    assert any("after step 4" in note for note in listener.notes)
+    assert "a stand-in runs rotary embeddings, networks and loss" in listener.notes

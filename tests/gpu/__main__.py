@@ -23,8 +23,8 @@ SECTIONS = {
     "steps": 75,
     "memory": 75,
     "inference": 75,
-    "kernels": 130,
-    "tests": 120,
+    "kernels": 100,
+    "tests": 180,
     "life": 120,
     "profile": 60,
 }

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 
+from flexctl import processes
 from flexctl.bundle import open_expert, open_router_file
 from flexctl.engine.embed_router import EmbedRouterConfig, embed_router
 from flexctl.engine.evaluate import EvaluateConfig, evaluate
@@ -30,7 +31,7 @@ from flexctl.model.routed import exclude, set_top_k
 from flexctl.model.tensors import to_torch
 from flexctl.routing.space import measure_documents, measure_passages
 from flexctl.runtime import SILENT
-from flexctl.training import checkpoints
+from flexctl.training import checkpoints, shards
 from flexctl.training import train as run
 from flexctl.training.loop import LoopSettings, ParameterGroup, _move, new_optimiser
 from tests.benchmarks.shapes import Shape
@@ -289,3 +290,26 @@ def test_measuring_router_inputs_waits_for_the_card_once_a_batch_at_most(
             torch.cuda.set_sync_debug_mode("default")
     waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     assert len(waits) <= len(documents) + 2, sorted(set(waits))
+
+
+def test_a_checkpoint_in_parts_is_copied_off_the_card_before_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the run's own words over NCCL and the writing thread's over gloo, as where there are several cards."""
+    monkeypatch.setattr(shards, "_goes_on", lambda _: True)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    processes._meet(0, 1, DEVICE)
+    try:
+        world = processes._Together(0, 1, DEVICE)
+        weight = torch.nn.Parameter(torch.randn(2000, 1000, device=DEVICE))
+        kept = weight.detach().cpu().clone()
+        writing = shards.begin_shards(tmp_path / "x.shards", {"a": 1}, {"0.parameter": weight.detach()}, world)
+        for _ in range(50):
+            world.sum(weight.detach().add_(1))
+        writing.end()
+        assert shards.about_shards(tmp_path / "x.shards") == {"a": 1}
+        found = shards.read_shards(tmp_path / "x.shards", [weight], world)["0.parameter"]
+        assert torch.equal(found.cpu(), kept)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -40,9 +40,9 @@ def test_autocast_leaves_the_states_dtype(dtype: torch.dtype, weight_dtype: torc
 def test_a_model_stays_what_it_is_and_is_saved_as_it_was(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norms, "_has_kernel", lambda _model: True)
+    monkeypatch.setattr(norms, "_has_kernel", lambda _device: True)
     dense, other = (tiny.make_dense(tiny.dense_config(model_type)) for _ in range(2))
-    fuse_norms(dense)
+    fuse_norms(dense, torch.device("cpu"))
     assert not [module for module in dense.modules() if hasattr(module, "variance_epsilon")]
     assert list(dense.state_dict()) == list(other.state_dict())
     ids = tiny.some_tokens()
@@ -57,4 +57,4 @@ def test_a_model_stays_what_it_is_and_is_saved_as_it_was(
 def test_a_model_on_a_cpu_keeps_its_norms() -> None:
     dense = tiny.make_dense(tiny.dense_config())
     kinds = [type(module) for module in dense.modules()]
-    assert [type(module) for module in fuse_norms(dense).modules()] == kinds
+    assert [type(module) for module in fuse_norms(dense, torch.device("cpu")).modules()] == kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexctl.errors import UsageError
+from flexctl.errors import FlexctlError, UsageError
 from flexctl.text.tokens import PASSAGE_TOKENS, Framed, TokenStream, end_to_end, frame_documents, frame_passages, pack
 from flexctl.training.batches import Mixture
 
@@ -95,6 +96,19 @@ def test_neighbours_share_their_end_of_text(tmp_path: Path) -> None:
     assert len(stream) == 9
     assert stream.sequence(0, 8).tolist() == expected
     assert len(TokenStream.open(tmp_path / "x.tokens")) == 9
+
+
+def test_another_process_gets_the_place_of_a_file_and_not_what_is_in_it(tmp_path: Path) -> None:
+    stream = pack(tmp_path / "x.tokens", [Framed(tokens=np.arange(1000), num_bytes=1)] * 9)
+    sent = pickle.dumps(stream)
+    assert len(sent) < 1000
+    there = pickle.loads(sent)
+    assert (len(there), there.digest) == (len(stream), stream.digest)
+    (tmp_path / "x.tokens").write_bytes(bytes(4 * len(stream)))
+    with pytest.raises(FlexctlError, match="was changed"):
+        there.refuse_change()
+    in_memory = TokenStream(np.arange(5, dtype=np.int32))
+    assert pickle.loads(pickle.dumps(in_memory)).digest == in_memory.digest
 
 
 def test_neighbours_that_begin_with_another_token_share_nothing() -> None:

@@ -21,6 +21,7 @@ from flexctl.errors import UsageError
 from flexctl.model.tensors import tensors_digest
 from flexctl.runtime import SilentReporter
 from flexctl.training.checkpoints import Checkpoints, TrainingState
+from flexctl.training.shards import Writing
 
 SETTINGS = {"lr": 0.1, "seed": 0, "rows": [0.5, 1.5], "dtype": None}
 
@@ -134,6 +135,68 @@ def test_by_default_time_decides_and_what_takes_long_is_written_less_often(
     assert not checkpoints.is_due(3, 100)
     clock[0] += 1
     assert checkpoints.is_due(3, 100)
+
+
+class Slow:
+    """Stands for a checkpoint that is written while training goes on."""
+
+    def __init__(self, path: Path, *, fails: bool = False) -> None:
+        self.path, self.is_there, self._fails = path, False, fails
+
+    def end(self) -> None:
+        self.is_there = True
+        if self._fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.path.write_bytes(b"")
+
+    def begun(self, _self: Checkpoints, path: Path, *_: Any) -> Writing:
+        self.path = path.with_suffix(".safetensors")
+        return Writing(self.path, self.end, lambda: self.is_there)
+
+
+def begin_slowly(monkeypatch: pytest.MonkeyPatch, slow: Slow) -> None:
+    monkeypatch.setattr(Checkpoints, "_begin", lambda *given: slow.begun(*given))
+
+
+def test_what_training_does_not_wait_for_costs_nothing_and_the_next_one_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, slow = [0.0], Slow(tmp_path)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    begin_slowly(monkeypatch, slow)
+    checkpoints = Checkpoints(tmp_path, SETTINGS, every_steps=None, resume=False, reporter=Listener())
+    clock[0] = 300.0
+    checkpoints.save(2, make_state(), [1.0, 1.0], lambda: None)
+    clock[0] = 10_000.0
+    assert not checkpoints.is_due(3, 100), "one is under way"
+    assert names(tmp_path) == []
+    slow.is_there = True
+    assert not checkpoints.is_due(4, 100)
+    assert names(tmp_path) == ["checkpoint-00000002.safetensors"]
+    clock[0] = 10_300.0
+    assert checkpoints.is_due(5, 100)
+    slow.is_there = False
+    checkpoints.save(5, make_state(), [1.0] * 5, lambda: None)
+    assert len(names(tmp_path)) == 1
+    checkpoints.save(6, make_state(), [1.0] * 6, lambda: None)
+    assert checkpoints.newest == 6
+
+
+def test_what_is_under_way_is_waited_for_at_the_end_also_of_a_run_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, listener = Slow(tmp_path), Listener()
+    begin_slowly(monkeypatch, slow)
+    with open_checkpoints(tmp_path, resume=False, reporter=listener) as checkpoints:
+        checkpoints.save(2, make_state(), [1.0, 1.0], lambda: None)
+        assert names(tmp_path) == []
+    assert (names(tmp_path), checkpoints.newest) == (["checkpoint-00000002.safetensors"], 2)
+    begin_slowly(monkeypatch, Slow(tmp_path, fails=True))
+    checkpoints.save(4, make_state(), [1.0] * 4, lambda: None)
+    with pytest.raises(KeyError), checkpoints:
+        raise KeyError
+    (warning,) = listener.warnings
+    assert "checkpoint-00000004.safetensors: cannot be written (No space left on device); that of step 2" in warning
 
 
 def test_nothing_there_means_from_the_start(tmp_path: Path) -> None:
