@@ -35,24 +35,32 @@ class ShareCollector:
     Args:
         num_layers: Routed blocks of the model.
         positions: How many positions count, from the end; None is all.
-
-    Attributes:
-        rows: A row a position, shares that add up to 1, (num_experts,).
     """
 
     def __init__(self, num_layers: int, positions: int | None = None) -> None:
-        self.rows: list[list[float]] = []
+        self._rows: list[list[float]] = []
         self._layers = num_layers
         self._positions = positions
-        self._sum: Tensor | None = None
+        self._pass: list[Tensor] = []
+        self._unread: list[Tensor] = []
 
     def __call__(self, layer: int, _inputs: Tensor, kept: Tensor, _outputs: Tensor) -> None:
         """Observe one block: see ``model.routed.Observer``."""
-        last = kept[-self._positions :].double() if self._positions else kept.double()
-        last = last / last.sum(dim=1, keepdim=True)
-        self._sum = last if layer == 0 or self._sum is None else self._sum + last
+        import torch
+
+        if layer == 0:
+            self._pass.clear()
+        self._pass.append(kept[-self._positions :] if self._positions else kept)
         if layer == self._layers - 1:
-            self.rows += (self._sum / self._layers).tolist()
+            by_layer = torch.stack(self._pass).double()
+            self._unread.append((by_layer / by_layer.sum(dim=-1, keepdim=True)).mean(dim=0))
+
+    @property
+    def rows(self) -> list[list[float]]:
+        """A row a position, shares that add up to 1, (num_experts,). Who asks waits for the device; a pass does not."""
+        self._rows += [row for shares in self._unread for row in shares.tolist()]
+        self._unread.clear()
+        return self._rows
 
 
 def mean_shares(pieces: Sequence[Piece]) -> dict[str, float]:

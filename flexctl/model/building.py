@@ -20,6 +20,7 @@ from flexctl.model.lowrank import low_rank_copy
 from flexctl.model.norms import fuse_norms
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
 from flexctl.model.sharding import local_rows, shard_frozen, shard_trained, trained_copy
+from flexctl.model.stacked import stack_experts
 from flexctl.model.tensors import RawBytes, rows_of, to_torch
 from flexctl.pointers import refuse_pointer
 from flexctl.processes import ALONE, World
@@ -154,7 +155,7 @@ def build_model(weights: WeightSource, *, device: torch.device, dtype: torch.dty
         block.experts.extend(_dense_block(public, tensors, index, dtype) for tensors in experts[1:])
         block.router = Router(to_torch(weights.router[index]))
         block.top_k = weights.num_experts_per_tok
-    return fuse_norms(model.requires_grad_(False).eval().to(device), device)
+    return fuse_norms(stack_experts(model.requires_grad_(False).eval(), device).to(device), device)
 
 
 def build_sharded(weights: WeightSource, *, device: torch.device, dtype: torch.dtype, world: World) -> nn.Module:
@@ -324,6 +325,7 @@ def add_expert(
         else:
             expert = trained_copy(public, device=device, world=world)
         block.experts.append(expert)
+        block.together = None  # it has no place for one more
         block.router = Router(torch.cat([block.router.rows, row[None].to(device)]))
         block.top_k = len(block.experts)
         added.append(expert)

@@ -30,11 +30,15 @@ class FusedNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return (..., H) in the dtype of ``states``, computed in float32."""
+        if not torch.is_autocast_enabled(states.device.type):
+            return self._normed(states)
         # Under autocast torch would return float32, and all that follows would have twice the size.
         with torch.autocast(states.device.type, enabled=False):
-            wide = states.to(torch.promote_types(states.dtype, self.weight.dtype))
-            normed: Tensor = F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps)
-        return normed.to(states.dtype)
+            return self._normed(states)
+
+    def _normed(self, states: Tensor) -> Tensor:
+        wide = states.to(torch.promote_types(states.dtype, self.weight.dtype))
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(states.dtype)
 
 
 def fuse_norms(model: Model, device: torch.device) -> Model:

@@ -1,6 +1,6 @@
 """The routed feed-forward block: public and closed experts behind one router.
 
-Shapes: T tokens, H hidden_size, N num_experts (0 is public), K num_experts_per_tok.
+Shapes: T tokens, H hidden_size, N num_experts (0 is public), K experts that are kept for each token.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ __all__ = [
     "Observer",
     "RoutedFeedForward",
     "Router",
+    "Together",
     "TokenMask",
     "exclude",
     "masking",
@@ -29,6 +32,15 @@ __all__ = [
 
 Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 """Called with (layer, inputs (T, H), kept probabilities (T, N), outputs (T, H)) of each block."""
+
+Together = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""All experts of a layer: inputs (T, H), which experts run (T, K), their weights (T, K) -> weighted sums (T, H)."""
+
+TOGETHER_ROWS = 4096
+"""Up to so many tokens, times K, a GPU is faster by ``Together``, which waits for nothing; above, expert by expert.
+
+By measurement on either side: 2,048 and 16,384 (docs/benchmarks.md).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,13 @@ class TokenMask:
     tokens: tuple[Tensor | None, ...]
 
 
+class _Chosen(NamedTuple):
+    """Who runs on each token, likeliest first: kept probabilities (T, K), float32, and experts (T, K), int64."""
+
+    shares: Tensor
+    experts: Tensor
+
+
 class Router(nn.Module):
     """Router rows: the public one, which stays as it is, and one for each closed expert.
 
@@ -55,14 +74,23 @@ class Router(nn.Module):
         super().__init__()
         self.public = nn.Buffer(rows[:1].detach().clone().float())
         self.closed = nn.Parameter(rows[1:].detach().clone().float(), requires_grad=False)
+        self._joined: Tensor | None = None
+        self._joined_of: tuple[int, int, int] | None = None
 
     @property
     def rows(self) -> Tensor:
-        """All rows, (N, H), float32."""
-        return torch.cat([self.public, self.closed])
+        """All rows, (N, H), float32; not to be written to. Put together again only where one of them has changed."""
+        if self.closed.requires_grad or self.closed.is_inference():
+            return torch.cat([self.public, self.closed])
+        now = (self.closed.data_ptr(), self.closed._version, self.public._version)
+        if self._joined is None or now != self._joined_of:
+            self._joined, self._joined_of = torch.cat([self.public, self.closed]), now
+        return self._joined
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (T, N), float32, for inputs (T, H) of any floating dtype."""
+        if not torch.is_autocast_enabled(inputs.device.type):
+            return F.linear(inputs.float(), self.rows)
         with torch.autocast(inputs.device.type, enabled=False):
             return F.linear(inputs.float(), self.rows)
 
@@ -76,8 +104,15 @@ class RoutedFeedForward(nn.Module):
         top_k: Experts kept for each token; more than there are means all.
         renormalise: Whether kept probabilities are divided by their sum.
 
+    Attributes:
+        excluded: Experts that are left out of every token.
+        mask: Experts that are left out of some tokens.
+        together: All experts at once, where a device has a kernel for that.
+
     Source: FlexOlmo section 3.1; Transformers' classes of the same families.
     """
+
+    _barred: Tensor | None
 
     def __init__(self, experts: Iterable[nn.Module], router: Router, top_k: int, renormalise: bool) -> None:
         super().__init__()
@@ -86,7 +121,9 @@ class RoutedFeedForward(nn.Module):
         self.top_k = top_k
         self.renormalise = renormalise
         self.excluded: frozenset[int] = frozenset()
+        self.register_buffer("_barred", None, persistent=False)
         self.mask: TokenMask | None = None
+        self.together: Together | None = None
         self.layer = 0
         self.observer: Observer | None = None
 
@@ -95,39 +132,75 @@ class RoutedFeedForward(nn.Module):
         """Whether fewer experts run on a token than there are."""
         return self.top_k < len(self.experts) - len(self.excluded)
 
+    @property
+    def _num_kept(self) -> int:
+        """K."""
+        return min(self.top_k, len(self.experts) - len(self.excluded))
+
+    def exclude(self, indices: Sequence[int]) -> None:
+        """Leave experts out from now on; none is to leave out nobody."""
+        self.excluded = frozenset(indices)
+        # Made once, as a layer would wait for the device otherwise.
+        barred = _barred(indices, len(self.experts)).to(self.router.public.device)
+        self._barred = barred if self.excluded else None
+
     def route(self, inputs: Tensor) -> Tensor:
         """Return kept probabilities (T, N), float32, zero for experts that do not run on a token."""
         return self.keep(self.router(inputs))
 
     def keep(self, logits: Tensor) -> Tensor:
         """Return kept probabilities (T, N) for router logits (T, N), float32."""
-        if self.excluded:
-            logits = logits.index_fill(1, logits.new_tensor(sorted(self.excluded)).long(), float("-inf"))
-        if self.mask is not None:
-            logits = logits.masked_fill(self.mask.barred, float("-inf"))
-        probabilities: Tensor = logits.softmax(dim=-1)
-        if self.is_cut:
-            chosen = probabilities.topk(self.top_k, dim=-1)
-            probabilities = torch.zeros_like(probabilities).scatter(1, chosen.indices, chosen.values)
-        if self.renormalise:
-            probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-        return probabilities
+        shares = self._shares(logits)
+        return self._kept(shares, self._choose(shares) if self.is_cut else None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the weighted sum of the kept experts' outputs, shaped as ``hidden_states``."""
         inputs = hidden_states.reshape(-1, hidden_states.shape[-1])
-        probabilities = self.route(inputs)
-        if len(self.experts) == 1 and not self.renormalise:
-            outputs: Tensor = self.experts[0](inputs)
-        else:
-            outputs = self._mix(inputs, probabilities)
+        shares = self._shares(self.router(inputs))
+        chosen = self._choose(shares) if self.is_cut or self._runs_together(inputs) else None
+        outputs = self._mix(inputs, shares, chosen)
         if self.observer is not None:
-            self.observer(self.layer, inputs, probabilities, outputs)
+            self.observer(self.layer, inputs, self._kept(shares, chosen), outputs)
         return outputs.reshape(hidden_states.shape)
 
-    def _mix(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
-        if self.is_cut:
-            return self._mix_cut(inputs, probabilities)
+    def _shares(self, logits: Tensor) -> Tensor:
+        """Return the probabilities of those that may run, (T, N)."""
+        if self._barred is not None:
+            logits = logits.masked_fill(self._barred, float("-inf"))
+        if self.mask is not None:
+            logits = logits.masked_fill(self.mask.barred, float("-inf"))
+        return logits.softmax(dim=-1)
+
+    def _choose(self, shares: Tensor) -> _Chosen:
+        kept, experts = shares.topk(self._num_kept, dim=-1)
+        return _Chosen(self._scaled(kept), experts)
+
+    def _scaled(self, shares: Tensor) -> Tensor:
+        return shares / shares.sum(dim=-1, keepdim=True) if self.renormalise else shares
+
+    def _kept(self, shares: Tensor, chosen: _Chosen | None) -> Tensor:
+        """Return kept probabilities (T, N); nobody chosen means that all are kept."""
+        if chosen is None:
+            return self._scaled(shares)
+        return torch.zeros_like(shares).scatter(1, chosen.experts, chosen.shares)
+
+    def _runs_together(self, inputs: Tensor) -> bool:
+        return (
+            self.together is not None and len(inputs) * self._num_kept <= TOGETHER_ROWS and not torch.is_grad_enabled()
+        )
+
+    def _mix(self, inputs: Tensor, shares: Tensor, chosen: _Chosen | None) -> Tensor:
+        if len(self.experts) == 1 and not self.renormalise:
+            alone: Tensor = self.experts[0](inputs)
+            return alone
+        if chosen is None:
+            return self._mix_all(inputs, self._scaled(shares))
+        if self.together is not None and self._runs_together(inputs):
+            return self.together(inputs, self._runners(chosen), chosen.shares)
+        return self._mix_one(inputs, chosen) if len(inputs) == 1 else self._mix_cut(inputs, chosen)
+
+    def _mix_all(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
+        """Return the sum where every expert runs on all tokens that it may run on."""
         outputs: Tensor | None = None
         for index, expert in enumerate(self.experts):
             if index in self.excluded:
@@ -143,20 +216,41 @@ class RoutedFeedForward(nn.Module):
         assert outputs is not None, "the public expert runs on every token"
         return outputs
 
-    def _mix_cut(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
+    def _mix_cut(self, inputs: Tensor, chosen: _Chosen) -> Tensor:
         """Return the sum where experts run on some tokens each: sorted by expert at once, so a device waits once."""
         nobody = len(self.experts)
-        kept = probabilities.topk(self.top_k, dim=-1)
-        chosen = kept.indices.masked_fill(kept.values <= 0, nobody).flatten()
-        order = chosen.argsort(stable=True)
-        counts = (chosen[:, None] == torch.arange(nobody + 1, device=inputs.device)).sum(dim=0).tolist()
-        tokens, weights = order // self.top_k, kept.values.flatten()[order, None].to(inputs.dtype)
+        whose = self._whose(chosen).flatten()
+        order = whose.argsort(stable=True)
+        counts = (whose[:, None] == torch.arange(nobody + 1, device=inputs.device)).sum(dim=0).tolist()
+        tokens = order // chosen.experts.shape[1]
+        weights = chosen.shares.flatten()[order, None].to(inputs.dtype)
         outputs = torch.zeros_like(inputs)
         parts = zip(self.experts, tokens.split(counts), weights.split(counts), strict=False)
         for expert, places, weight in parts:
             if len(places):
                 outputs.index_add_(0, places, weight * expert(inputs[places]))
         return outputs
+
+    def _mix_one(self, inputs: Tensor, chosen: _Chosen) -> Tensor:
+        """Return what ``_mix_cut`` does for one token, (1, H), where there is nothing to sort or to gather."""
+        whose = self._whose(chosen)[0].tolist()
+        parts = [
+            chosen.shares[:, place : place + 1].to(inputs.dtype) * self.experts[whose[place]](inputs)
+            for place in sorted(range(len(whose)), key=whose.__getitem__)
+            if whose[place] < len(self.experts)
+        ]
+        outputs: Tensor = reduce(torch.add, parts)
+        return outputs
+
+    def _whose(self, chosen: _Chosen) -> Tensor:
+        """Return which experts run, (T, K), N where none does: one that has no share does not."""
+        return chosen.experts.masked_fill(chosen.shares <= 0, len(self.experts))
+
+    def _runners(self, chosen: _Chosen) -> Tensor:
+        """Return which experts run, (T, K), where somebody has to: for one that may not, the likeliest, for nothing."""
+        if self._barred is None and self.mask is None:
+            return chosen.experts
+        return torch.where(chosen.shares > 0, chosen.experts, chosen.experts[:, :1])
 
 
 def same_in_bfloat16(block: RoutedFeedForward, inputs: Tensor, kept: Tensor) -> Tensor:
@@ -179,7 +273,7 @@ def routed_layers(model: nn.Module) -> list[RoutedFeedForward]:
 def exclude(model: nn.Module, indices: Sequence[int]) -> None:
     """Leave experts out at run time: logit -inf before the softmax, which equals removing them."""
     for block in routed_layers(model):
-        block.excluded = frozenset(indices)
+        block.exclude(indices)
 
 
 def token_mask(rows: Iterable[tuple[Sequence[int], int]], num_experts: int, device: torch.device) -> TokenMask | None:

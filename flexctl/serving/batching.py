@@ -288,9 +288,10 @@ class Batcher:
             shares: The experts' shares at these.
         """
         logits = torch.stack(list(rows))
-        is_sound = logits.logsumexp(-1).isfinite().tolist()
+        are_sound = logits.logsumexp(-1).isfinite()
         samplings = [sequence.ask.sampling for sequence in sequences]
         tokens = choose(logits, samplings, [sequence.random.random() for sequence in sequences])
+        is_sound = are_sound.tolist()
         scored = self._scored(logits, samplings, tokens)
         for i, sequence in enumerate(sequences):
             if not is_sound[i]:

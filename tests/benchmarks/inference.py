@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from flexctl.model.building import route
 from flexctl.model.norms import fuse_norms
 from flexctl.model.routed import Router, routed_layers
+from flexctl.model.stacked import stack_experts
 from tests.benchmarks.shapes import Shape, dense_model, mixture_model
 from tests.benchmarks.steps import free, peak_bytes, reset_peak, wait
 
@@ -30,7 +31,7 @@ def ours(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
         block.experts.extend(copy.deepcopy(block.experts[0]) for _ in range(EXPERTS - 1))
         block.router = Router(torch.randn(EXPERTS, shape.hidden, generator=generator))
         block.top_k = TOP_K
-    return fuse_norms(model.requires_grad_(False).to(device), device)
+    return fuse_norms(stack_experts(model.requires_grad_(False), device).to(device), device)
 
 
 def stock(how: str) -> Callable[..., Any]:
@@ -44,9 +45,11 @@ MODELS = {"flexctl": ours, "Transformers, grouped": stock("grouped_mm"), "Transf
 
 
 @torch.no_grad()
-def measure(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def measure(
+    shape: Shape, device: torch.device, dtype: torch.dtype, models: Mapping[str, Callable[..., Any]] = MODELS
+) -> Iterator[dict[str, Any]]:
     """Yield tokens a second of forward passes at batch 1 and 8 and of greedy generation, a row a model and batch."""
-    for name, make in MODELS.items():
+    for name, make in models.items():
         try:
             model = make(shape, device, dtype)
         except RuntimeError as error:

@@ -22,7 +22,7 @@ SECTIONS = {
     "machine": 30,
     "steps": 75,
     "memory": 75,
-    "inference": 75,
+    "inference": 90,
     "kernels": 100,
     "tests": 180,
     "life": 120,

@@ -1,8 +1,14 @@
-"""A merged model's forward pass and generation against stock Transformers' FlexOlmo of the same sizes and top-k."""
+"""A merged model's forward pass and generation against stock Transformers' FlexOlmo of the same sizes and top-k.
+
+Then both ways of its experts by themselves, whatever the number of tokens: flexctl.model.routed.TOGETHER_ROWS has to
+lie where they cross.
+"""
 
 from __future__ import annotations
 
-from tests.benchmarks.inference import measure
+import sys
+
+from tests.benchmarks.inference import measure, ours
 from tests.benchmarks.shapes import ONE_B, SMALL
 from tests.gpu.section import Section
 
@@ -11,10 +17,18 @@ def main() -> None:
     """Measure."""
     import torch
 
+    from flexctl.model import routed
+
     section = Section()
-    for row in measure(SMALL if section.small else ONE_B, section.device, torch.bfloat16):
+    shape = SMALL if section.small else ONE_B
+    for row in measure(shape, section.device, torch.bfloat16):
         section.failed |= "failed" in row
         section.put(**row)
+    for name, rows in (("expert by expert", 0), ("all experts at once", sys.maxsize)):
+        routed.TOGETHER_ROWS = rows
+        for row in measure(shape, section.device, torch.bfloat16, {f"flexctl, {name}": ours}):
+            section.failed |= "failed" in row
+            section.put(**row)
     section.end()
 
 

@@ -27,7 +27,7 @@ from flexctl.engine.tune_router import TuneRouterConfig, tune_router
 from flexctl.families import feed_forward_names
 from flexctl.model.building import build_model
 from flexctl.model.losses import score_tokens
-from flexctl.model.routed import exclude, set_top_k
+from flexctl.model.routed import exclude, routed_layers, set_top_k
 from flexctl.model.tensors import to_torch
 from flexctl.routing.space import measure_documents, measure_passages
 from flexctl.runtime import SILENT
@@ -81,6 +81,30 @@ def test_bfloat16_is_near_the_cpu_s_float32(model_type: str) -> None:
         assert float(error.median()) < 0.05
         nll = score_tokens(card, ids[:, :-1].to(DEVICE), ids[:, 1:].to(DEVICE)).mean()
         assert float(nll) == pytest.approx(float(score_tokens(cpu, ids[:, :-1], ids[:, 1:]).mean()), rel=0.03)
+
+
+@pytest.mark.parametrize("top_k", [2, 4])
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.no_grad()
+def test_a_layer_s_experts_run_at_once_as_one_by_one_and_wait_for_nothing(model_type: str, top_k: int) -> None:
+    weights = tiny.make_weights(tiny.dense_config(model_type), ("public", "a", "b", "c"), top_k=top_k)
+    card = build_model(weights, device=torch.device(DEVICE), dtype=torch.bfloat16)
+    exclude(card, [2])
+    for block in routed_layers(card):
+        if block.together is None:
+            pytest.skip("this device has no kernel for all experts at once")
+        for tokens in (1, 3, 300):
+            inputs = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(tokens)).to(DEVICE).bfloat16()
+            block(inputs)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                found = block(inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            together, block.together = block.together, None
+            expected, block.together = block(inputs), together
+            close = 0.03 * float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=0.03, atol=close)
 
 
 def train(anchor: Path, data: Path, output: Path, **settings: Any) -> TrainExpertResult:

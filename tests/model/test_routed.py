@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import collections
+import copy
+from typing import Any
+
 import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexctl.model.routed import RoutedFeedForward, Router, exclude, observing, routed_layers, set_top_k
+from flexctl.model.routed import (
+    RoutedFeedForward,
+    Router,
+    exclude,
+    masking,
+    observing,
+    routed_layers,
+    set_top_k,
+    token_mask,
+)
 
 HIDDEN, TOKENS = 6, 17
 
@@ -116,6 +130,89 @@ def test_router_computes_in_float32_whatever_runs_around_it() -> None:
         logits = Router(rows)(inputs)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, inputs.float() @ rows.T, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_are_those_of_now_whatever_was_done_to_them() -> None:
+    def is_now(router: Router) -> bool:
+        return torch.equal(router.rows, torch.cat([router.public, router.closed]))
+
+    router = Router(torch.randn(3, HIDDEN))
+    assert router.rows is router.rows
+    router.closed.copy_(torch.randn(2, HIDDEN))
+    assert is_now(router)
+    router.public[0, 3] = 7
+    assert is_now(router)
+    router.closed.data = torch.randn(2, HIDDEN)
+    assert is_now(router)
+    router.load_state_dict(Router(torch.randn(3, HIDDEN)).state_dict())
+    assert is_now(router)
+    copied = copy.deepcopy(router)
+    for changed in (copied, router):
+        changed.closed.add_(1)
+        assert is_now(copied)
+        assert is_now(router)
+    assert not torch.equal(router.rows, copied.rows + 1)
+    router.double()
+    assert router.rows.dtype == torch.float64
+
+
+def test_rows_in_training_have_gradients_and_follow_the_optimiser() -> None:
+    router, inputs = Router(torch.randn(3, HIDDEN)), torch.randn(TOKENS, HIDDEN)
+    before = router(inputs).detach()
+    router.closed.requires_grad_(True)
+    optimiser = torch.optim.SGD([router.closed], lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        router(inputs).square().sum().backward()
+        optimiser.step()
+    router.closed.requires_grad_(False)
+    assert torch.equal(router.rows[1:], router.closed)
+    assert not torch.allclose(router(inputs)[:, 1:], before[:, 1:])
+    with torch.inference_mode():
+        made = Router(torch.randn(3, HIDDEN))
+        made.closed.zero_()
+        assert not made.rows[1:].any()
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("left_out", [[], [2]])
+@torch.no_grad()
+def test_nothing_is_done_twice_in_a_layer(left_out: list[int]) -> None:
+    block, inputs = make_block(5, 2, True), torch.randn(TOKENS, HIDDEN)
+    exclude(block, left_out)
+    block(inputs)
+    for tokens in (inputs, inputs[:1]):
+        with Counter() as counter:
+            block(tokens)
+        assert counter.calls["topk"] == counter.calls["_softmax"] == 1
+        assert not counter.calls.keys() & {"cat", "scatter", "lift_fresh", "_to_copy", "index_fill"}
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@torch.no_grad()
+def test_one_token_by_itself_is_to_the_bit_what_it_is_when_sorted(top_k: int, renormalise: bool) -> None:
+    block = make_block(4, top_k, renormalise)
+    for parameter in block.experts[3].parameters():
+        parameter.fill_(float("nan"))
+    for seed, left_out in enumerate([(3,), (1, 3), (2, 3), (1, 2, 3)]):
+        inputs = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(seed))
+        with masking([block], token_mask([(left_out, 1)], 4, torch.device("cpu"))):
+            chosen = block._choose(block._shares(block.router(inputs)))
+            assert torch.equal(block(inputs), block._mix_cut(inputs, chosen))
+            assert block(inputs).isfinite().all()
 
 
 def test_router_copies_its_rows() -> None:
