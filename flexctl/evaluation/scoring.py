@@ -31,7 +31,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 _FIGURES = ("nll_total", "tokens", "bytes")
 _SORTED_TOGETHER = 256
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 2048
+"""Positions of held-out text at once: short documents in larger batches are half padding."""
 
 
 class FramedDocument(Protocol):
