@@ -31,7 +31,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
 _FIGURES = ("nll_total", "tokens", "bytes")
 _SORTED_TOGETHER = 256
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 2048
+"""Positions of held-out text at once: short documents in larger batches are half padding."""
 
 
 class FramedDocument(Protocol):
@@ -158,6 +159,7 @@ def held_out_losses(
     seq_len: int,
     reporter: Reporter,
     world: World = ALONE,
+    remembered: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, float]:
     """Return the model's loss on each part of held-out text, nats a token.
 
@@ -167,11 +169,16 @@ def held_out_losses(
         seq_len: Window length.
         reporter: Hears of progress.
         world: As for ``score_documents``.
+        remembered: By part, everything that decides its figure, as JSON has it; such a part is scored once and cached.
 
     Raises:
         FlexctlError: A loss is not finite.
     """
-    return {name: _loss(model, name, documents, seq_len, reporter, world) for name, documents in parts.items()}
+    known = remembered or {}
+    return {
+        name: _loss(model, name, documents, seq_len, reporter, world, known.get(name))
+        for name, documents in parts.items()
+    }
 
 
 def _loss(
@@ -181,23 +188,40 @@ def _loss(
     seq_len: int,
     reporter: Reporter,
     world: World,
+    identity: Mapping[str, Any] | None,
 ) -> float:
-    windows = sum(-(-(len(document.tokens) - 1) // seq_len) for document in documents)
-    with reporter.progress(f"scoring held-out text, {name}", windows, "windows") as bar:
-        loss = score_documents(
-            model,
-            documents,
-            seq_len=seq_len,
-            batch_tokens=_BATCH_TOKENS,
-            scored=lambda windows, _: bar.advance(windows),
-            world=world,
-        ).nll
+    score = None if identity is None else world.by_writer(lambda: recall_score(identity))
+    if score is None:
+        score = _held_out_score(model, name, documents, seq_len, reporter, world)
+        if identity is not None:
+            world.by_writer(lambda: remember_score(identity, score))
+    loss = score.nll
     if not math.isfinite(loss):
         raise FlexctlError(
             f"the loss on held-out text, {name}, is {loss}",
             hint="if the model was being trained, try a lower learning rate; else its weights are broken",
         )
     return loss
+
+
+def _held_out_score(
+    model: nn.Module,
+    name: str,
+    documents: Sequence[FramedDocument],
+    seq_len: int,
+    reporter: Reporter,
+    world: World,
+) -> Score:
+    windows = sum(-(-(len(document.tokens) - 1) // seq_len) for document in documents)
+    with reporter.progress(f"scoring held-out text, {name}", windows, "windows") as bar:
+        return score_documents(
+            model,
+            documents,
+            seq_len=seq_len,
+            batch_tokens=_BATCH_TOKENS,
+            scored=lambda windows, _: bar.advance(windows),
+            world=world,
+        )
 
 
 class _Window(NamedTuple):

@@ -1,10 +1,13 @@
-"""Which sequences go through a model together."""
+"""Which sequences go through a model together, and how they get to where it is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["of_like_length"]
+import torch
+from torch import Tensor
+
+__all__ = ["of_like_length", "to_device"]
 
 
 def of_like_length(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:
@@ -22,3 +25,8 @@ def of_like_length(lengths: Sequence[int], positions: int) -> Iterator[list[int]
         batch.append(number)
     if batch:
         yield batch
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on ``device``; nothing waits until it has arrived."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

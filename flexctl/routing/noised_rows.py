@@ -36,8 +36,8 @@ def document_shifts(model: nn.Module, space: RouterSpace, batches: Iterable[Padd
     """
     blocks = routed_layers(model)
     device = blocks[0].router.public.device
-    mean = space.mean.double().to(device)
-    roots = [torch.linalg.cholesky(space.covariance(layer)).to(device) for layer in range(len(blocks))]
+    near = space.to(device)
+    mean = near.mean.double()
     found: Tensor
     counted: Tensor
 
@@ -46,7 +46,7 @@ def document_shifts(model: nn.Module, space: RouterSpace, batches: Iterable[Padd
         counts = counted.sum(dim=1, keepdim=True)
         mine = (states * counted[:, :, None]).sum(dim=1) / counts.clamp(min=1)
         apart = (mine - mean[layer]) * (counts > 0)
-        found[:, layer] = torch.linalg.solve_triangular(roots[layer], apart.T, upper=False).T
+        found[:, layer] = near.covariances.whiten(layer, apart)
 
     with observing(model, observe):
         for batch in batches:
@@ -115,10 +115,9 @@ def private_rows(
     total = clipped_shifts(model, space, batches, clip)
     deviation = clip * noise_multiplier
     shift = noisy(total, deviation, stream) / documents
-    roots = torch.stack([torch.linalg.cholesky(space.covariance(layer)) for layer in range(len(shift))])
     layers, hidden = shift.shape
     owner = OwnerInputs(
-        mean=space.mean.double() + torch.einsum("lij,lj->li", roots, shift),
+        mean=space.mean.double() + space.covariances.colour(shift),
         within=None,
         # What the noise adds to a squared distance is known, and no secret.
         uncertainty=torch.full((layers,), hidden * (deviation / documents) ** 2, dtype=torch.float64),

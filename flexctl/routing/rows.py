@@ -1,6 +1,6 @@
 """Router rows: from a direction to a row that is calibrated against public text.
 
-Shapes: L num_hidden_layers, H hidden_size. All in float64 until the row is stored.
+Shapes: L num_hidden_layers, H hidden_size. All in float64 until the row is stored, and all where the router space is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class OwnerInputs:
     @classmethod
     def of(cls, passages: PassageInputs, space: RouterSpace) -> OwnerInputs:
         """Return what passages say about their owner."""
-        return replace(cls.of_means(passages.means, space), within=passages.within)
+        return replace(cls.of_means(passages.means, space), within=passages.within.to(space.mean.device))
 
     @classmethod
     def of_means(cls, means: Tensor, space: RouterSpace) -> OwnerInputs:
@@ -59,9 +59,10 @@ class OwnerInputs:
         The mean's uncertainty is measured from how far the passages' means lie from each other, so it counts passages
         rather than tokens, which are not independent.
         """
-        mean = means.double().mean(dim=0)
-        apart = means.double() - mean
-        spread = (apart * space.solve(apart)).sum(dim=(0, 2))
+        wide = means.to(space.mean.device).double()
+        mean = wide.mean(dim=0)
+        apart = wide - mean
+        spread = space.covariances.inverse_quadratic(apart).sum(dim=0)
         count = len(apart)
         return cls(mean=mean, within=None, uncertainty=spread / (count * (count - 1)))
 
@@ -84,6 +85,16 @@ class Rows:
     distance: Tensor
     noise: Tensor
 
+    def cpu(self) -> Rows:
+        """Return the same on the CPU."""
+        return Rows(
+            rows=self.rows.cpu(),
+            bias=self.bias.cpu(),
+            scale=self.scale.cpu(),
+            distance=self.distance.cpu(),
+            noise=self.noise.cpu(),
+        )
+
 
 def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) -> Tensor:
     """Return d = ((1 - a) S + a W_i)^-1 (m_i - m), (L, H), float64.
@@ -99,11 +110,13 @@ def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) 
     Source: linear discriminant analysis; the share of the owner's own covariance is ours (docs/how-it-works.md,
     section 4).
     """
+    shifts = owner.mean - space.mean.double()
+    if owner.within is None:
+        return space.usual_covariances.solve(shifts)
     directions = []
-    for layer, shift in enumerate(owner.mean - space.mean.double()):
-        varies = space.usual(layer)
-        if owner.within is not None:
-            varies = (1 - own_covariance) * varies + own_covariance * owner.within[layer].double()
+    for layer, shift in enumerate(shifts):
+        # W_i has full rank, so here is the one matrix of H rows that has to be factorised.
+        varies = space.usual(layer).mul_(1 - own_covariance).add_(owner.within[layer], alpha=own_covariance)
         directions.append(torch.cholesky_solve(shift[:, None], torch.linalg.cholesky(varies))[:, 0])
     return torch.stack(directions)
 
@@ -124,7 +137,7 @@ def finish_rows(space: RouterSpace, owner: OwnerInputs, directions: Tensor) -> R
     """
     shift = owner.mean - space.mean.double()
     along = (shift * directions).sum(dim=1)
-    distance = (shift * space.solve(shift)).sum(dim=1)
+    distance = space.covariances.inverse_quadratic(shift)
     trusted = ((distance - owner.uncertainty) / distance.clamp(min=1e-12)).clamp(min=0.0, max=1.0)
     scale = trusted * along.clamp(min=0) / space.quadratic(directions).clamp(min=1e-12)
     free = scale[:, None] * directions
@@ -146,7 +159,7 @@ def finish_rows(space: RouterSpace, owner: OwnerInputs, directions: Tensor) -> R
 
 def bias_of(rows: Tensor, space: RouterSpace) -> Tensor:
     """Return b = r . m of rows (L, H), as (L,), float64: their mean logit on public text."""
-    return (rows.double().cpu() * space.mean.double()).sum(dim=1)
+    return (rows.double().to(space.mean.device) * space.mean.double()).sum(dim=1)
 
 
 def set_bias(rows: Tensor, space: RouterSpace, bias: Tensor | float) -> Tensor:
@@ -158,7 +171,7 @@ def set_bias(rows: Tensor, space: RouterSpace, bias: Tensor | float) -> Tensor:
         bias: One number, or (L,).
     """
     missing = bias - bias_of(rows, space)
-    return (rows.double().cpu() + missing[:, None] * space.constant()).float()
+    return (rows.double().to(space.mean.device) + missing[:, None] * space.constant()).float()
 
 
 def row_logits(model: nn.Module, rows: Sequence[Tensor], documents: Iterable[Tensor]) -> list[Tensor]:

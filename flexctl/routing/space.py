@@ -7,29 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from flexctl.errors import BundleError, FlexctlError, UsageError
-from flexctl.model.batching import of_like_length
+from flexctl.model.batching import of_like_length, to_device
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
 from flexctl.processes import ALONE, World
+from flexctl.routing.covariances import Covariances
 
 __all__ = [
     "InputStatistics",
     "PassageInputs",
     "RouterSpace",
+    "add_outer",
     "constant_spread",
     "fit_space",
     "measure_documents",
     "measure_inputs",
     "measure_passages",
+    "mirrored",
 ]
 
 BATCH_TOKENS = 2048
 """Positions of documents that go through the model at once."""
+
+OUTER_BLOCKS = 4
+"""Parts of the width by which sums of outer products are taken: of their two halves, which are the same, one."""
 
 MAX_RANK = 256
 SHRINKAGE = 0.1
@@ -54,7 +61,7 @@ class InputStatistics:
     second: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterSpace:
     """Mean and shrunk covariance S = F'F + diag(D) of router inputs on public text.
 
@@ -102,32 +109,44 @@ class RouterSpace:
                 tensors[f"layers.{i}.variety_diagonal"] = self.variety[1][i]
         return tensors
 
+    def to(self, device: torch.device) -> RouterSpace:
+        """Return the same on a device, where everything that is asked of it is then computed."""
+        varied = None if self.variety is None else (self.variety[0].to(device), self.variety[1].to(device))
+        return RouterSpace(
+            mean=self.mean.to(device),
+            factor=self.factor.to(device),
+            diagonal=self.diagonal.to(device),
+            variety=varied,
+        )
+
+    @cached_property
+    def covariances(self) -> Covariances:
+        """S of every layer."""
+        return Covariances(factor=self.factor, diagonal=self.diagonal)
+
+    @cached_property
+    def usual_covariances(self) -> Covariances:
+        """How router inputs vary in text of many kinds, as far as that was measured; else S."""
+        if self.variety is None:
+            return self.covariances
+        factor, diagonal = self.variety
+        return Covariances(factor=factor, diagonal=diagonal)
+
     def covariance(self, layer: int) -> Tensor:
         """Return S of one layer, (H, H), float64."""
-        return _dense(self.factor[layer], self.diagonal[layer])
+        return self.covariances.dense(layer)
 
     def usual(self, layer: int) -> Tensor:
         """Return how router inputs vary in text of many kinds, as far as that was measured; else S. (H, H), float64."""
-        if self.variety is None:
-            return self.covariance(layer)
-        return _dense(self.variety[0][layer], self.variety[1][layer])
+        return self.usual_covariances.dense(layer)
 
     def solve(self, directions: Tensor) -> Tensor:
         """Return S^-1 d for directions of every layer, (..., L, H) -> (..., L, H), float64."""
-        wide = directions.double()
-        solved = [
-            torch.cholesky_solve(
-                wide[..., i, :].reshape(-1, wide.shape[-1]).T, torch.linalg.cholesky(self.covariance(i))
-            )
-            for i in range(len(self.mean))
-        ]
-        return torch.stack([part.T for part in solved], dim=1).reshape(wide.shape)
+        return self.covariances.solve(directions)
 
     def quadratic(self, directions: Tensor) -> Tensor:
         """Return d'S d for one direction a layer, (L, H) -> (L,), float64."""
-        wide = directions.double()
-        through = (self.factor.double() @ wide[:, :, None]).square().sum(dim=(1, 2))
-        return through + (self.diagonal.double() * wide.square()).sum(dim=1)
+        return self.covariances.quadratic(directions)
 
     def constant(self) -> Tensor:
         """Return u = S^-1 m / (m . S^-1 m), (L, H), float64: u . m = 1 and u . x is near 1 for most x.
@@ -139,7 +158,7 @@ class RouterSpace:
 
     def spread_bound(self) -> Tensor:
         """Return the standard deviation of u . x that S implies, (L,), float64; shrinkage makes it an upper bound."""
-        return self.quadratic(self.constant()).sqrt()
+        return self.covariances.inverse_quadratic(self.mean).rsqrt()
 
 
 def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = ALONE) -> InputStatistics:
@@ -167,18 +186,18 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = A
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
         states = inputs.reshape(*shape, hidden)[:real, 1:].reshape(-1, hidden).float()
         mean[layer] += states.double().sum(dim=0)
-        second[layer] += (states.T @ states).double()
+        add_outer(second[layer], states)
 
     with torch.no_grad(), observing(model, observe):
         for batch in batches:
             part = world.part(len(batch))
             rows, real = part.of(batch), part.real
             shape = tuple(rows.shape)
-            model.base_model(rows.to(device), use_cache=False)  # type: ignore[operator]
+            model.base_model(to_device(rows, device), use_cache=False)  # type: ignore[operator]
             count += len(batch) * (shape[1] - 1)
     if count == 0:
         raise BundleError("there is no public text to measure router inputs on", hint="give more text")
-    found = InputStatistics(count=count, mean=world.sum(mean) / count, second=world.sum(second) / count)
+    found = InputStatistics(count=count, mean=world.sum(mean) / count, second=mirrored(world.sum(second)) / count)
     if not found.second.isfinite().all():
         raise FlexctlError(
             "what routers are given on public text is not finite",
@@ -221,16 +240,12 @@ def _fit(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack(factors).float().cpu(), torch.stack(diagonals).float().cpu()
 
 
-def _dense(factor: Tensor, diagonal: Tensor) -> Tensor:
-    return factor.double().T @ factor.double() + torch.diag(diagonal.double())
-
-
 def constant_spread(space: RouterSpace, statistics: InputStatistics) -> Tensor:
     """Return the standard deviation of u . x on public text, (L,), float64; its mean is 1."""
-    constant = space.constant()
-    second = torch.einsum("lh,lhk,lk->l", constant, statistics.second.cpu(), constant)
-    first = (constant * statistics.mean.cpu()).sum(dim=1)
-    return (second - first.square()).clamp(min=0).sqrt()
+    constant = space.constant().to(statistics.second.device)
+    second = torch.einsum("lh,lhk,lk->l", constant, statistics.second, constant)
+    first = (constant * statistics.mean).sum(dim=1)
+    return (second - first.square()).clamp(min=0).sqrt().cpu()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +254,8 @@ class PassageInputs:
 
     Attributes:
         means: Of each passage, (passages, L, H), float32.
-        within: Covariance of inputs about the mean of their own passage, over all passages, (L, H, H), float32.
+        within: Covariance of inputs about the mean of their own passage, over all passages, (L, H, H), float32, where
+            the model ran.
     """
 
     means: Tensor
@@ -291,11 +307,31 @@ def measure_passages(
     scatter = torch.zeros(len(blocks), rows.shape[1], rows.shape[1], device=rows.device)
 
     def add(layer: int, apart: Tensor) -> None:
-        scatter[layer] += apart.T @ apart
+        add_outer(scatter[layer], apart)
 
     means = _measure_each(model, tokens, add, advance, world)
     freedom = sum(len(each) - 2 for each in tokens)
-    return PassageInputs(means=means, within=world.sum(scatter).cpu() / max(1, freedom))
+    return PassageInputs(means=means, within=mirrored(world.sum(scatter)).div_(max(1, freedom)))
+
+
+def add_outer(total: Tensor, states: Tensor) -> None:
+    """Add the outer product of every state with itself to a sum, (H, H), above its diagonal: 5/8 of the operations.
+
+    Args:
+        total: The sum; below the diagonal it is not to be looked at before ``mirrored``.
+        states: (T, H), float32.
+    """
+    width = states.shape[1]
+    size = -(-width // OUTER_BLOCKS)
+    for first in range(0, width, size):
+        total[first : first + size, first:] += states[:, first : first + size].T @ states[:, first:]
+
+
+def mirrored(totals: Tensor) -> Tensor:
+    """Return sums of ``add_outer``, (L, H, H), with what is above the diagonal below it too; in place."""
+    for total in totals:
+        total.copy_(total.triu() + total.triu(1).T)
+    return totals
 
 
 def _measure_each(
@@ -307,13 +343,14 @@ def _measure_each(
 ) -> Tensor:
     """Return each document's mean router inputs; ``add`` gets inputs less their document's mean, (T, H), by layer.
 
-    Of positions that are padding, and of each document's first, that is zero.
+    Of positions that are padding, and of each document's first, that is zero. Nothing waits for the device until all
+    documents are through.
     """
     if len(documents) < 2:
         raise UsageError("router rows need at least two documents", hint="give more text, or split it into documents")
     blocks = routed_layers(model)
     device, hidden = blocks[0].router.public.device, blocks[0].router.public.shape[1]
-    means = torch.zeros(len(documents), len(blocks), hidden)
+    means = torch.zeros(len(documents), len(blocks), hidden, device=device)
     real = current = torch.empty(0)
 
     def observe(layer: int, inputs: Tensor, _kept: Tensor, _outputs: Tensor) -> None:
@@ -325,14 +362,14 @@ def _measure_each(
         for batch in of_like_length([len(tokens) for tokens in documents], BATCH_TOKENS):
             part = world.part(len(batch))
             mine = [documents[batch[number]] for number in part.numbers]
-            ids = nn.utils.rnn.pad_sequence(mine, batch_first=True).to(device)
+            ids = to_device(nn.utils.rnn.pad_sequence(mine, batch_first=True), device)
             # A row that stands in counts for nothing but its second position, whose distance to itself is zero.
             lengths = torch.tensor([len(tokens) if row < part.real else 2 for row, tokens in enumerate(mine)])
             places = torch.arange(ids.shape[1], device=device)
-            real = ((places > 0) & (places < lengths.to(device)[:, None])).float()
+            real = ((places > 0) & (places < to_device(lengths, device)[:, None])).float()
             current = torch.zeros(len(mine), len(blocks), hidden, device=device)
             model.base_model(ids, use_cache=False)  # type: ignore[operator]
-            means[batch] = world.gather(part, current).cpu()
+            means[to_device(torch.tensor(batch), device)] = world.gather(part, current)
             if advance is not None:
                 advance(len(batch))
-    return means
+    return means.cpu()

@@ -123,16 +123,19 @@ def embed_rows(
     if len(own) < ENOUGH_PASSAGES:
         reporter.note(f"router rows are made from {len(own)} passages; {ENOUGH_PASSAGES} and more are better")
     loaded = Encoder(recipe.encoder) if recipe.kind == "encoder" and recipe.encoder is not None else None
+    # What comes after measuring is computed where the model runs too, W_i not copied.
+    device = next(model.parameters()).device
+    near = space.to(device)
     with reporter.progress("measuring router inputs", len(own), "passages") as bar:
-        owner = _measured_own(recipe, model, frame(own), space, bar.advance, world)
+        owner = _measured_own(recipe, model, frame(own), near, bar.advance, world)
     if loaded is not None:
         embedded, inputs = _measured_public(recipe, model, space, public, frame, loaded, reporter, world)
-        directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs)
+        directions = encoder_direction(_embed(loaded, own, reporter).double(), embedded.double(), inputs).to(device)
     elif recipe.kind == "discriminant":
-        directions = discriminant(space, owner, recipe.own_covariance)
+        directions = discriminant(near, owner, recipe.own_covariance)
     else:
-        directions = owner.mean - space.mean.double()
-    return finish_rows(space, owner, directions)
+        directions = owner.mean - near.mean.double()
+    return finish_rows(near, owner, directions).cpu()
 
 
 def _measured_own(

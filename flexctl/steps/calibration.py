@@ -116,4 +116,4 @@ def _within(
     passages = text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed)
     framed = text.frame_passages(tokenizer, passages)
     with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-        return routing.measure_passages(routed, framed, bar.advance, world).within
+        return routing.measure_passages(routed, framed, bar.advance, world).within.cpu()

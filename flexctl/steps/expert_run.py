@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flexctl import model, text, training
-from flexctl.bundle import Anchor, PrivacyInfo, RouterInfo
+from flexctl import evaluation, model, text, training
+from flexctl.bundle import PUBLIC, Anchor, PrivacyInfo, RouterInfo
 from flexctl.errors import FlexctlError, UsageError
 from flexctl.processes import World
-from flexctl.runtime import Reporter
+from flexctl.runtime import Reporter, software_versions
 from flexctl.steps.anchored import Anchored
 from flexctl.steps.machine import Machine
 from flexctl.steps.router_rows import RowConfig
@@ -25,6 +26,7 @@ __all__ = [
     "Told",
     "Trained",
     "budget_of",
+    "losses_before",
     "public_sample",
     "refuse_moved",
     "settings_of",
@@ -269,6 +271,38 @@ def public_sample(
     if count := len(sample.documents) - len(kept):
         reporter.note(f"{count} of {len(sample.documents)} public documents share words with `decontaminate`")
     return text.PublicSample(kept)
+
+
+def losses_before(
+    reader: nn.Module, held_out: Mapping[str, Sequence[text.Framed]], seq_len: int, given: Inputs
+) -> dict[str, float]:
+    """Return the anchor's loss on documents kept out of training, nats a token.
+
+    That on public text is the same for every owner, so it is cached; an owner's own never is.
+
+    Args:
+        reader: The anchor.
+        held_out: Documents by the name of what they are part of.
+        seq_len: Window length.
+        given: The anchor's digest, and what it runs on.
+    """
+    identity = {
+        "held_out": given.base.anchor.digest,
+        "text": text.PublicSample(held_out.get(PUBLIC, ())).digest,
+        "lengths": [len(document.tokens) for document in held_out.get(PUBLIC, ())],
+        "seq_len": seq_len,
+        "processes": given.world.size,
+        "machine": given.machine.identity,
+        "software": software_versions(),
+    }
+    return evaluation.held_out_losses(
+        reader,
+        held_out,
+        seq_len=seq_len,
+        reporter=given.reporter,
+        world=given.world,
+        remembered={PUBLIC: identity},
+    )
 
 
 def refuse_moved(reader: nn.Module, anchor: Anchor, world: World) -> None:

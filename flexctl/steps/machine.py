@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flexctl import model
 from flexctl.processes import ALONE, World
@@ -58,6 +58,15 @@ class Machine:
     def build(self, weights: model.WeightSource, world: World = ALONE) -> nn.Module:
         """Return a frozen model in evaluation mode, as from ``model.build_sharded``, ready to run here."""
         return model.build_sharded(weights, device=self.device, dtype=self.dtype, world=world)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of the machine decides a figure's last bits."""
+        import torch
+
+        is_card = self.device.type == "cuda"
+        processor = torch.cuda.get_device_name(self.device) if is_card else torch.backends.cpu.get_cpu_capability()
+        return {"processor": processor, "threads": torch.get_num_threads(), "dtype": str(self.dtype)}
 
 
 def machine_of(config: MachineConfig, tensors: Mapping[str, Stored] | None = None) -> Machine:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import evaluation, model, text, training
 from flexctl.bundle import PUBLIC, RouterInfo
-from flexctl.steps.expert_run import ExpertConfig, Inputs, Told, Trained, budget_of, refuse_moved, settings_of
+from flexctl.steps.expert_run import (
+    ExpertConfig,
+    Inputs,
+    Told,
+    Trained,
+    budget_of,
+    losses_before,
+    refuse_moved,
+    settings_of,
+)
 from flexctl.steps.router_rows import given_rows, measured_rows, names_a_file
 
 if TYPE_CHECKING:
@@ -45,14 +54,17 @@ def train_openly(config: ExpertConfig, given: Inputs) -> Trained:
     setup, anchor, world = _set_up(config, given), given.base.anchor, given.world
     reader = given.machine.build(anchor.weights(), world)
     rows, router = _start_rows(config, given, setup, reader)
-    before = _losses(reader, setup, given)
+    held_out = _held_out(setup, given)
+    before = losses_before(reader, held_out, setup.data.seq_len, given)
     given.track.held_out(0, before)
     if world.size > 1:
         del reader  # FSDP takes no module after the first pass, so that the expert goes into a new one
         reader = given.machine.build(anchor.weights(), world)
     kernels = _kernels(given)
     tensors, outcome = _train(config, given, setup, reader, rows, kernels)
-    after = _losses(reader, setup, given)
+    after = evaluation.held_out_losses(
+        reader, held_out, seq_len=setup.data.seq_len, reporter=given.reporter, world=world
+    )
     given.track.held_out(setup.loop.steps, after)
     refuse_moved(reader, anchor, world)
     return Trained(
@@ -213,11 +225,8 @@ def _decides(config: ExpertConfig, given: Inputs, setup: _Setup, rows: Tensor) -
     }
 
 
-def _losses(reader: nn.Module, setup: _Setup, given: Inputs) -> dict[str, float]:
-    """Return a model's loss on documents kept out of training, the owner's and public ones, nats a token."""
+def _held_out(setup: _Setup, given: Inputs) -> dict[str, list[text.Framed]]:
+    """Return documents kept out of training, the owner's and public ones."""
     most = training.held_out_tokens(setup.own_tokens)
     parts = {"own": setup.corpus.held_out, PUBLIC: given.public.held_out}
-    held_out = {name: text.leading(documents, most) for name, documents in parts.items() if documents is not None}
-    return evaluation.held_out_losses(
-        reader, held_out, seq_len=setup.data.seq_len, reporter=given.reporter, world=given.world
-    )
+    return {name: text.leading(documents, most) for name, documents in parts.items() if documents is not None}

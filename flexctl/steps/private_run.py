@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexctl import evaluation, privacy, routing, text, training
 from flexctl.bundle import PUBLIC, RouterInfo
 from flexctl.errors import UsageError
-from flexctl.steps.expert_run import Inputs, Trained, refuse_moved, settings_of
+from flexctl.steps.expert_run import Inputs, Trained, losses_before, refuse_moved, settings_of
 from flexctl.steps.guarantee import Plan, PrivateConfig
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class PrivateRun:
             digest=documents.digest,
             clips=self._clips,
         )
-        before = self._losses()
+        held_out = self._held_out()
+        before = losses_before(self._reader, held_out, plan.seq_len, self._given)
         self._track.held_out(0, before)
         reporter.note(f"router rows: {config.router}, with noise")
         rows = self._rows(documents, ledger)
@@ -96,7 +97,7 @@ class PrivateRun:
         pair.close()
         anchor = self._base.anchor
         tensors = pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC])
-        after = self._losses()
+        after = evaluation.held_out_losses(self._reader, held_out, seq_len=plan.seq_len, reporter=reporter)
         self._track.held_out(self._loop.steps, after)
         refuse_moved(self._reader, anchor, self._given.world)
         return Trained(
@@ -221,11 +222,8 @@ class PrivateRun:
             reporter=self._reporter,
         )
 
-    def _losses(self) -> dict[str, float]:
-        """Return the model's loss on held-out public text, nats a token; the owner's is never looked at."""
+    def _held_out(self) -> dict[str, list[text.Framed]]:
+        """Return held-out public text; the owner's is never looked at."""
         held_out = self._public.held_out
-        if not held_out:
-            return {}
         most = training.held_out_tokens(self._plan.documents * self._plan.seq_len)
-        parts = {PUBLIC: text.leading(held_out, most)}
-        return evaluation.held_out_losses(self._reader, parts, seq_len=self._plan.seq_len, reporter=self._reporter)
+        return {PUBLIC: text.leading(held_out, most)} if held_out else {}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from flexctl.errors import FlexctlError
+from flexctl.model.batching import to_device
 from flexctl.model.losses import Loss, training_loss
 from flexctl.model.rounded import keep_rounded
 from flexctl.model.sharding import gathering, whole
@@ -34,7 +35,6 @@ __all__ = [
     "learning_rate",
     "new_optimiser",
     "set_rate",
-    "to_device",
     "train",
 ]
 
@@ -302,11 +302,6 @@ def new_optimiser(groups: Sequence[ParameterGroup], settings: LoopSettings) -> t
         weight_decay=settings.weight_decay,
         fused=True,
     )
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on ``device``; nothing waits until it has arrived."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

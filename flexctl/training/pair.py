@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.families import PROJECTIONS
+from flexctl.model.batching import to_device
 from flexctl.model.building import add_expert
 from flexctl.model.lowrank import LowRankLinear, expand
 from flexctl.model.routed import routed_layers
 from flexctl.model.sharding import network_of_rows, whole
 from flexctl.model.tensors import DTYPES, RawBytes, rows_of
 from flexctl.processes import ALONE, World
-from flexctl.training.loop import ParameterGroup, to_device
+from flexctl.training.loop import ParameterGroup
 
 __all__ = ["Pair", "low_rank_lr_factor"]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.errors import FlexctlError
+from flexctl.model.batching import to_device
 from flexctl.model.losses import training_loss
 from flexctl.model.tensors import tensors_digest
 from flexctl.privacy.clipping import PerDocument
@@ -31,7 +32,6 @@ from flexctl.training.loop import (
     learning_rate,
     new_optimiser,
     set_rate,
-    to_device,
 )
 from flexctl.training.stopping import hearing
 from flexctl.training.track import UNTRACKED, Track

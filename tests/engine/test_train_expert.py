@@ -384,6 +384,40 @@ def held_out_losses(anchor: Path, expert: Path, data: Path, work: Path) -> dict[
     return {name: score_documents(model, parts[name], seq_len=32, batch_tokens=8192).nll for name in parts}
 
 
+class Titles(SilentReporter):
+    """Which texts are scored."""
+
+    def __init__(self) -> None:
+        self.scored: list[str] = []
+
+    def progress(self, title: str, total: float, unit: str) -> Any:
+        if title.startswith("scoring held-out text, "):
+            self.scored.append(title.rsplit(" ", 1)[1])
+        return super().progress(title, total, unit)
+
+
+def test_public_text_is_scored_before_training_once_for_all_owners(
+    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the anchor makes of it is the same for each; what anybody makes of an owner's text is never kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found, scored = {}, {}
+    for name, data, changes in (
+        ("code", texts.code, {}),
+        ("sums", texts.sums, {}),
+        ("rank", texts.code, {"rank": 2}),
+        ("short", texts.code, {"seq_len": 16}),
+    ):
+        titles = Titles()
+        config = TrainExpertConfig(data=(data,), anchor=anchor, output=tmp_path / f"{name}.st", **{**SMALL, **changes})
+        found[name], scored[name] = train_expert(config, titles).held_out, titles.scored
+    assert scored["code"] == scored["short"] == ["own", "public", "own", "public"]
+    assert scored["sums"] == scored["rank"] == ["own", "own", "public"]
+    assert found["code"]["public"]["before"] == found["sums"]["public"]["before"] == found["rank"]["public"]["before"]
+    assert found["code"]["own"]["before"] != found["sums"]["own"]["before"]
+    assert len(list((tmp_path / "cache" / "flexctl" / "scores").iterdir())) == 2
+
+
 @pytest.mark.parametrize("which", ["float32", "bfloat16"])
 def test_a_low_rank_expert_is_small_learns_and_reports_what_will_be_served(
     tmp_path: Path, anchor: Path, texts: Any, which: str, request: pytest.FixtureRequest

@@ -29,6 +29,7 @@ from flexctl.model.building import build_model
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import exclude, routed_layers, set_top_k
 from flexctl.model.tensors import to_torch
+from flexctl.routing.space import measure_documents, measure_passages
 from flexctl.runtime import SILENT
 from flexctl.training import checkpoints, shards
 from flexctl.training import train as run
@@ -291,6 +292,28 @@ def test_a_step_of_training_does_not_wait_for_the_card(rank: int | None) -> None
     waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     # Six steps are watched; at the end all losses are fetched at once.
     assert len(waits) <= 6 + 2, sorted(set(waits))
+
+
+@pytest.mark.parametrize("measure", [measure_documents, measure_passages])
+def test_measuring_router_inputs_waits_for_the_card_once_a_batch_at_most(
+    measure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Transformers looks whether sequences are packed; what was found is fetched when all is through."""
+    model = build_model(tiny.make_weights(tiny.dense_config()), device=torch.device(DEVICE), dtype=torch.float32)
+    if DEVICE == "cpu":
+        pytest.skip("there is no card to wait for")
+    documents = [tiny.some_tokens(1, 20, seed=seed)[0] for seed in range(6)]
+    monkeypatch.setattr("flexctl.routing.space.BATCH_TOKENS", 24)
+    measure(model, documents)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            measure(model, documents)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) <= len(documents) + 2, sorted(set(waits))
 
 
 def test_a_checkpoint_in_parts_is_copied_off_the_card_before_training_goes_on(

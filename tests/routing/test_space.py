@@ -17,10 +17,12 @@ from flexctl.routing.space import (
     VARIETY,
     InputStatistics,
     RouterSpace,
+    add_outer,
     constant_spread,
     fit_space,
     measure_documents,
     measure_inputs,
+    mirrored,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +106,19 @@ def test_constant_direction_has_mean_one_and_the_least_spread(seed: int) -> None
     assert (space.spread_bound() >= spread).all()
     other = space.mean.double() / space.mean.double().square().sum(dim=1, keepdim=True)
     assert (space.quadratic(other) >= space.quadratic(constant) * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 21])
+def test_half_of_an_outer_product_is_all_of_it(width: int) -> None:
+    states = torch.randn(30, width, generator=torch.Generator().manual_seed(width))
+    sums = torch.zeros(1, width, width, dtype=torch.float64)
+    for part in states.split(10):
+        add_outer(sums[0], part)
+    if width > 4:
+        assert sums[0].tril(-width + 1).eq(0).all()
+    (found,) = mirrored(sums)
+    torch.testing.assert_close(found, states.double().T @ states.double(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.T)
 
 
 def test_space_survives_its_tensors() -> None:
