@@ -193,14 +193,26 @@ def test_weighted_soup_is_a_soup_of_its_own_for_each_window(together: int, monke
     assert models[0].lm_head.weight.equal(STOCK[0].lm_head.weight)
 
 
-@pytest.mark.parametrize("budget", [LOGIT_BUDGET, 7 * tiny.VOCAB_SIZE])
-def test_btm_mixes_stock_logits_token_by_token(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("budget", "lengths", "batch_tokens", "together"),
+    [
+        (LOGIT_BUDGET, (40, 9, 33), 32, 256),
+        (7 * tiny.VOCAB_SIZE, (40, 9, 33), 32, 256),
+        (LOGIT_BUDGET, (40, 9, 33), 64, 4),
+        (LOGIT_BUDGET, (33, 2, 2, 3), 1, 256),
+    ],
+    ids=["all", "logits in parts", "few windows at a time", "one window at a time, some of one target"],
+)
+def test_btm_mixes_stock_logits_token_by_token(
+    budget: int, lengths: tuple[int, ...], batch_tokens: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flexctl.evaluation.baselines.mixing.LOGIT_BUDGET", budget)
-    windows = windows_of()
+    monkeypatch.setattr("flexctl.evaluation.baselines.mixing._TOGETHER", together)
+    windows = windows_of(lengths)
     weights = some_weights(len(windows))
     told: list[int] = []
     models = [tiny.build(model) for model in MODELS]
-    losses = mixed_logit_losses(models, weights, windows, batch_tokens=32, advance=told.append)
+    losses = mixed_logit_losses(models, weights, windows, batch_tokens=batch_tokens, advance=told.append)
     assert sum(told) == len(windows)
     for index, piece in enumerate(windows.pieces()):
         tokens = torch.from_numpy(piece.tokens)
