@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["RoundedLinear", "keep_rounded"]
+__all__ = ["CAN_KEEP", "RoundedLinear", "keep_rounded"]
+
+CAN_KEEP = hasattr(torch.Tensor, "grad_dtype")
+"""Whether gradients can stay in the dtype of products: torch below 2.10 makes all of them float32."""
 
 
 class RoundedLinear(nn.Linear):
@@ -59,12 +62,12 @@ class _Rounded(torch.autograd.Function):
 def keep_rounded(model: nn.Module, *, keep: bool) -> None:
     """Say whether gradients of rounded weights stay in the dtype of products, which is exact for one backward pass.
 
-    Of several they are summed, in float32. Torch below 2.10 knows no such thing: there they are always float32.
+    Of several they are summed, in float32. Where torch cannot keep them (``CAN_KEEP``) they are always float32.
 
     Args:
         model: Its ``RoundedLinear`` parts are told.
         keep: Whether they stay.
     """
     for module in model.modules():
-        if isinstance(module, RoundedLinear):
+        if CAN_KEEP and isinstance(module, RoundedLinear):
             module.weight.grad_dtype = None if keep else module.weight.dtype

@@ -13,6 +13,7 @@ from typing import Any
 
 from flexctl.families import FAMILIES
 from flexctl.model.losses import CARD_LOGITS, LOGIT_BUDGET
+from flexctl.model.rounded import CAN_KEEP
 from flexctl.training.loop import MOVES
 
 __all__ = ["PARTS", "Sizes", "Step", "flops_per_token", "least_bytes", "memory_of_step"]
@@ -205,7 +206,7 @@ def _moments_of_a_step(sizes: Sizes, step: Step) -> list[dict[str, float]]:
 
 def _gradient_bytes(step: Step) -> int:
     """Return the bytes of a number of a gradient: as products give it where a full expert's step has one way back."""
-    stays = step.rank is None and step.processes == 1 and not step.accumulates
+    stays = CAN_KEEP and step.rank is None and step.processes == 1 and not step.accumulates
     return step.item_bytes if stays else _FULL
 
 

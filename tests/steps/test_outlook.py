@@ -20,6 +20,7 @@ from flexctl.errors import BundleError, UsageError
 from flexctl.model import resolve_moe_config
 from flexctl.steps import outlook
 from flexctl.steps.machine import Machine, machine_of
+from flexctl.training import footprint
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -196,6 +197,16 @@ def test_steps_of_one_micro_batch_are_what_a_full_expert_may_need(
     outlook.refuse_what_cannot_fit(TrainExpertConfig(**settings, batch_tokens=1024, recompute=True), shape, card)
     found = plan(seven_b, device="cuda", batch_tokens=4096, recompute=True, plan_tflops=780).devices[0]
     assert found.memory_bytes == pytest.approx(81.1e9, rel=0.01)
+
+
+def test_torch_that_cannot_keep_gradients_in_bfloat16_takes_more(one_b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"device": "cuda", "batch_tokens": 1024, "plan_tflops": 780}
+    kept = plan(one_b, **settings).devices[0].parts_bytes["trained"] // 4
+    found = []
+    for can_keep in (True, False):
+        monkeypatch.setattr(footprint, "CAN_KEEP", can_keep)
+        found.append(plan(one_b, recompute=True, **settings).devices[0].memory_bytes)
+    assert found[1] - found[0] == pytest.approx(1.75 * kept, rel=0.1), "16 bytes in place of 14.25"
 
 
 @pytest.mark.parametrize(
