@@ -423,11 +423,11 @@ def test_one_process_imports_nothing_distributed(
     """By itself: Transformers imports FSDP at its own top."""
     real, wanted = builtins.__import__, []
 
-    def watched(name: str, names: Any = None, local: Any = None, parts: Any = (), level: int = 0) -> Any:
-        full = {name, *(f"{name}.{part}" for part in parts or ())}
+    def watched(name: str, names: Any = None, local: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        full = {name, *(f"{name}.{part}" for part in fromlist or ())}
         if (names or {}).get("__name__", "").startswith("flexctl"):
             wanted.extend(each for each in full if each.startswith("torch.distributed"))
-        return real(name, names, local, parts, level)
+        return real(name, names, local, fromlist, level)
 
     monkeypatch.setattr(builtins, "__import__", watched)
     assert sharing.train_expert(anchor, texts.code, tmp_path / "x.st")[0] == 0
