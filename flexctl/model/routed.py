@@ -157,8 +157,9 @@ class RoutedFeedForward(nn.Module):
         """Return the weighted sum of the kept experts' outputs, shaped as ``hidden_states``."""
         inputs = hidden_states.reshape(-1, hidden_states.shape[-1])
         shares = self._shares(self.router(inputs))
-        chosen = self._choose(shares) if self.is_cut or self._runs_together(inputs) else None
-        outputs = self._mix(inputs, shares, chosen)
+        together = self._together_for(inputs)
+        chosen = self._choose(shares) if self.is_cut or together is not None else None
+        outputs = self._mix(inputs, shares, chosen, together)
         if self.observer is not None:
             self.observer(self.layer, inputs, self._kept(shares, chosen), outputs)
         return outputs.reshape(hidden_states.shape)
@@ -184,19 +185,19 @@ class RoutedFeedForward(nn.Module):
             return self._scaled(shares)
         return torch.zeros_like(shares).scatter(1, chosen.experts, chosen.shares)
 
-    def _runs_together(self, inputs: Tensor) -> bool:
-        return (
-            self.together is not None and len(inputs) * self._num_kept <= TOGETHER_ROWS and not torch.is_grad_enabled()
-        )
+    def _together_for(self, inputs: Tensor) -> Together | None:
+        """Return what runs all experts at once, where these inputs are better off by it."""
+        fits = len(inputs) * self._num_kept <= TOGETHER_ROWS and not torch.is_grad_enabled()
+        return self.together if fits else None
 
-    def _mix(self, inputs: Tensor, shares: Tensor, chosen: _Chosen | None) -> Tensor:
+    def _mix(self, inputs: Tensor, shares: Tensor, chosen: _Chosen | None, together: Together | None) -> Tensor:
         if len(self.experts) == 1 and not self.renormalise:
             alone: Tensor = self.experts[0](inputs)
             return alone
         if chosen is None:
             return self._mix_all(inputs, self._scaled(shares))
-        if self.together is not None and self._runs_together(inputs):
-            return self.together(inputs, self._runners(chosen), chosen.shares)
+        if together is not None:
+            return together(inputs, self._runners(chosen), chosen.shares)
         return self._mix_one(inputs, chosen) if len(inputs) == 1 else self._mix_cut(inputs, chosen)
 
     def _mix_all(self, inputs: Tensor, probabilities: Tensor) -> Tensor:
