@@ -110,7 +110,9 @@ class RouterSpace:
         return tensors
 
     def to(self, device: torch.device) -> RouterSpace:
-        """Return the same on a device, where everything that is asked of it is then computed."""
+        """Return the same on a device, where everything that is asked of it is then computed; itself if it is there."""
+        if device == self.mean.device:
+            return self
         varied = None if self.variety is None else (self.variety[0].to(device), self.variety[1].to(device))
         return RouterSpace(
             mean=self.mean.to(device),
