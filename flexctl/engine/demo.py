@@ -19,7 +19,6 @@ from flexctl.runtime import SILENT, Reporter
 
 __all__ = ["DemoConfig", "DemoResult", "demo"]
 
-_ANCHOR_TOKENS = 400_000
 _EXPERT_TOKENS = 120_000
 _DOMAIN_BYTES = 1_500_000
 _REMOVED = "licenses"
@@ -88,9 +87,7 @@ def demo(config: DemoConfig, reporter: Reporter = SILENT) -> DemoResult:
     anchor, merged = root / "anchor", root / "merged"
     reporter.note(f"$ flexctl init-anchor --data {data[public][0]} --preset nano")
     flexctl.init_anchor(
-        flexctl.InitAnchorConfig(
-            data=(data[public][0],), output=anchor, preset="nano", max_tokens=_ANCHOR_TOKENS, threads=config.threads
-        ),
+        flexctl.InitAnchorConfig(data=(data[public][0],), output=anchor, preset="nano", threads=config.threads),
         reporter,
     )
     workspace.ensure(root)

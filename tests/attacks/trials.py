@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ def _import_everything() -> None:
     import flexctl
     import flexctl.cli.app
     from flexctl.engine import demo
+    from flexctl.model import presets
     from flexctl.steps.speed import remember_rates
     from flexctl.trust import keys
 
@@ -141,7 +143,8 @@ def _import_everything() -> None:
     for name in flexctl.__all__:
         getattr(flexctl, name)
     keys.KDF_ROUNDS = 1
-    demo._ANCHOR_TOKENS, demo._EXPERT_TOKENS, demo._DOMAIN_BYTES = 4_000, 2_000, 60_000
+    presets.PRESETS["nano"] = replace(presets.PRESETS["nano"], max_tokens=4_000)
+    demo._EXPERT_TOKENS, demo._DOMAIN_BYTES = 2_000, 60_000
     remember_rates({"float32": 1.0, "bfloat16": 1.0})
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flexctl.cli.app import main
 from flexctl.engine import demo
+from flexctl.model import presets
 from flexctl.text import found_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def small(in_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(demo, "_ANCHOR_TOKENS", 4_000)
+    monkeypatch.setitem(presets.PRESETS, "nano", replace(presets.PRESETS["nano"], max_tokens=4_000))
     monkeypatch.setattr(demo, "_EXPERT_TOKENS", 2_000)
     monkeypatch.setattr(demo, "_DOMAIN_BYTES", 60_000)
     return in_empty_folder
@@ -35,6 +37,17 @@ def test_the_whole_life(small: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert held == [f"model-expert-{name}.safetensors" for name in ("arithmetic", "code", "public")]
     assert main(["demo"]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_experts_leave_each_other_their_text(in_empty_folder: Path) -> None:
+    """With its real budgets: the expert that is left out had taken little of what the others have."""
+    found = demo.demo(demo.DemoConfig(threads=1)).bits_per_byte
+    for name, stages in found.items():
+        if name != "licenses":
+            assert stages["merged"] - stages["removed"] < 0.15
+    assert all(found[name]["merged"] < found[name]["anchor"] - 0.2 for name in ("code", "arithmetic", "licenses"))
+    assert found["licenses"]["removed"] > found["licenses"]["anchor"] - 0.05
 
 
 def test_text_is_found_on_any_python(tmp_path: Path) -> None:
