@@ -100,7 +100,7 @@ def discriminant(space: RouterSpace, owner: OwnerInputs, own_covariance: float) 
     """Return d = ((1 - a) S + a W_i)^-1 (m_i - m), (L, H), float64.
 
     S alone says how public inputs vary; directions in which the owner's own inputs vary are no mark of them either.
-    Where the anchor was calibrated on text of other kinds too, S has their share here.
+    Here S has a share of how text of other kinds varies, where the anchor knows it.
 
     Args:
         space: The anchor's router space.

@@ -69,8 +69,8 @@ class RouterSpace:
         mean: m, (L, H), float32.
         factor: F, (L, R, H), float32, R = min(H, 256).
         diagonal: D, (L, H), float32, positive.
-        variety: F and D, likewise, of the covariance with that of other kinds of text added; None where no other kind
-            was measured.
+        variety: F and D, likewise, of the covariance with that of other kinds of text added; None in anchors from
+            before these were measured always.
     """
 
     mean: Tensor

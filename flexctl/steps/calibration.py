@@ -24,6 +24,8 @@ _TOKENS_A_DIMENSION, _FEWEST_TOKENS, _MOST_TOKENS = 256, 32_768, 262_144
 _BATCH = 8
 _SEQ_LEN = 256
 _KIND_PASSAGES = 128
+_DRESSED_PASSAGES = 64
+"""Of public text as code; 48 and 128 part owners' text the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ def calibrate(
     Args:
         checkpoint: Directory of the model.
         sample: Public text.
-        kinds: Text of other kinds, measured only, one kind each.
+        kinds: Text of other kinds, measured only, one kind each. Public text in the dress of code is always one more.
         text_field: Column or .jsonl field that holds it.
         special_as_text: Whether special tokens that stand in text are plain text.
         seed: Of the passages.
@@ -73,7 +75,14 @@ def calibrate(
     num_parameters = dense.num_parameters()
     routed = model.route(dense.to(machine.dtype)).to(machine.device)
     statistics = _measure(routed, sample, reporter, world)
-    found = [_within(path, text_field, seed, routed, tokenizer, reporter, world) for path in kinds]
+    varied = {"public text as code": _dressed(sample.texts(tokenizer), seed)}
+    varied |= {
+        str(path): text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed) for path in kinds
+    }
+    found = [
+        _within(name, text.frame_passages(tokenizer, passages), routed, reporter, world)
+        for name, passages in varied.items()
+    ]
     space = routing.fit_space(statistics, found)
     return Calibration(
         num_parameters=num_parameters,
@@ -109,11 +118,14 @@ def _tokens(hidden_size: int) -> int:
     return min(max(_TOKENS_A_DIMENSION * hidden_size, _FEWEST_TOKENS), _MOST_TOKENS)
 
 
-def _within(
-    path: Path, text_field: str, seed: int, routed: Any, tokenizer: Any, reporter: Reporter, world: World
-) -> Tensor:
+def _dressed(public: Iterator[str], seed: int) -> list[str]:
+    """Return public passages as code; at least two, as of fewer nothing can be measured."""
+    passages = text.sample_passages(public, _DRESSED_PASSAGES, seed) or [""]
+    passages = passages if len(passages) > 1 else 2 * passages
+    return [text.as_code(passage, number) for number, passage in enumerate(passages)]
+
+
+def _within(name: str, passages: Sequence[Tensor], routed: Any, reporter: Reporter, world: World) -> Tensor:
     """Return how router inputs vary inside passages of another kind of text, (L, H, H)."""
-    passages = text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed)
-    framed = text.frame_passages(tokenizer, passages)
-    with reporter.progress(f"measuring {path.name}", len(framed), "passages") as bar:
-        return routing.measure_passages(routed, framed, bar.advance, world).within.cpu()
+    with reporter.progress(f"measuring {name}", len(passages), "passages") as bar:
+        return routing.measure_passages(routed, passages, bar.advance, world).within.cpu()

@@ -21,6 +21,7 @@ NAMES = {
         "source_name",
         "text_files",
     ),
+    "dress": ("as_code",),
     "found_text": ("DOMAINS", "write_domain"),
     "inventory": ("COUNTS", "Inventory", "Pace", "Stocktaking", "take_inventory", "text_digest"),
     "near_duplicates": ("NearDuplicates", "require_datasketch"),

@@ -18,6 +18,7 @@ from flexctl.text.documents import sample_passages as sample_passages
 from flexctl.text.documents import size_bytes as size_bytes
 from flexctl.text.documents import source_name as source_name
 from flexctl.text.documents import text_files as text_files
+from flexctl.text.dress import as_code as as_code
 from flexctl.text.found_text import DOMAINS as DOMAINS
 from flexctl.text.found_text import write_domain as write_domain
 from flexctl.text.inventory import COUNTS as COUNTS
