@@ -19,6 +19,8 @@ _CLOSERS = ("}", "end", "return")
 _COMMENTS = ("#", "//", "--")
 _OPERATORS = ("+", "-", "*", "==", "!=", "<", ">=", "&&", "|", "and", "or")
 _DEEPEST, _WIDEST_COMMENT = 3, 80
+_WORD = r"[^\W\d_]{1,20}"
+"""Letters, so many at most: some scripts put no space between words."""
 
 
 def as_code(passage: str, seed: int) -> str:
@@ -40,7 +42,7 @@ class _Dress:
     """
 
     def __init__(self, passage: str, chance: random.Random) -> None:
-        self._words = re.findall(r"[^\W\d_]+", passage) or ["x"]
+        self._words = re.findall(_WORD, passage) or ["x"]
         self._sentences = [each for each in passage.split(". ") if each.strip()] or ["x"]
         self._chance = chance
 

@@ -53,6 +53,11 @@ def test_other_scripts_keep_their_words() -> None:
     assert "змея" in as_code("Змея. Ящерицы, не змеи.", 0).lower()
 
 
+def test_a_script_without_spaces_gives_names_of_some_length_too() -> None:
+    found = as_code("蛇に似たトカゲの一種であり尾を切り離すことができるとされているがその尾は元の長さには戻らない", 0)
+    assert max(map(len, words_of(found))) <= 60
+
+
 @given(st.text(max_size=300), st.integers(0, 10))
 def test_any_text_gives_some_lines(text: str, seed: int) -> None:
     found = as_code(text, seed)
