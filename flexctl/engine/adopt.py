@@ -155,11 +155,12 @@ def adopt(config: AdoptConfig, reporter: Reporter = SILENT) -> AdoptResult:
         reporter.note("no `data`: the parts can be merged, removed and run; nothing can be trained against the anchor")
     if config.dry_run:
         return plan
+    sample = _sample(config, path, reporter) if config.data else None
     # A number that is none is found here, before anything is written.
     with reporter.progress("hashing", source.mixture.size, "bytes") as bar:
         hashes = hash_mixture(source.mixture, bar.advance)
     with training.working_folder(place_of_work(plan.path, "work"), reporter) as work:
-        result = _make(config, source, plan, hashes, work, reporter)
+        result = _make(config, source, plan, sample, hashes, work, reporter)
     _say_how_to_merge(config, result, reporter)
     return result
 
@@ -246,10 +247,16 @@ def _refuse_bad_settings(config: AdoptConfig, source: _Source, plan: AdoptResult
 
 
 def _make(
-    config: AdoptConfig, source: _Source, plan: AdoptResult, hashes: MixtureHashes, work: Path, reporter: Reporter
+    config: AdoptConfig,
+    source: _Source,
+    plan: AdoptResult,
+    sample: text.PublicSample | None,
+    hashes: MixtureHashes,
+    work: Path,
+    reporter: Reporter,
 ) -> AdoptResult:
     mixture = source.mixture
-    anchor, calibration = _write_anchor(config, source, plan, work, reporter)
+    anchor, calibration = _write_anchor(config, source, plan, sample, work, reporter)
     closed = mixture.size - mixture.size_of_dense(config.public_expert)
     with reporter.progress("writing experts", closed, "bytes") as bar:
         experts = tuple(
@@ -269,7 +276,12 @@ def _make(
 
 
 def _write_anchor(
-    config: AdoptConfig, source: _Source, plan: AdoptResult, work: Path, reporter: Reporter
+    config: AdoptConfig,
+    source: _Source,
+    plan: AdoptResult,
+    sample: text.PublicSample | None,
+    work: Path,
+    reporter: Reporter,
 ) -> tuple[Anchor, Calibration | None]:
     checkpoint = work / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -278,11 +290,10 @@ def _write_anchor(
     with reporter.progress("writing the anchor", size, "bytes") as bar:
         write_dense(source.mixture, config.public_expert, checkpoint, source.found.dense, bar.advance)
     calibration = None
-    if config.data:
+    if sample is not None:
         calibration = calibrate(
             checkpoint,
-            sample=_sample(config, checkpoint, reporter),
-            text_field=config.text_field,
+            sample=sample,
             special_as_text=config.special_as_text,
             seed=config.seed,
             machine=machine_of(config, read_checkpoint(checkpoint)),
@@ -305,7 +316,10 @@ def _sample(config: AdoptConfig, checkpoint: Path, reporter: Reporter) -> text.P
     reporter.note("drawing the public sample")
     tokenizer = model.load_tokenizer(checkpoint, special_as_text=config.special_as_text)
     documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
-    return text.draw_sample(documents, _SAMPLE_TOKENS, config.seed)
+    sample = text.draw_sample(documents, _SAMPLE_TOKENS, config.seed)
+    if not sample.documents:
+        raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
+    return sample
 
 
 def _write_expert(

@@ -31,7 +31,7 @@ from flexctl.families import family_of
 from flexctl.options import DATA, OUTPUT, TRAINING, Config, argument, flag
 from flexctl.processes import Joined, World
 from flexctl.runtime import SILENT, Reporter, note_busy_cores, software_versions
-from flexctl.steps.calibration import Calibration, calibrate
+from flexctl.steps.calibration import Calibration, calibrate, read_kind
 from flexctl.steps.checkpoint import warn_of_left_behind
 from flexctl.steps.machine import machine_of
 
@@ -195,6 +195,7 @@ def _init_anchor(config: InitAnchorConfig, world: World, reporter: Reporter) -> 
     note_busy_cores(config.threads, reporter)
     if source is not None:
         _warn_of_source(source, config, reporter)
+    kinds = [(str(path), read_kind(path, config.text_field, config.seed)) for path in config.calibrate]
     if config.dry_run:
         return _planned(config, target, source)
     with (
@@ -206,7 +207,7 @@ def _init_anchor(config: InitAnchorConfig, world: World, reporter: Reporter) -> 
         public = world.by_writer(lambda: _read_public(config, source, decontamination, work, reporter))
         asked = _asked(config, source, public.digest, decontamination)
         checkpoint, trained = _checkpoint(config, source, public, work, track, world, reporter)
-        found = _calibrate(config, checkpoint, public, world, reporter)
+        found = _calibrate(config, checkpoint, public, kinds, world, reporter)
         return world.by_writer(lambda: _written(config, checkpoint, public, target, trained, found, asked))
 
 
@@ -489,13 +490,17 @@ def _training_settings(config: InitAnchorConfig) -> training.WholeSettings:
 
 
 def _calibrate(
-    config: InitAnchorConfig, checkpoint: Path, public: _Public, world: World, reporter: Reporter
+    config: InitAnchorConfig,
+    checkpoint: Path,
+    public: _Public,
+    kinds: list[tuple[str, list[str]]],
+    world: World,
+    reporter: Reporter,
 ) -> Calibration:
     return calibrate(
         checkpoint,
         sample=public.sample,
-        kinds=config.calibrate,
-        text_field=config.text_field,
+        kinds=kinds,
         special_as_text=config.special_as_text,
         seed=config.seed,
         machine=machine_of(config, read_checkpoint(checkpoint)),

@@ -174,7 +174,7 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = A
         world: The processes that share the work; each takes its part of every batch, and all get the whole.
 
     Raises:
-        BundleError: There is no text.
+        UsageError: There is too little text.
         FlexctlError: The model computes what is not finite.
     """
     blocks = routed_layers(model)
@@ -197,8 +197,8 @@ def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = A
             shape = tuple(rows.shape)
             model.base_model(to_device(rows, device), use_cache=False)  # type: ignore[operator]
             count += len(batch) * (shape[1] - 1)
-    if count == 0:
-        raise BundleError("there is no public text to measure router inputs on", hint="give more text")
+    if count < 2:
+        raise UsageError("there is too little public text to measure router inputs on", hint="give more text")
     found = InputStatistics(count=count, mean=world.sum(mean) / count, second=mirrored(world.sum(second)) / count)
     if not found.second.isfinite().all():
         raise FlexctlError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexctl import model, routing, text
 from flexctl.bundle import RawTensor
+from flexctl.errors import UsageError
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
 from flexctl.steps.machine import Machine
@@ -16,7 +17,7 @@ from flexctl.steps.machine import Machine
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "read_kind"]
 
 _TOKENS_A_DIMENSION, _FEWEST_TOKENS, _MOST_TOKENS = 256, 32_768, 262_144
 """Half of them are enough for rows, at a width where that was measured: docs/results.md, section 10."""
@@ -45,12 +46,32 @@ class Calibration:
     spread: list[float]
 
 
+def read_kind(path: Path, text_field: str, seed: int) -> list[str]:
+    """Return passages of a kind of text that is measured only.
+
+    Args:
+        path: File, folder or ``hf://datasets/...``.
+        text_field: Column or .jsonl field that holds it.
+        seed: Of the choice.
+
+    Raises:
+        UsageError: It cannot be read, or is too little to measure.
+    """
+    passages = text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed)
+    if len(passages) < 2:
+        raise UsageError(
+            f"{path} has too little text to measure how it varies",
+            hint="give two documents at least, or a longer one",
+            field="calibrate",
+        )
+    return passages
+
+
 def calibrate(
     checkpoint: Path,
     *,
     sample: text.PublicSample,
-    kinds: Sequence[Path] = (),
-    text_field: str,
+    kinds: Sequence[tuple[str, Sequence[str]]] = (),
     special_as_text: bool,
     seed: int,
     machine: Machine,
@@ -62,8 +83,8 @@ def calibrate(
     Args:
         checkpoint: Directory of the model.
         sample: Public text.
-        kinds: Text of other kinds, measured only, one kind each. Public text in the dress of code is always one more.
-        text_field: Column or .jsonl field that holds it.
+        kinds: What to call each other kind of text, and its passages, two at least. Public text in the dress of code
+            is always one more.
         special_as_text: Whether special tokens that stand in text are plain text.
         seed: Of the passages.
         machine: What the model runs on.
@@ -75,13 +96,10 @@ def calibrate(
     num_parameters = dense.num_parameters()
     routed = model.route(dense.to(machine.dtype)).to(machine.device)
     statistics = _measure(routed, sample, reporter, world)
-    varied = {"public text as code": _dressed(sample.texts(tokenizer), seed)}
-    varied |= {
-        str(path): text.sample_passages(text.read_documents([path], text_field), _KIND_PASSAGES, seed) for path in kinds
-    }
+    dressed = ("public text as code", _dressed(sample.texts(tokenizer), seed))
     found = [
         _within(name, text.frame_passages(tokenizer, passages), routed, reporter, world)
-        for name, passages in varied.items()
+        for name, passages in (dressed, *kinds)
     ]
     space = routing.fit_space(statistics, found)
     return Calibration(

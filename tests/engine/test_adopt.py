@@ -241,6 +241,14 @@ def test_with_public_text_it_is_an_anchor_like_any_other(texts: Texts, tokenizer
 # What it refuses.
 
 
+def test_public_text_without_text_is_refused_before_any_work(tokenizer: Any) -> None:
+    tiny.make_mixture(Path("moe"), "flex_olmo")
+    tokenizer.save_pretrained("moe")
+    Path("empty.txt").write_text(" \n")
+    with refused("^data: no document with text in empty.txt", UsageError):
+        take(data=(Path("empty.txt"),))
+
+
 def edit(**changes: Any) -> None:
     path = Path("moe/config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -128,6 +128,31 @@ def test_other_kinds_of_text_are_measured_and_leave_nothing_else(tmp_path: Path,
     for dry_run in (False, True):
         with pytest.raises(UsageError, match=r"^calibrate: .*nowhere does not exist"):
             make(texts, tmp_path / "x", source=str(checkpoint), calibrate=(tmp_path / "nowhere",), dry_run=dry_run)
+
+
+def test_another_kind_of_text_may_be_called_anything(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    digests = set()
+    for name in ("other", "public text as code"):
+        shutil.copytree(texts.code, name)
+        calibrate = (Path(name),)
+        digests.add(make(texts, tmp_path / f"of {name}", source=str(checkpoint), calibrate=calibrate).digest)
+    assert len(digests) == 1
+
+
+def test_too_little_text_of_another_kind_is_refused_before_any_work(tmp_path: Path, texts: Any) -> None:
+    for file, content in (("empty.txt", ""), ("short.txt", "One document.")):
+        Path(file).write_text(content)
+        for dry_run in (True, False):
+            with pytest.raises(UsageError, match=f"^calibrate: {file} has too little text"):
+                make(texts, tmp_path / "x", preset="nano", calibrate=(Path(file),), dry_run=dry_run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "short.txt"]
+
+
+def test_a_character_of_public_text_is_too_little(tmp_path: Path, texts: Any, checkpoint: Path) -> None:
+    Path("one.txt").write_text("a")
+    with pytest.raises(UsageError, match="too little public text"):
+        make(texts, tmp_path / "x", source=str(checkpoint), data=(Path("one.txt"),))
+    assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]
     assert not (tmp_path / "x").exists()
 
 

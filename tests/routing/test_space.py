@@ -178,9 +178,10 @@ def test_measured_inputs_are_the_stock_model_s_but_for_the_first_position() -> N
     torch.testing.assert_close(found.second, second, rtol=0, atol=1e-5)
 
 
-def test_measuring_nothing_is_refused() -> None:
-    with pytest.raises(BundleError, match="no public text"):
-        measure_inputs(tiny.build(tiny.make_weights(tiny.dense_config())), [])
+@pytest.mark.parametrize("batches", [[], [tiny.some_tokens(1, 2)]], ids=["nothing", "one token"])
+def test_measuring_what_cannot_vary_is_refused(batches: list[Tensor]) -> None:
+    with pytest.raises(UsageError, match="too little public text"):
+        measure_inputs(tiny.build(tiny.make_weights(tiny.dense_config())), batches)
 
 
 def test_document_means_are_the_stock_model_s() -> None:
