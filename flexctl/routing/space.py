@@ -5,7 +5,7 @@ Shapes: L num_hidden_layers, H hidden_size, R rank, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -218,18 +218,22 @@ def fit_space(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> Rout
         statistics: Of public text.
         kinds: Covariances inside passages of other kinds of text, (L, H, H) each, as ``measure_passages`` gives them.
     """
-    covariances = [
-        second - torch.outer(mean, mean) for mean, second in zip(statistics.mean, statistics.second, strict=True)
-    ]
-    factor, diagonal = _fit(covariances)
-    varied = None
-    if kinds:
-        mean_kind = torch.stack(list(kinds)).double().mean(dim=0).to(statistics.second.device)
-        varied = _fit([public + VARIETY * other for public, other in zip(covariances, mean_kind, strict=True)])
+    factor, diagonal = _fit(_covariances(statistics))
+    varied = _fit(_covariances(statistics, kinds)) if kinds else None
     return RouterSpace(mean=statistics.mean.float().cpu(), factor=factor, diagonal=diagonal, variety=varied)
 
 
-def _fit(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _covariances(statistics: InputStatistics, kinds: Sequence[Tensor] = ()) -> Iterator[Tensor]:
+    """Yield the covariance of each layer in turn, as all of them together are large, with other kinds' share."""
+    for layer, (mean, second) in enumerate(zip(statistics.mean, statistics.second, strict=True)):
+        public = second - torch.outer(mean, mean)
+        if kinds:
+            mean_kind = torch.stack([kind[layer] for kind in kinds]).double().mean(dim=0)
+            public += VARIETY * mean_kind.to(public.device)
+        yield public
+
+
+def _fit(covariances: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Return F, (L, R, H), and D, (L, H), float32, on the CPU, of covariances (H, H), float64, a layer each."""
     factors, diagonals = [], []
     for covariance in covariances:
@@ -237,9 +241,9 @@ def _fit(covariances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         rank = min(len(covariance), MAX_RANK)
         factor = (vectors * values.clamp(min=0).sqrt())[:, -rank:].T
         left = (covariance.diagonal() - factor.square().sum(dim=0)).clamp(min=0)
-        factors.append(factor)
-        diagonals.append(left + SHRINKAGE * covariance.diagonal().mean() + 1e-12)
-    return torch.stack(factors).float().cpu(), torch.stack(diagonals).float().cpu()
+        factors.append(factor.float().cpu())
+        diagonals.append((left + SHRINKAGE * covariance.diagonal().mean() + 1e-12).float().cpu())
+    return torch.stack(factors), torch.stack(diagonals)
 
 
 def constant_spread(space: RouterSpace, statistics: InputStatistics) -> Tensor:
