@@ -153,10 +153,10 @@ print(fit(24, 512))
 """
 
 
-def test_fitting_a_space_takes_less_than_the_covariances_it_is_of() -> None:
-    """They are 50 MB in float64; what is kept for public text is a quarter of that, and so is what is for all kinds."""
+def test_fitting_a_space_takes_less_than_its_covariances_all_together() -> None:
+    """They are twice 50 MB in float64; what is kept for public text is a quarter of that, and so is what is for all."""
     done = subprocess.run([sys.executable, "-c", FIT], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 50_000_000
+    assert int(done.stdout) < 90_000_000
 
 
 PREPARE = """
