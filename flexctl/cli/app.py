@@ -6,9 +6,13 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
+from types import FrameType
 from typing import Any, cast
 
 import typer
@@ -18,7 +22,7 @@ from flexctl.cli.output import Output
 from flexctl.cli.parsing import Call, make_app
 from flexctl.commands import COMMANDS
 from flexctl.config import resolve
-from flexctl.errors import FlexctlError, Interrupted, UsageError, system_error
+from flexctl.errors import FlexctlError, Interrupted, Terminated, UsageError, system_error
 from flexctl.options import shown_names
 from flexctl.processes import launched, refuse_many
 
@@ -44,6 +48,10 @@ _QUIET_LIBRARIES = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+
+class _Sigterm(BaseException):
+    """SIGTERM came where nothing that a command does listens for it itself; nobody but ``main`` catches it."""
 
 
 def run() -> None:
@@ -88,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _joined(list(sys.argv[1:] if argv is None else argv))
     output = Output(json="--json" in arguments)
     try:
-        rank, _ = launched()
+        rank, processes = launched()
         # What is wrong with a command line is wrong in every process that got it; the first one says so.
         output = Output(json="--json" in arguments, is_mute=rank > 0)
         call = _read(arguments)
@@ -100,14 +108,33 @@ def main(argv: list[str] | None = None) -> int:
         if not call.row.is_shared:
             refuse_many(call.row.shown)
         output = Output(json=manner.json, quiet=manner.quiet, verbose=manner.verbose, names=names, process=rank)
-        return _execute(call, config_class, output)
+        with _hearing_sigterm() if processes == 1 else nullcontext():
+            return _execute(call, config_class, output)
     except BrokenPipeError:
         _discard_output()
         return _BROKEN_PIPE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, _Sigterm) as error:
         if os.environ.get("FLEXCTL_DEBUG"):
             traceback.print_exc()
         return output.error(*_explain(error))
+
+
+@contextmanager
+def _hearing_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what runs inside the ``with`` statement as Ctrl-C does, so that it clears up behind itself."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise _Sigterm
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -140,6 +167,8 @@ def _explain(error: BaseException) -> tuple[str, FlexctlError]:
         return type(error).__name__, error
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted", Interrupted("interrupted")
+    if isinstance(error, _Sigterm):
+        return "Terminated", Terminated("stopped by SIGTERM")
     if isinstance(error, typer.TyperException):
         return "UsageError", _usage_error(error)
     error = system_error(error) or error

@@ -42,7 +42,7 @@ stays empty and stderr has one object: `{"error": {"type", "message", "hint", "e
 | 3 | a bundle is invalid, incompatible or fails verification |
 | 130 | interrupted |
 | 141 | who read the output closed it before its end, as `head` does; closed from the start, it goes nowhere |
-| 143 | a training run was stopped by SIGTERM and left a checkpoint |
+| 143 | stopped by SIGTERM; a training run left a checkpoint |
 
 `NO_COLOR` turns colours off; `FLEXCTL_DEBUG=1` shows the traceback of an error.
 """

@@ -425,3 +425,35 @@ def test_control_c_is_exit_code_130() -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert (out, err, process.returncode) == ("", "error: interrupted\n", 130)
+
+
+def test_sigterm_is_exit_code_143() -> None:
+    process = start("print('ready', flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate()
+    assert (out, err, process.returncode) == ("", "error: stopped by SIGTERM\n", 143)
+
+
+def test_sigterm_is_heard_while_a_command_runs_and_where_nobody_else_hears_it(engine: Install) -> None:
+    heard: list[int] = []
+
+    def ends(_config: StandInConfig, _reporter: Reporter) -> StandInResult:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    def goes_on(config: StandInConfig, reporter: Reporter) -> StandInResult:
+        signal.raise_signal(signal.SIGTERM)
+        return echo(config, reporter)
+
+    engine(ends)
+    assert main(["merge"]) == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    engine(goes_on)
+    signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
+    try:
+        assert main(["merge"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert heard == [signal.SIGTERM]
