@@ -11,10 +11,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.runtime import handling
 
 if TYPE_CHECKING:
     import torch
@@ -261,7 +261,7 @@ class Joined(AbstractContextManager[World]):
     ) -> None:
         if self._store is None:
             return
-        with nullcontext() if error is None else _deaf_to_sigterm():
+        with nullcontext() if error is None else handling(signal.SIG_IGN, signal.SIGTERM):
             self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
@@ -288,19 +288,6 @@ class Joined(AbstractContextManager[World]):
             return self._store.add("failed", 1) == 1
         except RuntimeError:  # who kept the store went first
             return False
-
-
-@contextmanager
-def _deaf_to_sigterm() -> Iterator[None]:
-    """Let a launcher, which ends all as soon as one has ended, wait for what this process has to tell."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def _meet(rank: int, size: int, kind: str) -> Store:

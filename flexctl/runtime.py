@@ -1,15 +1,18 @@
-"""What a run can know and say: its reporter, its memory, its software, its cache."""
+"""What a run can know, say and hear: its reporter, its memory, its software, its cache, signals."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol, TypeVar
+from types import FrameType
+from typing import Any, Protocol, TypeVar
 
 __all__ = [
     "SILENT",
@@ -20,6 +23,7 @@ __all__ = [
     "busy_cores",
     "cache_folder",
     "counted",
+    "handling",
     "meminfo_bytes",
     "memory_bytes",
     "note_busy_cores",
@@ -133,6 +137,25 @@ def counted(items: Iterable[Item], bar: Progress) -> Iterator[Item]:
     for item in items:
         yield item
         bar.advance(1)
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], Any] | signal.Handlers, *numbers: int) -> Iterator[None]:
+    """Let signals go to ``handler`` inside the ``with`` statement, where it stands in the main thread, which has them.
+
+    Args:
+        handler: As for ``signal.signal``.
+        numbers: Of the signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, found in before.items():
+            signal.signal(number, found)
 
 
 def busy_cores(threads: int | None) -> str | None:

@@ -6,14 +6,12 @@ import errno
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from io import TextIOWrapper
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import typer
 
@@ -25,6 +23,7 @@ from flexctl.config import resolve
 from flexctl.errors import FlexctlError, Interrupted, Terminated, UsageError, system_error
 from flexctl.options import shown_names
 from flexctl.processes import launched, refuse_many
+from flexctl.runtime import handling
 
 __all__ = ["main", "run"]
 
@@ -108,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         if not call.row.is_shared:
             refuse_many(call.row.shown)
         output = Output(json=manner.json, quiet=manner.quiet, verbose=manner.verbose, names=names, process=rank)
-        with _hearing_sigterm() if processes == 1 else nullcontext():
+        # A launcher's SIGTERM ends all its processes, and one that somebody else hears already is theirs.
+        hears = processes == 1 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        with handling(_end, signal.SIGTERM) if hears else nullcontext():
             return _execute(call, config_class, output)
     except BrokenPipeError:
         _discard_output()
@@ -119,22 +120,10 @@ def main(argv: list[str] | None = None) -> int:
         return output.error(*_explain(error))
 
 
-@contextmanager
-def _hearing_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what runs inside the ``with`` statement as Ctrl-C does, so that it clears up behind itself."""
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise _Sigterm
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End the command as Ctrl-C does, so that it clears up behind itself; launchers may send two."""
+    signal.signal(number, signal.SIG_IGN)
+    raise _Sigterm
 
 
 def _joined(arguments: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flexctl.errors import FlexctlError, UsageError
+from flexctl.runtime import handling
 from flexctl.serving.refusing import Refused
 
 __all__ = ["Listener", "bind", "listener"]
@@ -127,15 +127,8 @@ class Listener(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Hear signals inside the ``with`` statement. They are not raised again behind it: the command has a result."""
-        if threading.current_thread() is not threading.main_thread():
+        with handling(self.handle_exit, signal.SIGINT, signal.SIGTERM):
             yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def bind(host: str, port: int) -> socket.socket:

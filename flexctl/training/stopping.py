@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from flexctl.errors import Interrupted, Terminated
+from flexctl.runtime import handling
 from flexctl.training.checkpoints import Checkpoints
 
 __all__ = ["Stop", "hearing"]
@@ -66,14 +66,6 @@ class Stop:
 def hearing() -> Iterator[Stop]:
     """Hear signals inside the ``with`` statement, in the main thread; those that are ignored stay so."""
     stop = Stop()
-    found = {number: signal.getsignal(number) for number in _SIGNALS}
-    heard = {number: handler for number, handler in found.items() if handler not in (None, signal.SIG_IGN)}
-    if threading.current_thread() is not threading.main_thread():
-        heard = {}
-    for number in heard:
-        signal.signal(number, stop.hear)
-    try:
+    heard = [number for number in _SIGNALS if signal.getsignal(number) not in (None, signal.SIG_IGN)]
+    with handling(stop.hear, *heard):
         yield stop
-    finally:
-        for number, handler in heard.items():
-            signal.signal(number, handler)

@@ -457,3 +457,21 @@ def test_sigterm_is_heard_while_a_command_runs_and_where_nobody_else_hears_it(en
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert heard == [signal.SIGTERM]
+
+
+def test_a_second_sigterm_lets_a_command_clear_up(engine: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    cleared: list[str] = []
+
+    def stopped(_config: StandInConfig, _reporter: Reporter) -> StandInResult:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleared.append("all")
+        raise AssertionError("it went on")
+
+    engine(stopped)
+    assert main(["merge"]) == 143
+    assert cleared == ["all"]
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
