@@ -36,10 +36,10 @@ Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 Together = Callable[[Tensor, Tensor, Tensor], Tensor]
 """All experts of a layer: inputs (T, H), which experts run (T, K), their weights (T, K) -> weighted sums (T, H)."""
 
-TOGETHER_ROWS = 4096
+TOGETHER_ROWS = 1024
 """Up to so many tokens, times K, a GPU is faster by ``Together``, which waits for nothing; above, expert by expert.
 
-By measurement on either side: 2,048 and 16,384 (docs/benchmarks.md).
+By measurement on either side: 16 and 2,048 (docs/benchmarks.md).
 """
 
 

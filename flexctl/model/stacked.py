@@ -23,6 +23,12 @@ _FAST = (9, 10)
 _ALIGNED = 8
 """Major compute capabilities on which torch's grouped product is one kernel, and what it needs sizes to divide by."""
 
+FEW_ROWS = 16
+"""Up to so many tokens, times K, each row gets a copy of its expert's matrices: more bytes, but nothing to sort.
+
+Transformers decodes this way whatever the batch. Measured at 2 and at 16 rows; a copy grows with them, so no more.
+"""
+
 
 @torch.no_grad()
 def stack_experts(model: Model, device: torch.device) -> Model:
@@ -57,43 +63,53 @@ class _Stacked:
     """All experts of a layer: see ``model.routed.Together``.
 
     Args:
-        experts: Transformers' own, over the same memory; no part of the model, which has the matrices by its own names.
+        both: Gate and up matrices, (N, 2 I, H).
+        down: (N, H, I).
+        activation: Transformers' name of it.
     """
 
-    def __init__(self, experts: nn.Module) -> None:
-        self._experts = experts
+    def __init__(self, both: Tensor, down: Tensor, activation: str) -> None:
+        # No part of the model, which has the matrices by its own names.
+        self._few, self._many = (_run_by(way, both, down, activation) for way in ("batched_mm", "grouped_mm"))
 
     def __call__(self, inputs: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        outputs: Tensor = self._experts(inputs, chosen, weights)
+        experts = self._few if chosen.numel() <= FEW_ROWS else self._many
+        outputs: Tensor = experts(inputs, chosen, weights)
         return outputs
 
     def __deepcopy__(self, _memo: object) -> None:
         """A copied model's matrices are apart, each expert's for itself."""
 
 
-def _stacked(block: RoutedFeedForward, device: torch.device) -> Together:
+def _run_by(way: str, both: Tensor, down: Tensor, activation: str) -> nn.Module:
+    """Return Transformers' own experts over these matrices, which compute by one of its implementations."""
     from transformers import FlexOlmoConfig
     from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoExperts
 
-    experts: list[Any] = list(block.experts)
-    like: Tensor = experts[0].gate_proj.weight
-    inner, hidden = like.shape
+    num_experts, hidden, inner = down.shape
     config = FlexOlmoConfig(
         hidden_size=hidden,
         intermediate_size=inner,
-        num_experts=len(experts),
+        num_experts=num_experts,
         num_attention_heads=1,
-        hidden_act=experts[0].config.hidden_act,
+        hidden_act=activation,
     )
-    config._experts_implementation = "grouped_mm"
+    config._experts_implementation = way
     with torch.device("meta"):
-        together = FlexOlmoExperts(config)
+        experts: nn.Module = FlexOlmoExperts(config)
+    experts.gate_up_proj, experts.down_proj = (nn.Parameter(each, requires_grad=False) for each in (both, down))
+    return experts
+
+
+def _stacked(block: RoutedFeedForward, device: torch.device) -> Together:
+    experts: list[Any] = list(block.experts)
+    like: Tensor = experts[0].gate_proj.weight
+    inner, hidden = like.shape
     both = torch.empty(len(experts), 2 * inner, hidden, dtype=like.dtype, device=device)
     down = torch.empty(len(experts), hidden, inner, dtype=like.dtype, device=device)
-    together.gate_up_proj, together.down_proj = (nn.Parameter(each, requires_grad=False) for each in (both, down))
     for index, expert in enumerate(experts):
         places = dict(zip(PROJECTIONS, (both[index, :inner], both[index, inner:], down[index]), strict=True))
         for projection, place in places.items():
             linear = getattr(expert, projection)
             linear.weight = nn.Parameter(place.copy_(linear.weight), requires_grad=False)
-    return _Stacked(together)
+    return _Stacked(both, down, experts[0].config.hidden_act)

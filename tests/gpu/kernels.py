@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from flexctl.model.kernels import Kernels, _liger, _loss, fused
 from flexctl.model.losses import Loss, training_loss
-from tests.benchmarks.rotary import rotate
 from tests.benchmarks.shapes import ONE_B, SMALL, Shape
 from tests.benchmarks.steps import (
     RANK,
@@ -47,7 +46,7 @@ Z_LOSS = 1e-5
 ROPE = "transformers.models.olmo2.modeling_olmo2.apply_rotary_pos_emb"
 
 PLAIN, KERNELS = "plain", "with kernels"
-ROTARY, COMPILED = "rotary embeddings in fewer passes", "compiled: rotary embeddings, networks, norms"
+COMPILED = "compiled: rotary embeddings, networks, norms"
 
 
 def main() -> None:
@@ -169,8 +168,6 @@ def _measure_steps(section: Section, shape: Shape, kind: str, made: Trained, ker
     ways: dict[str, AbstractContextManager[Loss]] = {PLAIN: nullcontext(training_loss)}
     if kernels is not None:
         ways[KERNELS] = fused(made.model, kernels)
-    if kind == "pair":
-        ways[ROTARY] = _rotary()
     if kind == "pair" and not section.small:
         ways[COMPILED] = _compiled(made.model)
     ways[f"{PLAIN}, again"] = nullcontext(training_loss)
@@ -190,12 +187,6 @@ def _measure_steps(section: Section, shape: Shape, kind: str, made: Trained, ker
             base = base or rate
             figures |= {"tokens_per_s": rate, "of_plain": rate / base, "wins": rate >= WINS * base}
             figures["peak_bytes"] = peak_bytes(section.device)
-
-
-@contextmanager
-def _rotary() -> Iterator[Loss]:
-    with patch(ROPE, rotate):
-        yield training_loss
 
 
 @contextmanager
