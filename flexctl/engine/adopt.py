@@ -239,7 +239,7 @@ def _refuse_bad_settings(config: AdoptConfig, source: _Source, plan: AdoptResult
     training.refuse_busy(place_of_work(plan.path, "work"))
     machine_of(config)
     if config.data:
-        text.text_files(config.data, "data")
+        text.refuse_unreadable(config.data, config.text_field)
     if config.data or any(source.mixture.path.glob("tokenizer*")):
         text.refuse_tokens_beyond(source.mixture.path, source.mixture.architecture.vocab_size)
     # The anchor is there twice for a while: as a checkpoint that runs, and as a bundle.
@@ -316,10 +316,7 @@ def _sample(config: AdoptConfig, checkpoint: Path, reporter: Reporter) -> text.P
     reporter.note("drawing the public sample")
     tokenizer = model.load_tokenizer(checkpoint, special_as_text=config.special_as_text)
     documents = text.frame_documents(tokenizer, text.read_documents(config.data, config.text_field))
-    sample = text.draw_sample(documents, _SAMPLE_TOKENS, config.seed)
-    if not sample.documents:
-        raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
-    return sample
+    return text.draw_sample(documents, _SAMPLE_TOKENS, config.seed)
 
 
 def _write_expert(

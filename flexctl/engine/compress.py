@@ -212,7 +212,7 @@ def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Pat
         )
     for problem in check_tensors(expert.path, expert.spans, expert.manifest.tensors):
         raise BundleError(problem, hint="fetch the file again")
-    text.text_files(config.data)
+    text.refuse_unreadable(config.data, config.text_field)
     return weights
 
 
@@ -235,8 +235,6 @@ def _components(config: CompressConfig, anchor: Anchor) -> int:
 def _set_up(config: CompressConfig, base: Anchored, weights: Weights) -> _Setup:
     framed = text.frame_documents(base.tokenizer, text.read_documents(config.data, config.text_field))
     own = text.draw_sample(framed, _TOKENS, config.seed).documents
-    if not own:
-        raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
     apart = config.rank == "auto" and len(own) > 1
     return _Setup(
         model=machine_of(config, weights.shared).build(weights),

@@ -145,6 +145,7 @@ def embed_router(config: EmbedRouterConfig, reporter: Reporter = SILENT) -> Embe
     expert = None if config.expert is None else _expert_of(localise(config.expert, reporter), anchor)
     rivals = _rivals(config, anchor, reporter)
     target = _target(config)
+    text.refuse_unreadable(config.data, config.text_field)
     name = expert.manifest.name if expert is not None else slug(target.stem)
     rows, info, layers = _measure(config, base, rivals, reporter)
     raw = RawTensor(*model.to_bytes(rows.rows))

@@ -23,7 +23,7 @@ from flexctl.bundle import (
 )
 from flexctl.bundle.names import name_an_expert
 from flexctl.bundle.store import check_file_target
-from flexctl.errors import BundleError, UsageError
+from flexctl.errors import BundleError
 from flexctl.hub import fetch_checkpoint
 from flexctl.options import MODEL, Config, argument, switch
 from flexctl.runtime import SILENT, Reporter, peak_rss_bytes
@@ -173,6 +173,7 @@ def _refuse_bad_settings(config: ImportExpertConfig, anchor: Anchor, target: Pat
     check_file_target(target, overwrite=config.overwrite)
     machine_of(config)
     given_rows(config, anchor)
+    text.refuse_unreadable(config.data, config.text_field)
 
 
 def _open_checkpoint(config: ImportExpertConfig, anchor: Anchor) -> DenseCheckpoint:
@@ -257,8 +258,6 @@ def _data_info(config: ImportExpertConfig, base: Anchored, reporter: Reporter) -
             tokens += len(document.tokens) - 1
             num_bytes += document.num_bytes
             bar.advance(document.num_bytes)
-    if not documents:
-        raise UsageError(f"no document with text in {', '.join(map(str, config.data))}", field="data")
     return data_info(config, documents=documents, tokens=tokens, num_bytes=num_bytes)
 
 

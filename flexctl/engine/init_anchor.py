@@ -265,8 +265,9 @@ def _refuse_bad_settings(config: InitAnchorConfig, target: Path, *, exists: bool
     machine_of(config)
     if config.track and config.source is not None and not config.anneal_tokens:
         raise UsageError("SOURCE is not trained", hint="use `anneal_tokens` to train it further", field="track")
+    text.refuse_unreadable(config.data, config.text_field)
     for path in config.calibrate:
-        text.text_files([path], "calibrate")
+        text.refuse_unreadable([path], config.text_field, "calibrate")
     if config.near_duplicates:
         text.require_datasketch()
 

@@ -103,9 +103,9 @@ def select_proxy(config: SelectProxyConfig, reporter: Reporter = SILENT) -> Sele
     target = config.output or place.experts / f"{name}.proxy.json"
     check_file_target(target, overwrite=config.overwrite)
     machine_of(config)
-    text.text_files(config.data)
+    text.refuse_unreadable(config.data, config.text_field)
     if config.public is not None:
-        text.text_files([config.public], "public")
+        text.refuse_unreadable([config.public], config.text_field, "public")
     if config.dry_run:
         return SelectProxyResult(path=target, digest=None, name=name, anchor_digest=base.anchor.digest, dry_run=True)
     ranking = _rank(config, base, reporter)

@@ -313,8 +313,9 @@ def _refuse_bad_settings(config: TrainExpertConfig, anchor: Anchor, target: Path
     if not exists:  # a finished run needs no memory to give its result
         refuse_what_cannot_fit(config, anchor.manifest.moe_config, machine)
     given_rows(config, anchor)
+    text.refuse_unreadable(config.data, config.text_field)
     if config.public is not None:
-        text.text_files([config.public], "public")
+        text.refuse_unreadable([config.public], config.text_field, "public")
     if config.near_duplicates:
         text.require_datasketch()
     if config.token_cache is not None:

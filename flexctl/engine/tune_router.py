@@ -266,7 +266,7 @@ def _proxies(config: TuneRouterConfig, merged: Merged, anchor: Anchor) -> list[t
 def _refuse_bad_settings(config: TuneRouterConfig) -> None:
     machine_of(config)
     if config.public is not None:
-        text.text_files([config.public], "public")
+        text.refuse_unreadable([config.public], config.text_field, "public")
 
 
 def _texts(task: _Task) -> _Texts:

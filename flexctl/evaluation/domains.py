@@ -107,8 +107,6 @@ def read_domain(domain: Domain, reporter: Reporter) -> Content:
             documents += 1
             num_bytes += len(raw)
             bar.advance(len(raw))
-    if not documents:
-        raise UsageError(f"no document with text in {domain.path}", field="data")
     return Content(domain=domain, digest=f"sha256:{hasher.hexdigest()}", documents=documents, num_bytes=num_bytes)
 
 
@@ -160,6 +158,4 @@ def score_domain(
             scored=lambda _, num_bytes: bar.advance(num_bytes),
             world=world,
         )
-    if score.documents == 0:
-        raise UsageError(f"no document with text in {domain.path}", field="data")
     return score

@@ -89,7 +89,7 @@ class Documents:
                 stream.write(document.tokens.astype("<i4").tobytes())
                 starts.append(starts[-1] + len(document.tokens))
         if len(starts) == 1:
-            raise UsageError("no document with text", field="data")
+            raise UsageError("no document is left to train on", field="data")
         places = np.asarray(starts, dtype=np.int64)
         return cls(file, places, _digest(file, places))
 

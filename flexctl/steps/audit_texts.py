@@ -57,16 +57,16 @@ class AuditTextConfig(Protocol):
 
 
 def refuse_missing_text(config: AuditTextConfig) -> None:
-    """Refuse what is not there, before anything is read.
+    """Refuse what is not there or cannot be read, before any work.
 
     Raises:
-        UsageError: A path does not exist, or holds no canaries.
+        UsageError: A path does not exist, has no document that can be read, or holds no canaries.
     """
-    text.text_files(config.data)
+    text.refuse_unreadable(config.data, config.text_field)
     if config.held_out is not None:
-        text.text_files([config.held_out], "held_out")
+        text.refuse_unreadable([config.held_out], config.text_field, "held_out")
     if config.decontaminate:
-        text.text_files(config.decontaminate, "decontaminate")
+        text.refuse_unreadable(config.decontaminate, config.text_field, "decontaminate")
     if config.planted is not None:
         folder = text.CanaryFolder(config.planted)
         if not (folder.planted.is_file() and folder.left_out.is_file()):

@@ -12,12 +12,12 @@ from flexctl.text.documents import pinned as pinned
 from flexctl.text.documents import read_documents as read_documents
 from flexctl.text.documents import read_records as read_records
 from flexctl.text.documents import refuse_among as refuse_among
+from flexctl.text.documents import refuse_unreadable as refuse_unreadable
 from flexctl.text.documents import sample_documents as sample_documents
 from flexctl.text.documents import sample_halves as sample_halves
 from flexctl.text.documents import sample_passages as sample_passages
 from flexctl.text.documents import size_bytes as size_bytes
 from flexctl.text.documents import source_name as source_name
-from flexctl.text.documents import text_files as text_files
 from flexctl.text.dress import as_code as as_code
 from flexctl.text.found_text import DOMAINS as DOMAINS
 from flexctl.text.found_text import write_domain as write_domain

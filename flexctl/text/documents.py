@@ -97,6 +97,21 @@ def text_files(paths: Iterable[Path], field: str = "data") -> list[Path | hub.Da
     return found
 
 
+def refuse_unreadable(paths: Sequence[Path], text_field: str, field: str = "data") -> None:
+    """Refuse text that is not there, or of which no first document can be read: before any work, and in a dry run too.
+
+    Args:
+        paths: Files, folders and ``hf://datasets/...``.
+        text_field: The column or the field of a line that holds the text.
+        field: Of the Config that names the paths, for errors.
+
+    Raises:
+        UsageError, FlexctlError: As ``text_files`` and ``read_records``.
+    """
+    text_files(paths, field)
+    next(read_records(paths, text_field))
+
+
 def refuse_among(place: Path, paths: Iterable[Path], field: str) -> None:
     """Refuse a place to write whose files would be read as text the next time.
 
@@ -182,18 +197,22 @@ def read_records(paths: Sequence[Path], text_field: str = "text") -> Iterator[Re
         text_field: The column or the field of a line that holds the text.
 
     Raises:
-        UsageError: A file cannot be read, is not UTF-8, or a row or line has no such field with text.
+        UsageError: A file cannot be read, is not UTF-8, or a row or line has no such field with text; or, at the end,
+            there was no document.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
-    named = set(paths)
+    named, is_empty = set(paths), True
     for file in text_files(paths):
         must_be_records = isinstance(file, hub.DataFile) or file in named
         try:
             for number, text in enumerate(_read_file(file, text_field, must_be_records=must_be_records), start=1):
                 if text and not text.isspace():
+                    is_empty = False
                     yield Record(str(file), number, text)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(f"{file}: cannot be read: {error}") from error
+    if is_empty:
+        raise UsageError(f"no document with text in {', '.join(map(str, paths))}")
 
 
 def _read_file(file: Path | hub.DataFile, text_field: str, *, must_be_records: bool) -> Iterator[str]:

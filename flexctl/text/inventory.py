@@ -171,8 +171,11 @@ class Stocktaking:
         """
         self._tell_left_out()
         if not self._ranks:
-            kind = f"that does not share {RUN} words in a row with `decontaminate`" if self._left_out else "with text"
-            raise UsageError(f"no document {kind} in {', '.join(map(str, self._paths))}", field="data")
+            raise UsageError(
+                f"no document that does not share {RUN} words in a row with `decontaminate` in "
+                + ", ".join(map(str, self._paths)),
+                field="data",
+            )
         ranks = np.frombuffer(self._ranks, dtype=np.uint64)
         ranks.sort()
         duplicates = int(np.count_nonzero(ranks[1:] == ranks[:-1]))

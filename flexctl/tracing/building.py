@@ -76,7 +76,7 @@ def build_index(
 
     Args:
         target: The directory to make.
-        records: The documents; memory holds those of one shard.
+        records: The documents, one at least; memory holds those of one shard.
         name: Whose they are.
         shard_bytes: A shard ends with the document that fills it.
         folder: Where shards are until all are done; those of an earlier run are there.
@@ -84,7 +84,7 @@ def build_index(
         progress: Moves on by the bytes of text that are sorted.
 
     Raises:
-        UsageError: There is no document, one is too long for a shard, or the target may not be written.
+        UsageError: A document is too long for a shard, or the target may not be written.
     """
     work = _Work(folder, progress)
     for record in records:
@@ -93,8 +93,6 @@ def build_index(
             work.end_shard()
     if work.filled:
         work.end_shard()
-    if not work.shards:
-        raise UsageError("there is no document with text in it", field="data")
     return Built(manifest=work.finish(target, name=name, overwrite=overwrite), kept=work.kept)
 
 

@@ -158,12 +158,12 @@ def test_init_anchor_leaves_them_out_of_training_and_sample(
 ) -> None:
     """And reads the text twice, whether it takes a checkpoint, trains it further, or trains everything."""
     data, test = files
-    opened: list[str] = []
+    whole: list[str] = []
     read = reading._read_file
 
     def counting(file: Any, *arguments: Any, **settings: Any) -> Any:
-        opened.append(file.name)
-        return read(file, *arguments, **settings)
+        yield from read(file, *arguments, **settings)
+        whole.append(file.name)
 
     monkeypatch.setattr(reading, "_read_file", counting)
     for name, settings in (
@@ -173,11 +173,11 @@ def test_init_anchor_leaves_them_out_of_training_and_sample(
     ):
         made: dict[str, Any] = {"seq_len": 32, "batch_tokens": 128, "threads": 1, "sample_tokens": 3000, **settings}
         for output, source, without in ((name, data, (test,)), (f"{name}-clean", Path("clean.jsonl"), ())):
-            opened.clear()
+            whole.clear()
             result = init_anchor(
                 InitAnchorConfig(data=(source,), output=Path(output), name="a", decontaminate=without, **made)
             )
-            assert sorted(opened) == sorted([source.name] * 2 + [path.name for path in without])
+            assert sorted(whole) == sorted([source.name] * 2 + [path.name for path in without])
             assert (result.contaminated, result.duplicates) == (2 if without else None, 0)
         assert open_anchor(Path(name)).digest == open_anchor(Path(f"{name}-clean")).digest
     asked = ["init-anchor", str(checkpoint), "--data", str(data), "-o", "taken", "--resume", "--name", "a"]
@@ -194,21 +194,21 @@ def test_train_expert_reads_text_twice_and_its_test_text_once(
     anchor: Path, files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, test = files
-    opened: list[str] = []
+    whole: list[str] = []
     read = reading._read_file
 
     def counting(file: Any, *arguments: Any, **settings: Any) -> Any:
-        opened.append(file.name)
-        return read(file, *arguments, **settings)
+        yield from read(file, *arguments, **settings)
+        whole.append(file.name)
 
     monkeypatch.setattr(reading, "_read_file", counting)
     cached = {"token_cache": Path("tokens"), "decontaminate": (test,), "near_duplicates": True}
     first = train(anchor, data, "x", **cached)
-    assert sorted(opened) == ["own.jsonl", "own.jsonl", "test.jsonl"]
+    assert sorted(whole) == ["own.jsonl", "own.jsonl", "test.jsonl"]
     assert first.near_duplicates == 0
-    opened.clear()
+    whole.clear()
     second = train(anchor, data, "y", **cached, lr=1e-3)
-    assert sorted(opened) == ["own.jsonl", "own.jsonl", "test.jsonl"]
+    assert sorted(whole) == ["own.jsonl", "own.jsonl", "test.jsonl"]
     assert len(list(Path("tokens").iterdir())) == 2
     assert second.digest != first.digest
     Path("x.st").unlink()

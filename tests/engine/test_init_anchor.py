@@ -140,12 +140,11 @@ def test_another_kind_of_text_may_be_called_anything(tmp_path: Path, texts: Any,
 
 
 def test_too_little_text_of_another_kind_is_refused_before_any_work(tmp_path: Path, texts: Any) -> None:
-    for file, content in (("empty.txt", ""), ("short.txt", "One document.")):
-        Path(file).write_text(content)
-        for dry_run in (True, False):
-            with pytest.raises(UsageError, match=f"^calibrate: {file} has too little text"):
-                make(texts, tmp_path / "x", preset="nano", calibrate=(Path(file),), dry_run=dry_run)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "short.txt"]
+    Path("short.txt").write_text("One document.")
+    for dry_run in (True, False):
+        with pytest.raises(UsageError, match=r"^calibrate: short\.txt has too little text"):
+            make(texts, tmp_path / "x", preset="nano", calibrate=(Path("short.txt"),), dry_run=dry_run)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_a_character_of_public_text_is_too_little(tmp_path: Path, texts: Any, checkpoint: Path) -> None:

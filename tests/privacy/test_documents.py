@@ -46,7 +46,7 @@ def test_rows_weigh_a_document_as_one_and_an_empty_row_as_nothing() -> None:
 
 
 def test_no_documents_and_a_file_that_changed_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no document with text"):
+    with pytest.raises(UsageError, match="no document is left"):
         Documents.write(tmp_path / "none", [])
     documents = Documents.write(tmp_path / "d", framed(5))
     documents.refuse_change()

@@ -108,7 +108,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, pack: Callable[
 
 def test_a_mark_inside_a_text_stays(tmp_path: Path) -> None:
     assert read(put(tmp_path / "a.txt", MARK + b"a" + MARK)) == ["a\ufeff"]
-    assert read(put(tmp_path / "empty.txt", MARK)) == []
+    with pytest.raises(UsageError, match=r"no document with text in .*empty\.txt"):
+        read(put(tmp_path / "empty.txt", MARK))
 
 
 RECORDS = [{"text": "one\n", "id": 1}, {"text": "two", "id": 2}]
@@ -132,7 +133,10 @@ def test_json_holds_records(tmp_path: Path, content: str, name: str) -> None:
 def test_a_single_record_in_json_is_a_document(tmp_path: Path) -> None:
     assert read(put(tmp_path / "a.json", json.dumps(RECORDS[0]))) == ["one\n"]
     assert read(put(tmp_path / "b.json", json.dumps(RECORDS[0], indent=2))) == ["one\n"]
-    assert read(put(tmp_path / "c.json", "")) == read(put(tmp_path / "d.json", "[]")) == []
+    nothing = put(tmp_path / "c.json", ""), put(tmp_path / "d.json", "[]")
+    with pytest.raises(UsageError, match=r"no document with text in .*c\.json, .*d\.json"):
+        read(*nothing)
+    assert read(*nothing, put(tmp_path / "e.json", json.dumps(RECORDS[0]))) == ["one\n"]
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,3 @@ def test_documents_that_no_shard_holds(tmp_path: Path, monkeypatch: pytest.Monke
         build(tmp_path, ["a" * 41])
     made = build(tmp_path, ["a" * 30, "b" * 30])
     assert made.manifest.shards == 2
-
-
-def test_no_document(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no document"):
-        build(tmp_path, [])

@@ -12,7 +12,6 @@ from torch import nn
 
 from flexctl.bundle import PUBLIC, Weights
 from flexctl.bundle.weights import weights_digest
-from flexctl.errors import UsageError
 from flexctl.evaluation.baselines.blends import DARE_DROP, TIES_DENSITY, dare, soup, ties
 from flexctl.evaluation.baselines.ingredients import Ingredients
 from flexctl.evaluation.baselines.panel import TEMPERATURE, Panel, names_alone, names_together
@@ -104,8 +103,6 @@ class Baselines:
 
         with self._reporter.progress(f"reading {domain.name}", domain.size_bytes(), "bytes") as bar:
             windows = cut(domain.name, documents, seq_len=self._seq_len, advance=bar.advance)
-        if not len(windows):
-            raise UsageError(f"no document with text in {domain.path}", field="data")
         return windows
 
     def _ways(self) -> Iterator[_Way]:
