@@ -254,7 +254,7 @@ def _train_expert(config: TrainExpertConfig, world: World, reporter: Reporter) -
     name = name_an_expert(config.name, text.source_name(config.data[0]))
     target = config.output or place.experts / f"{name}.st"
     if config.plan:
-        return _planned(config, name, target)
+        return _planned(config, name, target, reporter)
     base = open_anchored(config, reporter)
     work_path = target.parent / f".{target.stem}.work"
     ends = config.resume and not config.overwrite and target.is_file()
@@ -328,8 +328,10 @@ def _refuse_bad_cache(folder: Path, data: Sequence[Path]) -> None:
     text.refuse_among(folder, data, "token_cache")
 
 
-def _planned(config: TrainExpertConfig, name: str, target: Path) -> TrainExpertResult:
+def _planned(config: TrainExpertConfig, name: str, target: Path, reporter: Reporter) -> TrainExpertResult:
     plan = plan_training(config)
+    if plan.way_out is not None:
+        reporter.note(f"one device is too small: {plan.way_out}")
     nothing: dict[str, Any] = {"digest": None, "anchor_digest": None, "tokens": 0, "public_tokens": 0, "steps": 0}
     return TrainExpertResult(path=target, name=name, rank=config.rank, plan=plan, dry_run=True, **nothing)
 

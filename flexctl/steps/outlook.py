@@ -108,6 +108,7 @@ class TrainingPlan:
         flops_per_s: Of a device in products of square matrices, measured now or stated; None where neither is known.
         share: Of that rate, what such steps had where they were measured (docs/benchmarks.md).
         devices: For 1, 2, 4 and 8 of them.
+        way_out: With which settings one device would do, where it does not; None too where there are none.
     """
 
     device: str
@@ -119,6 +120,7 @@ class TrainingPlan:
     flops_per_s: float | None
     share: float
     devices: list[DevicePlan]
+    way_out: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +189,7 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
     rate = config.plan_tflops * 1e12 if config.plan_tflops else measured
     flops = training.flops_per_token(sizes, budget.seq_len, config.rank, recompute=config.recompute)
     alone_s = flops * 1e6 / (rate * share) if rate else None
+    devices = [_on(run, count, limit, alone_s) for count in _DEVICES]
     return TrainingPlan(
         device=device,
         dtype=dtype,
@@ -196,7 +199,8 @@ def plan_training(config: PlanConfig) -> TrainingPlan:
         flops_per_token=flops,
         flops_per_s=rate,
         share=share,
-        devices=[_on(run, count, limit, alone_s) for count in _DEVICES],
+        devices=devices,
+        way_out=_way_out(run, run.step(1), limit) if limit is not None and not devices[0].fits else None,
     )
 
 
@@ -251,15 +255,21 @@ def _refuse(run: _Run, step: training.Step, most: int) -> None:
         )
         raise UsageError(
             f"{takes} at least {_gb(least)} of memory, and {has} {_gb(most)}",
-            hint=_way_out(run, run.step(step.processes), most)
-            or "use more devices, or a smaller anchor: docs/scaling.md",
+            hint=_hint(run, run.step(step.processes), most),
         )
+
+
+def _hint(run: _Run, step: training.Step, limit: int) -> str:
+    if run.config.dp_epsilon is not None:  # such steps are others, which no estimate is of, and in one process
+        return f"use a {'' if step.rank is None else 'lower '}`rank`, or a smaller anchor"
+    way_out = _way_out(run, step, limit)
+    if way_out is None:
+        return "use more devices, or a smaller anchor: docs/scaling.md"
+    return f"{way_out}; `plan` says what more devices would do"
 
 
 def _way_out(run: _Run, step: training.Step, limit: int) -> str | None:
     """Return the least change of settings with which it fits by the estimate; None where there is none."""
-    if run.config.dp_epsilon is not None:  # such steps are others, which no estimate is of, and in one process
-        return f"use a {'' if step.rank is None else 'lower '}`rank`, or a smaller anchor"
     several = run.budget.batch_size > 1
     lean: dict[str, Any] = {"recompute": True, "tokens": step.seq_len, "accumulates": several}
     changes: list[tuple[str, dict[str, Any]]] = [("`recompute` and `micro_batch` 1", lean)]
@@ -272,7 +282,7 @@ def _way_out(run: _Run, step: training.Step, limit: int) -> str | None:
     for names, change in changes:
         memory = sum(run.memory(replace(step, **change)).values())
         if memory <= limit:
-            return f"with {names} it takes about {_gb(memory)}; `plan` says what more devices would do"
+            return f"with {names} it takes about {_gb(memory)}"
     return None
 
 

@@ -79,10 +79,22 @@ def test_a_plan_needs_config_json_alone(one_b: Path, monkeypatch: pytest.MonkeyP
     assert sum(alone.parts_bytes.values()) == alone.memory_bytes
     assert 20e9 < alone.memory_bytes < 24e9
     assert alone.fits is True
+    assert found.way_out is None
     assert alone.parts_bytes["frozen"] == 2 * (2 * 100_352 * 2048 + 16 * (4 * 2048**2 + 3 * 2048 * 8192))
     assert alone.parts_bytes["moments"] == 2 * alone.parts_bytes["trained"] == 16 * 3 * 2048 * 8192 * 8
     assert alone.million_tokens_s == pytest.approx(found.flops_per_token * 1e6 / (0.51 * 1e12))
     assert [item.name for item in Path().rglob("*")] == ["one-b", "config.json"]
+
+
+def test_a_device_that_is_too_small_is_told_with_what_it_would_do(one_b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory(18_000_000_000, monkeypatch)
+    found = plan(one_b, dtype="bfloat16", device="cpu", micro_batch=1, plan_tflops=1.0)
+    assert [each.fits for each in found.devices] == [False, True, True, True]
+    less = plan(one_b, dtype="bfloat16", device="cpu", micro_batch=1, recompute=True).devices[0]
+    assert found.way_out == f"with `recompute` and `micro_batch` 1 it takes about {less.memory_bytes / 1e9:.1f} GB"
+    memory(3_000_000_000, monkeypatch)
+    none = plan(one_b, dtype="bfloat16", device="cpu", micro_batch=1, rank=16, recompute=True, plan_tflops=1.0)
+    assert (none.devices[0].fits, none.way_out) == (False, None)
 
 
 def test_devices_share_weights_and_each_micro_batch(one_b: Path) -> None:
