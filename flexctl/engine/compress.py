@@ -210,9 +210,9 @@ def _checked(config: CompressConfig, anchor: Anchor, expert: Expert, target: Pat
             f"{expert.path}: is low-rank already, of rank {expert.manifest.rank}",
             hint="compress the full expert that it was made from, or train one with a lower `rank`",
         )
+    text.refuse_unreadable(config.data, config.text_field)
     for problem in check_tensors(expert.path, expert.spans, expert.manifest.tensors):
         raise BundleError(problem, hint="fetch the file again")
-    text.refuse_unreadable(config.data, config.text_field)
     return weights
 
 

@@ -96,10 +96,10 @@ def trace_index(config: TraceIndexConfig, reporter: Reporter = SILENT) -> TraceI
         FlexctlError: The disk has too little room.
     """
     tracing.require_divsufsort()
-    text.refuse_unreadable(config.data, config.text_field)
     name = check_expert_name(config.name or slug(text.source_name(config.data[0])), "`name`")
     target = config.output or Path(f"{name}.index")
     check_directory_target(target, kind="index", overwrite=config.overwrite)
+    text.refuse_unreadable(config.data, config.text_field)
     size = text.size_bytes(config.data)
     require_space(target, _BYTES_A_BYTE * size)
     work_path = place_of_work(target, "work")

@@ -14,7 +14,7 @@ from flexctl.errors import UsageError
 from flexctl.evaluation.scoring import Score, score_documents
 from flexctl.processes import ALONE, World
 from flexctl.runtime import Reporter
-from flexctl.text.documents import pinned, read_documents, size_bytes, source_name
+from flexctl.text.documents import pinned, read_documents, refuse_unreadable, size_bytes, source_name
 from flexctl.text.tokens import frame_documents
 
 __all__ = ["Content", "Domain", "parse_domains", "read_domain", "score_domain", "window_length"]
@@ -70,7 +70,7 @@ def parse_domains(data: Sequence[str], text_field: str = "text") -> list[Domain]
         text_field: The column or field that holds the text.
 
     Raises:
-        UsageError: One is neither, a name is given twice, or there is no text at a path.
+        UsageError: One is neither, a name is given twice, or there is no text at a path that can be read.
     """
     domains: dict[str, Domain] = {}
     for item in data:
@@ -82,6 +82,7 @@ def parse_domains(data: Sequence[str], text_field: str = "text") -> list[Domain]
         if name in domains:
             raise UsageError(f"{name!r} is given twice", hint="name them apart: NAME=PATH", field="data")
         (source,) = pinned([Path(path)])
+        refuse_unreadable([source], text_field)
         domains[name] = Domain(name=name, path=source, text_field=text_field)
     if not domains:
         raise UsageError("nothing to evaluate on", hint="add `data`", field="data")

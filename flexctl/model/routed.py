@@ -37,9 +37,9 @@ Together = Callable[[Tensor, Tensor, Tensor], Tensor]
 """All experts of a layer: inputs (T, H), which experts run (T, K), their weights (T, K) -> weighted sums (T, H)."""
 
 TOGETHER_ROWS = 1024
-"""Up to so many tokens, times K, a GPU is faster by ``Together``, which waits for nothing; above, expert by expert.
+"""Of two tokens and more, up to so many times K are computed by ``Together``; others expert by expert.
 
-By measurement on either side: 16 and 2,048 (docs/benchmarks.md).
+By measurement: expert by expert a GPU is faster at 2 and at 2,048 rows, and slower at 16 (docs/benchmarks.md).
 """
 
 
@@ -187,8 +187,8 @@ class RoutedFeedForward(nn.Module):
 
     def _together_for(self, inputs: Tensor) -> Together | None:
         """Return what runs all experts at once, where these inputs are better off by it."""
-        fits = len(inputs) * self._num_kept <= TOGETHER_ROWS and not torch.is_grad_enabled()
-        return self.together if fits else None
+        fits = len(inputs) > 1 and len(inputs) * self._num_kept <= TOGETHER_ROWS
+        return self.together if fits and not torch.is_grad_enabled() else None
 
     def _mix(self, inputs: Tensor, shares: Tensor, chosen: _Chosen | None, together: Together | None) -> Tensor:
         if len(self.experts) == 1 and not self.renormalise:

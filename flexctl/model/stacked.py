@@ -26,7 +26,7 @@ _ALIGNED = 8
 FEW_ROWS = 16
 """Up to so many tokens, times K, each row gets a copy of its expert's matrices: more bytes, but nothing to sort.
 
-Transformers decodes this way whatever the batch. Measured at 2 and at 16 rows; a copy grows with them, so no more.
+Transformers decodes this way whatever the batch. Measured there at 16 rows; a copy grows with them, so no more.
 """
 
 

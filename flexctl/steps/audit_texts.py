@@ -94,7 +94,8 @@ def audit_texts(config: AuditTextConfig, manifest: ExpertManifest, tokenizer: An
         return framed(text.sample_documents(documents, config.documents, config.seed))
 
     def canaries(file: Path) -> list[text.Framed]:
-        return framed(text.read_documents([file], config.text_field))
+        # Chance decides which are planted: of few canaries, all may be.
+        return framed(text.read_documents([file], config.text_field)) if file.stat().st_size else []
 
     return evaluation.Texts(
         members=some(members),

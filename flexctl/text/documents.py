@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,29 +76,34 @@ def text_files(paths: Iterable[Path], field: str = "data") -> list[Path | hub.Da
         UsageError: A path does not exist, or there is no text file behind it.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
-    found: list[Path | hub.DataFile] = []
-    for path in paths:
-        if hub.is_remote(path):
-            found += _files_on_the_hub(hub.parse_data(path))
-        elif path.is_file():
-            found.append(path)
-        elif path.is_dir():
-            found += _files_below(path)
-        elif path.exists():
-            raise UsageError(
-                f"{path} is no regular file, and text is read more than once",
-                hint="write it to a file first",
-                field=field,
-            )
-        else:
-            raise UsageError(f"{path} does not exist", hint=_FORMATS, field=field)
-    if not found:
+    return list(chain(*_by_path(paths, field)))
+
+
+def _by_path(paths: Iterable[Path], field: str) -> list[list[Path | hub.DataFile]]:
+    found = [_files_behind(path, field) for path in paths]
+    if not any(found):
         raise UsageError(f"no text file in {', '.join(map(str, paths))}", field=field)
     return found
 
 
+def _files_behind(path: Path, field: str) -> list[Path | hub.DataFile]:
+    if hub.is_remote(path):
+        return [*_files_on_the_hub(hub.parse_data(path))]
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return [*_files_below(path)]
+    if path.exists():
+        raise UsageError(
+            f"{path} is no regular file, and text is read more than once", hint="write it to a file first", field=field
+        )
+    raise UsageError(f"{path} does not exist", hint=_FORMATS, field=field)
+
+
 def refuse_unreadable(paths: Sequence[Path], text_field: str, field: str = "data") -> None:
-    """Refuse text that is not there, or of which no first document can be read: before any work, and in a dry run too.
+    """Refuse text that is not there or cannot be read, as far as each path's first document tells.
+
+    For before any work, and for dry runs.
 
     Args:
         paths: Files, folders and ``hf://datasets/...``.
@@ -108,8 +113,9 @@ def refuse_unreadable(paths: Sequence[Path], text_field: str, field: str = "data
     Raises:
         UsageError, FlexctlError: As ``text_files`` and ``read_records``.
     """
-    text_files(paths, field)
-    next(read_records(paths, text_field))
+    firsts = [next(_records(files, set(paths), text_field), None) for files in _by_path(paths, field)]
+    if not any(firsts):
+        raise UsageError(_without_text(paths), field=field)
 
 
 def refuse_among(place: Path, paths: Iterable[Path], field: str) -> None:
@@ -201,18 +207,27 @@ def read_records(paths: Sequence[Path], text_field: str = "text") -> Iterator[Re
             there was no document.
         FlexctlError: The Hub cannot be reached, or refuses.
     """
-    named, is_empty = set(paths), True
-    for file in text_files(paths):
+    is_empty = True
+    for record in _records(text_files(paths), set(paths), text_field):
+        is_empty = False
+        yield record
+    if is_empty:
+        raise UsageError(_without_text(paths))
+
+
+def _without_text(paths: Sequence[Path]) -> str:
+    return f"no document with text in {', '.join(map(str, paths))}"
+
+
+def _records(files: Iterable[Path | hub.DataFile], named: Collection[Path], text_field: str) -> Iterator[Record]:
+    for file in files:
         must_be_records = isinstance(file, hub.DataFile) or file in named
         try:
             for number, text in enumerate(_read_file(file, text_field, must_be_records=must_be_records), start=1):
                 if text and not text.isspace():
-                    is_empty = False
                     yield Record(str(file), number, text)
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             raise UsageError(f"{file}: cannot be read: {error}") from error
-    if is_empty:
-        raise UsageError(f"no document with text in {', '.join(map(str, paths))}")
 
 
 def _read_file(file: Path | hub.DataFile, text_field: str, *, must_be_records: bool) -> Iterator[str]:

@@ -245,7 +245,7 @@ def test_public_text_without_text_is_refused_before_any_work(tokenizer: Any) -> 
     tiny.make_mixture(Path("moe"), "flex_olmo")
     tokenizer.save_pretrained("moe")
     Path("empty.txt").write_text(" \n")
-    with refused("^no document with text in empty.txt", UsageError):
+    with refused("^data: no document with text in empty.txt", UsageError):
         take(data=(Path("empty.txt"),))
 
 

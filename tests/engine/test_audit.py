@@ -311,6 +311,12 @@ def test_others_of_another_kind_show_nothing(case: Case, texts: Texts) -> None:
     assert found.models["merged"].canaries is not None
 
 
+def test_of_few_canaries_all_may_have_been_planted(case: Case, tmp_path: Path) -> None:
+    copied = shutil.copytree(case.canaries, tmp_path / "some.canaries")
+    (copied / "left-out.jsonl").write_text("")
+    assert case.audit(planted=copied).models["merged"].found
+
+
 def test_under_a_guarantee_nothing_was_held_out(case: Case, anchor: Path) -> None:
     claim = PrivacyInfo(
         mechanism="dp-sgd",

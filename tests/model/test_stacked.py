@@ -80,7 +80,7 @@ def test_however_many_tokens_there_are(model_type: str, dtype: torch.dtype, clos
 
 
 @torch.no_grad()
-def test_few_rows_have_matrices_copied_and_more_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_have_matrices_copied_more_are_sorted_and_the_rest_goes_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: list[str] = []
     make = stacked._run_by
 
@@ -91,7 +91,7 @@ def test_few_rows_have_matrices_copied_and_more_are_sorted(monkeypatch: pytest.M
 
     monkeypatch.setattr(stacked, "_run_by", told)
     block = routed_layers(build(top_k=2))[0]
-    for tokens in (1, 8, 9, 300):
+    for tokens in (1, 2, 8, 9, 300, 513):
         block(torch.randn(tokens, 32))
     assert ways == ["batched_mm", "batched_mm", "grouped_mm", "grouped_mm"]
 
@@ -251,12 +251,12 @@ def test_an_anchor_alone_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("top_k", [2, 4])
 @pytest.mark.parametrize("model_type", ["olmo2", "qwen3"])
 @torch.no_grad()
-def test_no_layer_waits_for_the_device(model_type: str, top_k: int) -> None:
+def test_experts_at_once_do_not_wait_for_the_device(model_type: str, top_k: int) -> None:
     """Fake tensors have no numbers: to ask for one fails, as a device would have to be waited for."""
     model = build(model_type, torch.bfloat16, top_k)
     exclude(model, [3])
     for block in routed_layers(model):
-        for tokens in (1, 8):
+        for tokens in (2, 9):
             barred = torch.zeros(tokens, 4, dtype=torch.bool)
             with FakeTensorMode(allow_non_fake_inputs=True):
                 inputs = torch.zeros(tokens, 32, dtype=torch.bfloat16)
