@@ -31,6 +31,7 @@ __all__ = [
     "read_documents",
     "read_records",
     "refuse_among",
+    "refuse_unreadable",
     "sample_documents",
     "sample_halves",
     "sample_passages",
