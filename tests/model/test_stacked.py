@@ -80,7 +80,9 @@ def test_however_many_tokens_there_are(model_type: str, dtype: torch.dtype, clos
 
 
 @torch.no_grad()
-def test_few_rows_have_matrices_copied_more_are_sorted_and_the_rest_goes_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_have_matrices_copied_more_are_sorted_and_the_rest_goes_expert_by_expert(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ways: list[str] = []
     make = stacked._run_by
 
