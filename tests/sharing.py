@@ -138,7 +138,6 @@ def train_pair(
         checkpoints=checkpoints,
         world=world,
     )
-    pair.close()
     tensors = pair.round_weights("F32", weights.experts["public"])
     documents = [Framed(tokens=ids.numpy(), num_bytes=40) for ids in tiny.some_tokens(3, 41)]
     held_out = held_out_losses(model, {"own": documents}, seq_len=16, reporter=SilentReporter(), world=world)

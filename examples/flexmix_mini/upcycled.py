@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def train_mixture(
             autocast=autocast,
             reporter=reporter,
             public=public,
-            match=balance.penalty,
+            match=balance.match,
         )
 
 
@@ -134,7 +135,12 @@ class LoadBalance:
             self._found.append(kept.shape[1] * (shares * kept.mean(dim=0)).sum())
             self._tokens = len(kept)
 
-    def penalty(self, _public: Tensor) -> Tensor:
+    @contextmanager
+    def match(self, _public: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """Give the penalty on a forward pass, as ``loop.train`` asks for one."""
+        yield self.penalty
+
+    def penalty(self) -> Tensor:
         """Return weight times N sum_i f_i P_i, mean over the layers of the forward pass just made, times its tokens."""
         total: Tensor = torch.stack(self._found).mean() * (self._weight * self._tokens)
         self._found.clear()

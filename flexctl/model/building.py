@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import PROJECTIONS, family_of
-from flexctl.model.lowrank import low_rank_copy
+from flexctl.model.lowrank import LowRankNetwork
 from flexctl.model.norms import fuse_norms
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
 from flexctl.model.sharding import local_rows, shard_frozen, shard_trained, trained_copy
@@ -319,9 +319,11 @@ def add_expert(
     generator = torch.Generator().manual_seed(seed % 2**63)
     for block, row in zip(routed_layers(model), rows, strict=True):
         public, device = block.experts[0], block.router.public.device
+        expert: nn.Module
         if rank is not None:
-            expert = low_rank_copy(public, rank, generator)
-            shard_trained(expert, runs_in=next(public.parameters()).dtype, world=world)
+            expert = LowRankNetwork(public, rank, generator)
+            shard_trained(expert, runs_in=next(public.parameters()).dtype, world=world, entries=["mix"])
+            block.joined = expert.mix
         else:
             expert = trained_copy(public, device=device, world=world)
         block.experts.append(expert)

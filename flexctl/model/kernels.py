@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -20,7 +20,9 @@ import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor, nn
 
+from flexctl.model.gated import Product, compute_by, product_of
 from flexctl.model.losses import CARD_LOGITS, LOGIT_BUDGET, Loss, training_loss
+from flexctl.model.lowrank import LowRankNetwork
 from flexctl.model.routed import routed_layers
 from flexctl.runtime import Reporter
 
@@ -31,8 +33,6 @@ KNOWN = SpecifierSet(">=0.8.5,<0.9")
 
 _UNLOADABLE = (ImportError, AttributeError, RuntimeError, OSError)
 """What a package raises that is broken, or stands on a Triton or a driver that it does not know."""
-
-_SILU = ("silu", "swish")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class Kernels:
 
     name: str
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    silu_mul: Callable[[Tensor, Tensor], Tensor]
+    silu_mul: Product
     head_loss: Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
@@ -111,24 +111,21 @@ def fused(model: nn.Module, kernels: Kernels | None) -> Iterator[Loss]:
         yield training_loss
         return
     family: Any = sys.modules[type(model).__module__]
-    plain = family.apply_rotary_pos_emb
-    experts: list[Any] = [expert for block in routed_layers(model) for expert in block.experts]
-    networks = [expert for expert in experts if expert.config.hidden_act in _SILU]
-    try:
+    with ExitStack() as stack:
+        stack.callback(setattr, family, "apply_rotary_pos_emb", family.apply_rotary_pos_emb)
         family.apply_rotary_pos_emb = lambda *given: kernels.rope(*given[:4])
-        for network in networks:
-            network.forward = partial(_network, network, kernels)
+        for block in routed_layers(model):
+            for network in block.experts:
+                stack.callback(_compute_by(network, kernels.silu_mul))
         yield partial(_loss, kernels)
-    finally:
-        family.apply_rotary_pos_emb = plain
-        for network in networks:
-            vars(network).pop("forward", None)
 
 
-def _network(network: Any, kernels: Kernels, inputs: Tensor) -> Tensor:
-    inner = kernels.silu_mul(network.gate_proj(inputs), network.up_proj(inputs))
-    outputs: Tensor = network.down_proj(inner)
-    return outputs
+def _compute_by(network: nn.Module, silu: Product) -> Callable[[], None]:
+    if isinstance(network, LowRankNetwork):
+        undo = partial(setattr, network, "inside", network.inside)
+        network.inside = product_of(network.public, silu)
+        return undo
+    return compute_by(network, product_of(network, silu))
 
 
 def _loss(

@@ -36,6 +36,9 @@ Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 Together = Callable[[Tensor, Tensor, Tensor], Tensor]
 """All experts of a layer: inputs (T, H), which experts run (T, K), their weights (T, K) -> weighted sums (T, H)."""
 
+Joined = Callable[[Tensor, Tensor], Tensor]
+"""All experts on all tokens, where they share matrices: inputs (T, H), their weights (T, N) -> weighted sums (T, H)."""
+
 TOGETHER_ROWS = 1024
 """Of two tokens and more, up to so many times K are computed by ``Together``; others expert by expert.
 
@@ -108,6 +111,7 @@ class RoutedFeedForward(nn.Module):
         excluded: Experts that are left out of every token.
         mask: Experts that are left out of some tokens.
         together: All experts at once, where a device has a kernel for that.
+        joined: All experts where they share matrices.
 
     Source: FlexOlmo section 3.1; Transformers' classes of the same families.
     """
@@ -124,6 +128,7 @@ class RoutedFeedForward(nn.Module):
         self.register_buffer("_barred", None, persistent=False)
         self.mask: TokenMask | None = None
         self.together: Together | None = None
+        self.joined: Joined | None = None
         self.layer = 0
         self.observer: Observer | None = None
 
@@ -195,7 +200,7 @@ class RoutedFeedForward(nn.Module):
             alone: Tensor = self.experts[0](inputs)
             return alone
         if chosen is None:
-            return self._mix_all(inputs, self._scaled(shares))
+            return (self.joined or self._mix_all)(inputs, self._scaled(shares))
         if together is not None:
             return together(inputs, self._runners(chosen), chosen.shares)
         return self._mix_one(inputs, chosen) if len(inputs) == 1 else self._mix_cut(inputs, chosen)

@@ -9,7 +9,7 @@ group, and what is outside of layers another.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec
 
 import torch
@@ -137,32 +137,40 @@ def trained_copy(public: Any, *, device: torch.device, world: World) -> nn.Modul
     return network
 
 
-def shard_trained(network: nn.Module, *, runs_in: torch.dtype, world: World) -> None:
-    """Share out a feed-forward network by itself, all but what does not train; its products are in ``runs_in``.
+def shard_trained(network: nn.Module, *, runs_in: torch.dtype, world: World, entries: Sequence[str] = ()) -> None:
+    """Share out a feed-forward network that trains by itself; its products are in ``runs_in``.
 
     One process has it whole, as it is.
+
+    Args:
+        network: All of it trains.
+        runs_in: Dtype of its products.
+        world: The processes.
+        entries: Methods beside ``forward`` by which it is called.
     """
     if world.size == 1:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
-    frozen = {parameter for parameter in network.parameters() if not parameter.requires_grad}
     policy = MixedPrecisionPolicy(param_dtype=runs_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    _shard(network, world, frozen, mp_policy=policy)
+    _shard(network, world, set(), mp_policy=policy)
+    for entry in entries:
+        register_fsdp_forward_method(network, entry)
 
 
 def network_of_rows(public: Any, rows: Mapping[str, Tensor], *, world: World) -> nn.Module:
-    """Return a frozen feed-forward network of a sharded one's kind, of which this process has some rows.
+    """Return a frozen feed-forward network of another's kind, of which this process has some rows.
 
     Args:
         public: The other.
         rows: By projection, this process's rows, on the device and in the dtype that it runs in.
-        world: The processes.
+        world: The processes; one has all rows.
     """
     like = next(iter(rows.values()))
     with torch.device("meta"):
         network: nn.Module = type(public)(public.config).to(like.dtype).requires_grad_(False)
-    _shard(network, world, set())
+    if world.size > 1:
+        _shard(network, world, set())
     network.to_empty(device=like.device)
     for projection in PROJECTIONS:
         local_rows(getattr(network, projection).weight).copy_(rows[projection])

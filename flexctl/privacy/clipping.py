@@ -4,7 +4,7 @@ Every trained tensor of an expert sits in a module that maps (B S, in) to (B S, 
 is a product of what went in and of the loss's gradient at what came out:
 
   nn.Linear W:          g' x
-  LowRankLinear A, B:   (g B)' x   and   g' (x A')
+  LowRankDifference A, B:   (g B)' x   and   g' (x A')
 
 Hooks keep what went in and what came out; one ``torch.autograd.grad`` gives g and computes no weight's gradient. Norms
 come from g and x by whichever of two ways is cheaper; the clipped sum is one more product, g scaled by document.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.errors import FlexctlError
-from flexctl.model.lowrank import LowRankLinear
+from flexctl.model.lowrank import LowRankDifference
 
 __all__ = ["PerDocument", "clip_scales"]
 
@@ -121,7 +121,7 @@ class PerDocument:
         found: list[Factors] = []
         for module, (inputs, _), grad in zip(self._modules, kept, grads, strict=True):
             x, g = (part.unflatten(0, (documents, -1)) for part in (inputs, grad))
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, LowRankDifference):
                 # Both of a document's factors in float32, so that norm and sum are made of the same numbers.
                 found.append((module.a, g.float() @ module.b.detach(), x))
                 found.append((module.b, g, x.float() @ module.a.detach().T))
@@ -140,7 +140,7 @@ def _covering(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[nn.M
         if not own:
             continue
         plain = isinstance(module, nn.Linear) and module.bias is None
-        if not plain and not isinstance(module, LowRankLinear):
+        if not plain and not isinstance(module, LowRankDifference):
             raise FlexctlError(f"{name} trains and is no linear map, so documents' gradients cannot be told apart")
         found.append(module)
         covered += [id(part) for part in own]

@@ -185,8 +185,9 @@ def _train(
         reporter=given.reporter,
         world=world,
     )
-    match = config.public_match if config.public_mix else 0.0
-    pair = training.Pair(reader, rows, public_match=match, rank=config.rank, seed=config.seed, world=world)
+    pair = training.Pair(
+        reader, rows, public_match=config.public_match, rank=config.rank, seed=config.seed, world=world
+    )
     if config.recompute:
         model.recompute_layers(reader)
     with model.fused(reader, kernels) as loss:
@@ -196,13 +197,12 @@ def _train(
             setup.data,
             setup.loop,
             reporter=given.reporter,
-            match=pair.match if match else None,
+            match=pair.match,
             loss=loss,
             checkpoints=checkpoints,
             track=given.track,
             world=world,
         )
-    pair.close()
     return pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC]), outcome
 
 

@@ -28,12 +28,12 @@ __all__ = ["DevicePlan", "TrainingPlan", "plan_training", "refuse_what_cannot_fi
 _DEVICES = (1, 2, 4, 8)
 
 _SHARES = {
-    ("cpu", "float32"): (0.79, 0.71),
-    ("cpu", "bfloat16"): (0.51, 0.40),
-    ("cuda", "float32"): (0.88, 0.65),
-    ("cuda", "bfloat16"): (0.49, 0.38),
+    ("cpu", "float32"): (0.79, 0.63),
+    ("cpu", "bfloat16"): (0.51, 0.34),
+    ("cuda", "float32"): (0.88, 0.54),
+    ("cuda", "bfloat16"): (0.49, 0.32),
 }
-"""Share of the rate of matrix products that a full and a low-rank pair's steps have: docs/benchmarks.md."""
+"""Share of the rate of matrix products that a full and a low-rank pair's steps have: docs/scaling.md, section 5."""
 
 _PROGRAM_BYTES = {"cpu": 450_000_000, "cuda": 1_050_000_000}
 """What Python and its libraries take of a CPU's memory, or CUDA's context of a card's, beside all tensors."""

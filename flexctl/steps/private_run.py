@@ -89,12 +89,11 @@ class PrivateRun:
             self._steps(ledger.max_grad_norm),
             self._loop,
             secret=ledger.secret,
-            match=pair.match if config.public_match and config.public_mix else None,
+            match=pair.match,
             checkpoints=checkpoints,
             reporter=reporter,
             track=self._track,
         )
-        pair.close()
         anchor = self._base.anchor
         tensors = pair.round_weights(anchor.manifest.architecture.dtype, anchor.weights().experts[PUBLIC])
         after = evaluation.held_out_losses(self._reader, held_out, seq_len=plan.seq_len, reporter=reporter)
@@ -133,9 +132,8 @@ class PrivateRun:
             self._sequences,
             list(self._beside(documents, plan.seq_len)),
             self._loop,
-            pair.match if config.public_match else None,
+            pair.match,
         )
-        pair.close()
         return float(f"{norm:.3g}"), row_norm
 
     def _beside(self, documents: Sequence[text.Framed], seq_len: int) -> Iterator[privacy.Padded]:

@@ -147,7 +147,7 @@ def least_bytes(sizes: Sizes, step: Step) -> int:
     Weights and moments, and either all gradients or the values inside the feed-forward networks.
     """
     trained = sizes.layers * sizes.trained(step.rank)
-    inside = 0 if step.recompute else (sizes.layers - 1) * 7 * sizes.inner * step.item_bytes * step.tokens
+    inside = 0 if step.recompute else (sizes.layers - 1) * 5 * sizes.inner * step.item_bytes * step.tokens
     held = sizes.frozen * step.item_bytes + 3 * _FULL * trained
     return held // step.processes + max(_gradient_bytes(step) * trained // step.processes, inside)
 
@@ -164,8 +164,8 @@ def flops_per_token(sizes: Sizes, seq_len: int, rank: int | None, *, recompute: 
     Source: docs/benchmarks.md, the table of operations, with 2 H (Q + K) for attention of any width.
     """
     low = sizes.trained(rank) if rank is not None else 0
-    # A low-rank expert has the public one's products with two matrices of three from that.
-    networks = 2 * sizes.network if rank is None else 4 * sizes.network // 3 + low
+    # A low-rank expert and the public one have one product with each public matrix between them.
+    networks = 2 * sizes.network if rank is None else sizes.network + low
     layer, scores = sizes.attention + networks, seq_len * sizes.queries
     head = sizes.vocab * sizes.hidden
     forward = sizes.layers * (layer + scores)
@@ -177,11 +177,11 @@ def flops_per_token(sizes: Sizes, seq_len: int, rank: int | None, *, recompute: 
 
 def _moments_of_a_step(sizes: Sizes, step: Step) -> list[dict[str, float]]:
     """Return what is taken beside weights and moments where that can be most: on the turn, and on the way back."""
-    first, layer, kept = _first_layer(sizes, step), _layer(sizes, step), _kept(sizes, step)
+    first, layer = _first_layer(sizes, step), _layer(sizes, step)
     everything = (
-        step.tokens * sizes.layers * (sizes.hidden * step.item_bytes) + kept
+        step.tokens * sizes.layers * (sizes.hidden * step.item_bytes)
         if step.recompute
-        else first + (sizes.layers - 1) * layer + _matched(sizes, step)
+        else first + (sizes.layers - 1) * layer
     )
     casts = _casts(sizes, step)
     gradients = _gradient_bytes(step) * sizes.layers * sizes.trained(step.rank) / step.processes
@@ -196,11 +196,11 @@ def _moments_of_a_step(sizes: Sizes, step: Step) -> list[dict[str, float]]:
         {"gradients": there, "activations": everything + again, "workspace": work + states},
         {
             "gradients": max(there, gradients * (1 - 1 / sizes.layers)),
-            "activations": first + layer + kept + 2 * casts / sizes.layers,
+            "activations": (0.0 if step.recompute else first) + layer + 2 * casts / sizes.layers,
             "workspace": work,
         },
-        {"gradients": gradients, "activations": first + kept + casts / sizes.layers, "workspace": work},
-        {"gradients": gradients + _widened(sizes, step), "activations": kept},
+        {"gradients": gradients, "activations": first + casts / sizes.layers, "workspace": work},
+        {"gradients": gradients + _widened(sizes, step)},
     ]
 
 
@@ -220,25 +220,23 @@ def _widened(sizes: Sizes, step: Step) -> float:
 def _layer(sizes: Sizes, step: Step) -> float:
     """Return the bytes that a layer keeps for the way back."""
     heads = sizes.queries + sizes.keys
-    plain = 7 * sizes.inner + 3 * sizes.hidden + 2 * heads + 3 * (step.rank or 0)
+    # A low-rank expert is mixed with the public one inside the networks and not behind them.
+    networks = 5 * sizes.inner + 3 * sizes.hidden if step.rank is None else 6 * sizes.inner + 2 * sizes.hidden
+    plain = networks + 2 * heads + 3 * (step.rank or 0)
     normed = 2 * sizes.hidden + (heads if sizes.norms_queries else 0)
-    return step.tokens * (step.item_bytes * plain + (step.item_bytes if step.on_card else _FULL) * normed)
+    widths = step.item_bytes * plain + (step.item_bytes if step.on_card else _FULL) * normed
+    return step.tokens * widths + _matched(sizes, step)
 
 
 def _first_layer(sizes: Sizes, step: Step) -> float:
     """Return the bytes that the first layer keeps: nothing goes back but what its own network needs."""
-    return step.tokens * step.item_bytes * (4 * sizes.inner + 3 * sizes.hidden + 3 * (step.rank or 0))
+    plain = 3 * sizes.inner + 3 * sizes.hidden + 3 * (step.rank or 0)
+    return step.tokens * step.item_bytes * plain + _matched(sizes, step)
 
 
 def _matched(sizes: Sizes, step: Step) -> float:
-    """Return the bytes of the differences on public tokens that the match keeps."""
-    return step.tokens * step.public_share * sizes.layers * sizes.hidden * _FULL
-
-
-def _kept(sizes: Sizes, step: Step) -> float:
-    """Return the bytes of the networks' outputs that the match holds until the next forward pass."""
-    outputs = step.tokens * 2 * sizes.layers * sizes.hidden * step.item_bytes
-    return outputs + _matched(sizes, step) if step.public_share else 0.0
+    """Return the bytes of a layer's differences on public tokens, which the match keeps."""
+    return step.tokens * step.public_share * sizes.hidden * _FULL
 
 
 def _casts(sizes: Sizes, step: Step) -> float:
@@ -260,11 +258,13 @@ def _logits(sizes: Sizes, step: Step) -> float:
 
 
 def _work(sizes: Sizes, step: Step) -> float:
-    """Return the bytes of what one network's way back has at once: gradients at its inner values, and of a matrix."""
+    """Return the bytes of what a network's way back has at once: gradients at its inner values, and of a matrix."""
     matrix = sizes.trained(step.rank) / _MATRICES
     # Until it is float32, and until that is added to others.
     fresh = (step.item_bytes if step.item_bytes < _gradient_bytes(step) else 0) + (_FULL if step.accumulates else 0)
-    return step.tokens * step.item_bytes * 3 * (sizes.inner + sizes.hidden) + matrix * fresh
+    # A low-rank expert and the public one go back together.
+    widths = 3 * (sizes.inner + sizes.hidden) if step.rank is None else 5 * sizes.inner + 2 * sizes.hidden
+    return step.tokens * step.item_bytes * widths + matrix * fresh
 
 
 def _gathered(sizes: Sizes, step: Step) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,6 +29,7 @@ from flexctl.training.track import UNTRACKED, RowLogits, Track
 __all__ = [
     "MOVES",
     "LoopSettings",
+    "Match",
     "Outcome",
     "ParameterGroup",
     "autocasting",
@@ -36,7 +37,15 @@ __all__ = [
     "new_optimiser",
     "set_rate",
     "train",
+    "unmatched",
 ]
+
+Match = Callable[[Tensor], AbstractContextManager[Callable[[], Tensor]]]
+"""A penalty on a forward pass, made inside a ``with`` statement that its way back is inside as well.
+
+Called with which sequences of the pass, in all processes, are public, (B,), bool, on the CPU. What the ``with``
+statement gives is called after the pass and returns the penalty, summed over its tokens.
+"""
 
 MOVES = 16
 """As many at most a step is made in where gradients stay in the dtype of products: so few are float32 at once."""
@@ -114,6 +123,12 @@ def learning_rate(step: int, settings: LoopSettings) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@contextmanager
+def unmatched(_public: Tensor) -> Iterator[Callable[[], Tensor]]:
+    """Penalise nothing."""
+    yield partial(torch.zeros, ())
+
+
 def train(
     model: nn.Module,
     groups: Sequence[ParameterGroup],
@@ -121,7 +136,7 @@ def train(
     settings: LoopSettings,
     *,
     reporter: Reporter,
-    match: Callable[[Tensor], Tensor] | None = None,
+    match: Match = unmatched,
     penalty: Callable[[], Tensor] | None = None,
     loss: Loss = training_loss,
     checkpoints: Checkpoints | None = None,
@@ -136,8 +151,7 @@ def train(
         data: Batches by step.
         settings: How.
         reporter: Gets loss, tokens a second and the time left.
-        match: Penalty on the forward pass just made, summed over its tokens; given which sequences of it, in all
-            processes, are public, (B,), on the CPU.
+        match: Penalty on every forward pass.
         penalty: Penalty added once a step.
         loss: Of the model's next tokens.
         checkpoints: Where to go on from and what to leave behind; None keeps nothing.
@@ -231,7 +245,7 @@ def _step(
     step: int,
     settings: LoopSettings,
     optimiser: torch.optim.Optimizer,
-    match: Callable[[Tensor], Tensor] | None,
+    match: Match,
     penalty: Callable[[], Tensor] | None,
     rows: RowLogits | None,
     world: World,
@@ -246,12 +260,13 @@ def _step(
         part = world.part(len(together))
         mine, weights = to_device(part.of(together), device), part.weights(data.seq_len)
         weights = weights if weights is None else to_device(weights, device)
-        with autocasting(device, settings.autocast):
-            loss = loss_of(mine[:, :-1], mine[:, 1:], settings.z_loss, weights)
-            penalised = loss if match is None else loss + match(which)
-        if rows is not None and rows.is_on:
-            logits.append(world.gather(part, rows.take(len(part.numbers))))
-        (penalised / count).backward()
+        with match(which) as matched:
+            with autocasting(device, settings.autocast):
+                loss = loss_of(mine[:, :-1], mine[:, 1:], settings.z_loss, weights)
+                penalised = loss + matched()
+            if rows is not None and rows.is_on:
+                logits.append(world.gather(part, rows.take(len(part.numbers))))
+            (penalised / count).backward()
         total += loss.detach() / count
     if penalty is not None:
         (penalty() / world.size).backward()

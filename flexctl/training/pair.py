@@ -6,9 +6,9 @@ Shapes: L num_hidden_layers, H hidden_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from flexctl.families import PROJECTIONS
 from flexctl.model.batching import to_device
 from flexctl.model.building import add_expert
-from flexctl.model.lowrank import LowRankLinear, expand
-from flexctl.model.routed import routed_layers
+from flexctl.model.gated import compute_by, product_of
+from flexctl.model.lowrank import LowRankDifference, LowRankNetwork, expand
+from flexctl.model.routed import RoutedFeedForward, routed_layers
 from flexctl.model.sharding import network_of_rows, whole
 from flexctl.model.tensors import DTYPES, RawBytes, rows_of
 from flexctl.processes import ALONE, World
@@ -58,36 +59,12 @@ class Pair:
     ) -> None:
         self.experts = add_expert(model, rows, rank, seed, world)
         self._blocks = blocks = routed_layers(model)
+        for network in (expert for block in blocks for expert in block.experts):
+            if not isinstance(network, LowRankNetwork):
+                compute_by(network, product_of(network))
         self._match, self._rank, self._world = public_match, rank, world
         self._runs_in = next(blocks[0].experts[0].parameters()).dtype
         self._device = blocks[0].router.public.device
-        self._outputs: list[dict[str, Tensor]] = [{} for _ in blocks]
-        self._is_matched = False
-        base: Any = model.base_model
-        self._watching = [base.register_forward_pre_hook(self._begin)]
-        self._watching += [
-            block.experts[index].register_forward_hook(partial(self._keep, layer, name))
-            for layer, block in enumerate(blocks)
-            for index, name in enumerate(("public", "own"))
-        ]
-
-    def _begin(self, _module: nn.Module, _inputs: object) -> None:
-        self._is_matched = self._match == 0
-
-    def _keep(self, layer: int, name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-        # Layers that are computed again on the way back come here once more, after the match.
-        if torch.is_grad_enabled() and not self._is_matched:
-            self._outputs[layer][name] = output
-
-    def close(self) -> None:
-        """Stop watching what the experts compute."""
-        for watch in self._watching:
-            watch.remove()
-        for expert in self.experts:
-            for part in expert.children():
-                if isinstance(part, LowRankLinear):
-                    part.leave()
-        self._outputs.clear()
 
     def groups(self) -> list[ParameterGroup]:
         """Return what trains: feed-forward weights."""
@@ -95,32 +72,29 @@ class Pair:
         factor = 1.0 if self._rank is None else low_rank_lr_factor(self._rank)
         return [ParameterGroup(parameters=weights, lr_factor=factor)]
 
-    def match(self, public: Tensor) -> Tensor:
-        """Return the match: mean over layers of ||own - public||^2 / ||public||^2 on public tokens, times their number.
+    @contextmanager
+    def match(self, public: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """Watch the forward pass inside the ``with`` statement; what it gives returns the match, once that is made.
 
-        An expert that speaks like the public one on public text does no harm there, however many are merged.
+        The match is the mean over layers of ||own - public||^2 / ||public||^2 on public tokens, times their number. An
+        expert that speaks like the public one on public text does no harm there, however many are merged.
 
         Args:
-            public: Which sequences of the forward pass just made, in all processes, are public, (B,), bool, on the
-                CPU, so that nothing waits for the device.
+            public: Which sequences of the pass, in all processes, are public, (B,), bool, on the CPU, so that nothing
+                waits for the device.
         """
-        self._is_matched = True
         if self._match == 0 or not bool(public.any()):
-            return torch.zeros((), device=self._device)
+            yield partial(torch.zeros, (), device=self._device)
+            return
         mine = self._world.part(len(public)).marked(public)
-        chosen = to_device(mine.nonzero().squeeze(-1), self._device)
-        apart, size = [], []
-        for outputs in self._outputs:
-            theirs, own = (
-                outputs[name].unflatten(0, (len(mine), -1)).index_select(0, chosen).float()
-                for name in ("public", "own")
-            )
-            theirs = theirs.detach()
-            apart.append((own - theirs).square().sum())
-            size.append(theirs.square().sum())
-        tokens = int(public.sum()) * theirs.shape[1]
-        distance: Tensor = (torch.stack(apart) / self._world.sum(torch.stack(size))).mean()
-        matched: Tensor = distance * (self._match * tokens)
+        watch = _Watch(len(mine), to_device(mine.nonzero().squeeze(-1), self._device))
+        with watch.watching(self._blocks):
+            yield lambda: self._distance(watch, int(public.sum()))
+
+    def _distance(self, watch: _Watch, sequences: int) -> Tensor:
+        apart, size = watch.read()
+        distance: Tensor = (apart / self._world.sum(size)).mean()
+        matched: Tensor = distance * (self._match * sequences * watch.seq_len)
         return matched
 
     @torch.no_grad()
@@ -141,7 +115,7 @@ class Pair:
                 name = f"layers.{layer}.mlp.{projection}.weight"
                 part = getattr(expert, projection)
                 first, last = self._world.rows(public[name].shape[0])
-                if isinstance(part, LowRankLinear):
+                if isinstance(part, LowRankDifference):
                     a, b = _rounded(part.a, dtype_name), _rounded(part.b, dtype_name)
                     found = {f"{name}.lora_A": a, f"{name}.lora_B": b}
                     rows = expand(rows_of(public[name], first, last), a, b[first:last])
@@ -155,12 +129,66 @@ class Pair:
 
     def _serve(self, layer: int, rows: Mapping[str, Tensor]) -> None:
         """Let a layer's expert have matrices, of which this process has some rows."""
-        if self._world.size > 1:
-            experts = self._blocks[layer].experts
-            experts[1] = network_of_rows(experts[0], rows, world=self._world)
-            return
-        for projection, weight in rows.items():
-            setattr(self.experts[layer], projection, _linear(weight))
+        block = self._blocks[layer]
+        block.joined = None
+        block.experts[1] = network_of_rows(block.experts[0], rows, world=self._world)
+
+
+class _Watch:
+    """How far the own network is from the public one in one forward pass, layer by layer.
+
+    Args:
+        sequences: Of the pass.
+        chosen: Which of them are looked at, (C,), int64.
+    """
+
+    def __init__(self, sequences: int, chosen: Tensor) -> None:
+        self._sequences, self._chosen = sequences, chosen
+        self._public: Tensor | None = None
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._is_read = False
+        self.seq_len = 0
+
+    @contextmanager
+    def watching(self, blocks: Sequence[RoutedFeedForward]) -> Iterator[None]:
+        """Look at what the blocks' two experts compute inside the ``with`` statement, and again on the way back."""
+        with ExitStack() as stack:
+            for layer, block in enumerate(blocks):
+                public, own = block.experts
+                if isinstance(own, LowRankNetwork):
+                    own.watching = self._pick, partial(self._keep, layer)
+                    stack.callback(setattr, own, "watching", None)
+                else:
+                    stack.enter_context(public.register_forward_hook(self._see_public))
+                    stack.enter_context(own.register_forward_hook(partial(self._see_own, layer)))
+            yield
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return ||own - public||^2 and ||public||^2 by layer, (L,) each, float32."""
+        # Layers that are computed again on the way back keep nothing: their numbers would outlive them.
+        self._is_read = True
+        apart, size = zip(*(self._sums[layer] for layer in sorted(self._sums)), strict=True)
+        self._sums.clear()
+        return torch.stack(apart), torch.stack(size)
+
+    def _see_public(self, _module: nn.Module, _inputs: object, outputs: Tensor) -> None:
+        self._public = self._pick(outputs)
+
+    def _see_own(self, layer: int, _module: nn.Module, _inputs: object, outputs: Tensor) -> None:
+        assert self._public is not None, "the public expert runs first"
+        theirs, self._public = self._public.float().detach(), None
+        self._keep(layer, theirs, self._pick(outputs).float() - theirs)
+
+    def _pick(self, outputs: Tensor) -> Tensor:
+        by_sequence = outputs.unflatten(0, (self._sequences, -1))
+        self.seq_len = by_sequence.shape[1]
+        picked: Tensor = by_sequence.index_select(0, self._chosen)
+        return picked
+
+    def _keep(self, layer: int, public: Tensor, apart: Tensor) -> None:
+        sums = apart.float().square().sum(), public.float().square().sum()
+        if not self._is_read:
+            self._sums[layer] = sums
 
 
 def low_rank_lr_factor(rank: int) -> float:
@@ -173,10 +201,3 @@ def low_rank_lr_factor(rank: int) -> float:
 
 def _rounded(weight: Tensor, dtype_name: str) -> Tensor:
     return whole(weight.detach()).to("cpu", DTYPES[dtype_name], copy=True)
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear

@@ -27,6 +27,7 @@ from flexctl.training.batches import Batches
 from flexctl.training.checkpoints import Checkpoints, TrainingState
 from flexctl.training.loop import (
     LoopSettings,
+    Match,
     ParameterGroup,
     autocasting,
     learning_rate,
@@ -43,8 +44,6 @@ _STEPS_BEFORE_MEASURING = 8
 
 _HALF = 0.5
 """Share of public text's gradient in those steps."""
-
-Match = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +76,7 @@ def train_privately(
     settings: LoopSettings,
     *,
     secret: Secret,
-    match: Match | None,
+    match: Match,
     checkpoints: Checkpoints,
     reporter: Reporter,
     track: Track = UNTRACKED,
@@ -134,7 +133,7 @@ def gradient_norm(
     public: Batches,
     documents: Sequence[Padded],
     settings: LoopSettings,
-    match: Match | None,
+    match: Match,
 ) -> float:
     """Return the median norm of public documents' gradients after a few steps on public text, which are taken back.
 
@@ -221,18 +220,19 @@ def _public_gradients(
     share: float,
     settings: LoopSettings,
     step: int,
-    match: Match | None,
+    match: Match,
 ) -> float:
     """Add the gradient of public text and of the match, and return the loss of public text, nats a token."""
     if public is None:
         return 0.0
     device = parameters[0].device
     batch = to_device(public.batch(step), device)
-    with autocasting(device, settings.autocast):
-        loss = training_loss(model, batch[:, :-1], batch[:, 1:], settings.z_loss)
-        penalised = loss if match is None else loss + match(public.is_public(step))
     count = batch[:, 1:].numel()
-    (penalised * (share / count)).backward()
+    with match(public.is_public(step)) as matched:
+        with autocasting(device, settings.autocast):
+            loss = training_loss(model, batch[:, :-1], batch[:, 1:], settings.z_loss)
+            penalised = loss + matched()
+        (penalised * (share / count)).backward()
     return float(loss.detach()) / count
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flexctl.model.sharding import whole
 from flexctl.model.tensors import to_bytes
@@ -19,7 +18,7 @@ from flexctl.text.tokens import TokenStream
 from flexctl.training.batches import Mixture
 from flexctl.training.budget import warmup_steps
 from flexctl.training.checkpoints import Checkpoints
-from flexctl.training.loop import LoopSettings, ParameterGroup, train
+from flexctl.training.loop import LoopSettings, Match, ParameterGroup, train, unmatched
 from flexctl.training.track import UNTRACKED, Track
 
 __all__ = ["WholeSettings", "train_whole"]
@@ -59,7 +58,7 @@ def train_whole(
     track: Track = UNTRACKED,
     world: World = ALONE,
     public: TokenStream | None = None,
-    match: Callable[[Tensor], Tensor] | None = None,
+    match: Match = unmatched,
 ) -> tuple[int, float]:
     """Train all of ``model`` in place and return (tokens, mean loss of the last steps in nats a token).
 

@@ -57,8 +57,8 @@ def step_flops(shape: Shape, kind: str, rank: int | None = None) -> int:
     attention, network, head = 4 * shape.hidden**2, 3 * shape.hidden * shape.inner, shape.vocab * shape.hidden
     scores = shape.seq_len * shape.hidden
     low = 3 * rank * (shape.hidden + shape.inner) if rank else 0
-    # A low-rank expert has the public one's products with two matrices of three from that.
-    networks = {PAIR: 4 * network // 3 if rank else 2 * network, MASKED: 2 * network}.get(kind, network)
+    # A low-rank expert and the public one have one product with each public matrix between them.
+    networks = {PAIR: network if rank else 2 * network, MASKED: 2 * network}.get(kind, network)
     layer = attention + networks + low
     forward = shape.layers * (layer + scores) + head
     if kind == DENSE:

@@ -23,7 +23,7 @@ from flexctl.model.losses import Loss, training_loss
 from flexctl.model.norms import fuse_norms
 from flexctl.model.recompute import recompute_layers
 from flexctl.runtime import SILENT, peak_rss_bytes
-from flexctl.training.loop import LoopSettings, ParameterGroup, train
+from flexctl.training.loop import LoopSettings, Match, ParameterGroup, train, unmatched
 from flexctl.training.pair import Pair
 from tests.benchmarks.shapes import CPU, DENSE, LORA, MASKED, PAIR, Shape, dense_model, mixture_model, step_flops
 
@@ -36,7 +36,7 @@ class Trained(NamedTuple):
 
     model: nn.Module
     groups: list[ParameterGroup]
-    match: Callable[[Tensor], Tensor] | None
+    match: Match
     autocast: torch.dtype | None
 
 
@@ -70,7 +70,7 @@ def dense(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:
     """Every weight of the dense model trains, kept in float32."""
     model = dense_model(shape, device, torch.float32).requires_grad_(True)
     autocast = None if dtype == torch.float32 else dtype
-    return Trained(model, [ParameterGroup(parameters=list(model.parameters()))], None, autocast)
+    return Trained(model, [ParameterGroup(parameters=list(model.parameters()))], unmatched, autocast)
 
 
 def masked(shape: Shape, device: torch.device, dtype: torch.dtype, how: str) -> Trained:
@@ -83,7 +83,7 @@ def masked(shape: Shape, device: torch.device, dtype: torch.dtype, how: str) -> 
     for weight in weights:
         weight.requires_grad_(True)
         weight.register_post_accumulate_grad_hook(_zero_public)
-    return Trained(model, [ParameterGroup(parameters=weights)], None, None)
+    return Trained(model, [ParameterGroup(parameters=weights)], unmatched, None)
 
 
 def _zero_public(weight: Tensor) -> None:
@@ -104,7 +104,7 @@ def lora(shape: Shape, device: torch.device, dtype: torch.dtype, rank: int = RAN
             value.data = value.data.float()
             weights.append(value.requires_grad_(True))
     autocast = None if dtype == torch.float32 else dtype
-    return Trained(model, [ParameterGroup(parameters=weights)], None, autocast)
+    return Trained(model, [ParameterGroup(parameters=weights)], unmatched, autocast)
 
 
 def recomputed(shape: Shape, device: torch.device, dtype: torch.dtype) -> Trained:

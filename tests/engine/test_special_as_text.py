@@ -76,11 +76,11 @@ def test_resume_goes_on_with_the_same_reading_alone(
 ) -> None:
     settings: Any = {"data": (quoting,), "anchor": anchor, "output": tmp_path / "x.st", "checkpoint_steps": 1, **SMALL}
 
-    def killed(_: training.Pair) -> None:
+    def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Pair, "close", killed)
+        patch.setattr(training.Pair, "round_weights", killed)
         with pytest.raises(KeyboardInterrupt):
             train_expert(TrainExpertConfig(**settings, special_as_text=True))
     with pytest.raises(UsageError, match="special_as_text = True, this one has False"):

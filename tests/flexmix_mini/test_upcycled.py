@@ -68,14 +68,14 @@ def test_balance_is_one_when_even_and_n_when_one_expert_has_all() -> None:
     balance = LoadBalance(1.0)
     kept = torch.eye(4).repeat(3, 1).requires_grad_()
     balance.watch(0, kept, kept, kept)
-    assert balance.penalty(kept).item() == pytest.approx(1.0 * 12)
+    assert balance.penalty().item() == pytest.approx(1.0 * 12)
     one = torch.tensor([[0.0, 1.0, 0.0, 0.0]]).repeat(12, 1).requires_grad_()
     balance.watch(0, one, one, one)
-    assert balance.penalty(one).item() == pytest.approx(4.0 * 12)
+    assert balance.penalty().item() == pytest.approx(4.0 * 12)
     model.requires_grad_(True)
     with observing(model, balance.watch):
         model(tiny.some_tokens())
-    balance.penalty(kept).backward()
+    balance.penalty().backward()
     assert all(block.router.closed.grad.abs().sum() > 0 for block in routed_layers(model))
 
 

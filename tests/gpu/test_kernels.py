@@ -54,8 +54,9 @@ def step(model: Any, pair: Pair, dtype: torch.dtype, found: kernels.Kernels | No
     with (
         kernels.fused(model, found) as loss_of,
         autocasting(DEVICE, None if dtype == torch.float32 else dtype),
+        pair.match(public) as matched,
     ):
-        loss = loss_of(model, ids[:, :-1], ids[:, 1:], 0.01, None) + pair.match(public)
+        loss = loss_of(model, ids[:, :-1], ids[:, 1:], 0.01, None) + matched()
         weights = [weight for group in pair.groups() for weight in group.parameters]
         gradients = torch.autograd.grad(loss / 64, weights)
     return loss.detach(), torch.cat([gradient.float().flatten() for gradient in gradients])

@@ -5,6 +5,7 @@ Stand-ins take the place of liger-kernel's functions and overwrite what those ov
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from importlib import metadata
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from flexctl.model.kernels import KNOWN, Kernels, find_kernels, fused
 from flexctl.model.losses import training_loss
 from flexctl.model.recompute import recompute_layers
-from flexctl.model.routed import routed_layers
 from flexctl.runtime import SILENT, SilentReporter
 from flexctl.training.pair import Pair
 
@@ -60,8 +60,8 @@ def step(model: Any, pair: Pair, kernels: Kernels | None) -> tuple[Tensor, list[
     """The loss of a step with its match, and the gradients of all that trains."""
     ids, public = tiny.some_tokens(4, 17), torch.tensor([False, True, False, True])
     weights = [weight for group in pair.groups() for weight in group.parameters]
-    with fused(model, kernels) as loss_of:
-        loss = loss_of(model, ids[:, :-1], ids[:, 1:], 0.01, None) + pair.match(public)
+    with fused(model, kernels) as loss_of, pair.match(public) as matched:
+        loss = loss_of(model, ids[:, :-1], ids[:, 1:], 0.01, None) + matched()
         gradients = torch.autograd.grad(loss / 64, weights)
     return loss.detach(), list(gradients)
 
@@ -81,8 +81,9 @@ def test_a_pair_s_loss_and_gradients_are_those_of_plain_code(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_each_part_runs_by_its_kernel_and_all_is_put_back(model_type: str) -> None:
+def test_each_part_runs_by_its_kernel_and_all_is_put_back(model_type: str, rank: int | None) -> None:
     calls = {"rope": 0, "silu_mul": 0, "head_loss": 0}
 
     def counting(name: str) -> Any:
@@ -92,7 +93,7 @@ def test_each_part_runs_by_its_kernel_and_all_is_put_back(model_type: str) -> No
 
         return call
 
-    model, pair = make_pair(model_type)
+    model, pair = make_pair(model_type, rank)
     family: Any = sys.modules[type(model).__module__]
     before = family.apply_rotary_pos_emb, state(model)
     expected, _ = step(model, pair, None)
@@ -105,9 +106,12 @@ def test_each_part_runs_by_its_kernel_and_all_is_put_back(model_type: str) -> No
     assert torch.equal(again, expected)
 
 
-def state(model: nn.Module) -> list[tuple[str, type, bool]]:
-    """Names, classes and own forwards of all modules."""
-    return [(name, type(module), "forward" in vars(module)) for name, module in model.named_modules()]
+def state(model: nn.Module) -> list[tuple[str, type, list[Any]]]:
+    """Names, classes and own functions of all modules."""
+    return [
+        (name, type(module), [vars(module).get(part) for part in ("forward", "inside")])
+        for name, module in model.named_modules()
+    ]
 
 
 def test_all_is_put_back_where_training_fails() -> None:
@@ -134,11 +138,17 @@ def test_without_kernels_nothing_is_touched() -> None:
         assert (family.apply_rotary_pos_emb, state(model)) == before
 
 
-def test_networks_of_another_activation_stay_plain() -> None:
-    model, _ = make_pair("llama", hidden_act="gelu")
-    with fused(model, standin.kernels()):
-        assert not [name for name, _, is_own in state(model) if is_own]
-    assert routed_layers(model)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_networks_of_another_activation_compute_as_ever(rank: int | None) -> None:
+    def refuse(_gate: Tensor, _up: Tensor) -> Tensor:
+        raise AssertionError("silu is not its activation")
+
+    model, pair = make_pair("llama", rank, hidden_act="gelu")
+    expected, plain = step(model, pair, None)
+    found, gradients = step(model, pair, dataclasses.replace(standin.kernels(), silu_mul=refuse))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for one, other in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_rows_that_stand_in_are_weighed_by_the_plain_loss() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,36 +13,37 @@ from builders import make_anchor, make_expert
 from torch import Tensor, nn
 
 from flexctl.bundle import pair_weights
-from flexctl.model.lowrank import LowRankLinear, expand, low_rank_copy
+from flexctl.families import PROJECTIONS
+from flexctl.model.lowrank import LowRankDifference, LowRankNetwork, expand
 from flexctl.model.tensors import to_torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make_map(rank: int = 3, seed: int = 0) -> LowRankLinear:
-    torch.manual_seed(5)
-    base = nn.Linear(8, 12, bias=False).requires_grad_(False)
-    return LowRankLinear(base, rank, torch.Generator().manual_seed(seed))
+def make_map(rank: int = 3, seed: int = 0) -> LowRankDifference:
+    return LowRankDifference(torch.zeros(12, 8), rank, torch.Generator().manual_seed(seed))
 
 
-def trained(made: LowRankLinear) -> LowRankLinear:
-    nn.init.normal_(made.b, generator=torch.Generator().manual_seed(6))
+def trained(made: nn.Module) -> Any:
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in made.named_parameters():
+        if name.endswith("b"):
+            nn.init.normal_(parameter, generator=generator)
     return made
 
 
-def test_it_begins_as_the_base_bit_for_bit() -> None:
-    made, inputs = make_map(), torch.randn(5, 8)
-    assert torch.equal(made(inputs), made.base(inputs))
+def test_it_begins_as_nothing() -> None:
+    assert not make_map()(torch.randn(5, 8)).any()
 
 
 def test_it_computes_the_matrix_that_it_stands_for() -> None:
-    made, inputs = trained(make_map()), torch.randn(5, 8)
-    matrix = expand(made.base.weight, made.a.detach(), made.b.detach())
-    assert (matrix - made.base.weight).abs().max() > 0.1
-    assert (made(inputs) - inputs @ matrix.T).abs().max() <= 1e-5
+    made, inputs, base = trained(make_map()), torch.randn(5, 8), torch.randn(12, 8)
+    matrix = expand(base, made.a.detach(), made.b.detach())
+    assert (matrix - base).abs().max() > 0.1
+    assert (inputs @ base.T + made(inputs) - inputs @ matrix.T).abs().max() <= 1e-5
 
 
-def test_only_the_difference_trains_and_its_start_follows_from_the_seed() -> None:
+def test_all_of_it_trains_and_its_start_follows_from_the_seed() -> None:
     made = make_map()
     made(torch.randn(5, 8)).sum().backward()
     assert {name for name, parameter in made.named_parameters() if parameter.grad is not None} == {"a", "b"}
@@ -71,45 +74,83 @@ def test_expand_gives_the_bytes_that_merge_writes(tmp_path: Path, dtype: str) ->
         assert torch.equal(matrix, to_torch(raw))
 
 
-def test_a_copy_shares_the_matrices_of_the_public_network() -> None:
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_proj, self.up_proj = (nn.Linear(8, 12, bias=False) for _ in range(2))
-            self.down_proj = nn.Linear(12, 8, bias=False)
+class Network(nn.Module):
+    """A feed-forward network as Transformers has them."""
 
-        def forward(self, inputs: Tensor) -> Tensor:
-            found: Tensor = self.down_proj(self.gate_proj(inputs) * self.up_proj(inputs))
-            return found
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(8, 12, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(12, 8, bias=False)
+        self.act_fn, self.config = nn.SiLU(), SimpleNamespace(hidden_act="silu")
 
-    public = Network().requires_grad_(False)
-    made = low_rank_copy(public, 2, torch.Generator().manual_seed(0))
-    inputs = torch.randn(5, 8)
+    def forward(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.down_proj(self.act_fn(self.gate_proj(inputs)) * self.up_proj(inputs))
+        return found
+
+
+@pytest.fixture
+def public() -> Network:
+    torch.manual_seed(5)
+    return Network().requires_grad_(False)
+
+
+def expanded(low: LowRankNetwork, public: Network) -> Network:
+    """The network of whole matrices that a low-rank one stands for; its gradients are theirs."""
+    network = copy.deepcopy(public)
+    for name in PROJECTIONS:
+        linear, part = getattr(network, name), getattr(low, name)
+        linear.weight = nn.Parameter(linear.weight + part.b.detach() @ part.a.detach())
+    return network
+
+
+def test_a_network_begins_as_the_public_one_bit_for_bit_and_has_differences_alone(public: Network) -> None:
+    made, inputs = LowRankNetwork(public, 2, torch.Generator().manual_seed(0)), torch.randn(5, 8)
     assert torch.equal(made(inputs), public(inputs))
-    assert made.gate_proj.base.weight is public.gate_proj.weight  # type: ignore[union-attr]
-    assert {tuple(part.shape) for part in made.parameters() if part.requires_grad} == {(2, 8), (12, 2), (2, 12), (8, 2)}
-    assert isinstance(public.gate_proj, nn.Linear)
+    assert torch.equal(made.mix(inputs, torch.tensor([[0.75, 0.25]]).expand(5, 2)), public(inputs))
+    assert {name for name, _ in made.named_parameters()} == {
+        f"{name}.{part}" for name in ("gate_proj", "up_proj", "down_proj") for part in "ab"
+    }
+    assert {tuple(part.shape) for part in made.parameters()} == {(2, 8), (12, 2), (2, 12), (8, 2)}
 
 
-def test_what_the_public_map_has_just_computed_is_not_computed_again() -> None:
-    public = nn.Linear(8, 12, bias=False).requires_grad_(False)
-    made, calls = trained(LowRankLinear(copy.deepcopy(public), 3, torch.Generator().manual_seed(0))), []
-    made.base.register_forward_hook(lambda *_: calls.append(1))
-    inputs, others = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
-    alone = made(inputs)
-    [expected] = torch.autograd.grad(alone.square().sum() + public(inputs).sum(), inputs)
-    assert len(calls) == 1
-    made.follow(public)
-    beside = public(inputs)
-    found = made(inputs)
-    assert torch.equal(found, alone)
-    torch.testing.assert_close(torch.autograd.grad(found.square().sum() + beside.sum(), inputs)[0], expected)
-    assert len(calls) == 1
-    public(inputs)
-    made(others)
-    made(inputs)
-    assert len(calls) == 3
-    made.leave()
-    public(inputs)
-    made(inputs)
-    assert len(calls) == 4
+def test_the_mixture_is_the_weighted_sum_of_both_networks_by_one_product_each(public: Network) -> None:
+    low = trained(LowRankNetwork(public, 3, torch.Generator().manual_seed(0)))
+    own, weights = expanded(low, public), torch.rand(5, 1)
+    weights = torch.cat([1 - weights, weights], dim=1).requires_grad_()
+    inputs = torch.randn(5, 8, requires_grad=True)
+    calls: list[nn.Module] = []
+    hooks = [part.register_forward_hook(lambda module, *_: calls.append(module)) for part in public.children()]
+    found = low.mix(inputs, weights)
+    for hook in hooks:
+        hook.remove()
+    assert calls == [public.gate_proj, public.up_proj, public.down_proj]
+    expected = weights[:, :1] * public(inputs) + weights[:, 1:] * own(inputs)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(low(inputs), own(inputs))
+    given = [inputs, *(part for name in PROJECTIONS for part in (getattr(low, name).a, getattr(low, name).b))]
+    mine = torch.autograd.grad(found.square().sum(), given)
+    matrices = [getattr(own, name).weight for name in PROJECTIONS]
+    at_inputs, *whole = torch.autograd.grad(expected.square().sum(), [inputs, *matrices])
+    torch.testing.assert_close(mine[0], at_inputs, rtol=1e-4, atol=1e-4)
+    for name, gradient, (a, b) in zip(PROJECTIONS, whole, zip(mine[1::2], mine[2::2], strict=True), strict=True):
+        part = getattr(low, name)
+        torch.testing.assert_close(a, part.b.detach().T @ gradient, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(b, gradient @ part.a.detach().T, rtol=1e-4, atol=1e-4)
+
+
+def test_who_watches_sees_what_the_own_network_gives_more_on_some_tokens(public: Network) -> None:
+    low = trained(LowRankNetwork(public, 3, torch.Generator().manual_seed(0)))
+    inputs, chosen = torch.randn(6, 8, requires_grad=True), torch.tensor([1, 4])
+    seen: list[Tensor] = []
+    low.watching = (lambda tensor: tensor[chosen]), (lambda *given: seen.extend(given))
+    weight = torch.linspace(0.1, 0.9, 6)[:, None]
+    low.mix(inputs, torch.cat([1 - weight, weight], dim=1))
+    theirs, more = seen
+    torch.testing.assert_close(theirs, public(inputs)[chosen].detach(), rtol=1e-4, atol=1e-5)
+    assert not theirs.requires_grad
+    torch.testing.assert_close(more, (low(inputs) - public(inputs))[chosen], rtol=1e-4, atol=1e-5)
+    # The public outputs are the aim: nothing goes back through them.
+    [found] = torch.autograd.grad(more.square().sum(), inputs)
+    apart = (low(inputs) - public(inputs).detach())[chosen]
+    torch.testing.assert_close(found, torch.autograd.grad(apart.square().sum(), inputs)[0], rtol=1e-4, atol=1e-4)
+    assert found.any()

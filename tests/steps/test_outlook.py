@@ -161,7 +161,7 @@ def test_the_command_line(one_b: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "devices  at once" in text
     assert "One device: frozen 5.9 GB" in text
     assert re.search(r"^Fits: whether into [0-9.]+ GB, what this machine's cpu has\.$", text, re.M)
-    assert "GFLOP a token at 71% of 0.500 TFLOP/s" in text
+    assert "GFLOP a token at 63% of 0.500 TFLOP/s" in text
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["plan"]["devices"]) == 4
@@ -205,10 +205,10 @@ def test_steps_of_one_micro_batch_are_what_a_full_expert_may_need(
     settings: dict[str, Any] = {"data": (tmp_path,), "micro_batch": 1}
     with pytest.raises(UsageError, match=r"at least 83\.\d GB") as caught:
         outlook.refuse_what_cannot_fit(TrainExpertConfig(**settings, batch_tokens=8192), shape, card)
-    assert str(caught.value.hint).startswith("with `recompute` and `batch_tokens` 1024 it takes about 78.0 GB")
+    assert str(caught.value.hint).startswith("with `recompute` and `batch_tokens` 1024 it takes about 77.3 GB")
     outlook.refuse_what_cannot_fit(TrainExpertConfig(**settings, batch_tokens=1024, recompute=True), shape, card)
     found = plan(seven_b, device="cuda", batch_tokens=4096, recompute=True, plan_tflops=780).devices[0]
-    assert found.memory_bytes == pytest.approx(81.1e9, rel=0.01)
+    assert found.memory_bytes == pytest.approx(77.7e9, rel=0.01)
 
 
 def test_torch_that_cannot_keep_gradients_in_bfloat16_takes_more(one_b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,9 @@ def test_torch_that_cannot_keep_gradients_in_bfloat16_takes_more(one_b: Path, mo
     for can_keep in (True, False):
         monkeypatch.setattr(footprint, "CAN_KEEP", can_keep)
         found.append(plan(one_b, recompute=True, **settings).devices[0].memory_bytes)
-    assert found[1] - found[0] == pytest.approx(1.75 * kept, rel=0.1), "16 bytes in place of 14.25"
+    assert 1.7 * kept < found[1] - found[0] <= 2 * kept, (
+        "4 bytes of a gradient in place of 2, and of a few while it moves"
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_a_run_is_refused_by_what_it_takes_at_the_least(
     """At the least: weights and moments, gradients or inner values of the fewest tokens that a step may have."""
     sizes = 32 * 320 * 2 + 2 * (2 * 32 * (32 + 16) + 3 * 32 * 48)
     trained = 2 * 3 * 32 * 48
-    least = 4 * sizes + 12 * trained + max(4 * trained, 7 * 48 * 4 * 1024)
+    least = 4 * sizes + 12 * trained + max(4 * trained, 5 * 48 * 4 * 1024)
     for size, fits in ((least, True), (least - 1, False)):
         memory(size, monkeypatch)
         if fits:
@@ -287,7 +289,7 @@ def test_a_run_is_refused_by_what_it_takes_at_the_least(
         else:
             with pytest.raises(UsageError, match="at least"):
                 run(anchor, texts)
-    memory(least - 7 * 48 * 4 * 1024 + 4 * trained, monkeypatch)
+    memory(least - 5 * 48 * 4 * 1024 + 4 * trained, monkeypatch)
     run(anchor, texts, recompute=True)
     config, opened = TrainExpertConfig(data=(texts.code,), anchor=anchor, threads=1), open_anchor(anchor)
     given = (config, opened.manifest.moe_config, machine_of(config, opened.weights().shared))

@@ -171,8 +171,26 @@ def test_what_a_card_had_in_use_is_what_the_formula_says(
     """docs/scaling.md, section 3: the most that torch had allocated, of sequences of 1,024, on an H200."""
     run = dataclasses.replace(shape, batch=sequences)
     step = step_of(run, "bfloat16", rank, recompute, sequences, on_card=True, public_share=0.3)
-    found_gb = sum(memory_of_step(sizes_of(shape), step).values()) / 1e9
-    assert found_gb == pytest.approx(measured_gb, rel=0.08 if (sequences, recompute) == (8, True) else 0.025)
+    found = sum(memory_of_step(sizes_of(shape), step).values()) + kept_more_then(sizes_of(shape), step)
+    assert found / 1e9 == pytest.approx(measured_gb, rel=0.035)
+
+
+def kept_more_then(sizes: Sizes, step: Step) -> float:
+    """Bytes that the commit on the card (136bb68) kept and this one does not.
+
+    Of each layer but the first that was silu(gate) of both networks, or of a low-rank pair one of these and an output,
+    less than its way back now has more at once; of the first, silu(gate) of the own one. With --recompute it was so of
+    one layer, beside the outputs that the match compared, of all layers.
+    """
+    inner, hidden, layers = sizes.inner, sizes.hidden, sizes.layers
+    inside = 2 * inner if step.rank is None else inner + hidden
+    beside = 0 if step.rank is None else hidden - 2 * inner
+    numbers = (layers - 1) * inside + inner + beside
+    differences = 0.0
+    if step.recompute:
+        numbers = inside + beside + 2 * layers * hidden
+        differences = (layers - 1) * hidden * 4 * step.public_share
+    return step.tokens * (step.item_bytes * numbers + differences)
 
 
 @pytest.mark.parametrize("rank", [None, 16])

@@ -8,7 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from flexctl.text.tokens import TokenStream
 from flexctl.training import checkpoints
 from flexctl.training.batches import Mixture
 from flexctl.training.checkpoints import Checkpoints
-from flexctl.training.loop import LoopSettings, Outcome, ParameterGroup, learning_rate, train
+from flexctl.training.loop import LoopSettings, Match, Outcome, ParameterGroup, learning_rate, train, unmatched
 from flexctl.training.track import UNTRACKED, Track
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ def run(
     micro_batch: int = 4,
     checkpoints: Checkpoints | None = None,
     track: Track = UNTRACKED,
-    match: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    match: Match = unmatched,
     penalty: Callable[[], torch.Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
     lr_factors: tuple[float, float] = (1.0, 0.1),
@@ -154,9 +154,10 @@ def test_match_hears_which_sequences_are_public_and_counts_by_the_token(micro_ba
     def matched(size: int) -> float:
         model = tiny.make_golden_model()
 
-        def match(public: torch.Tensor) -> torch.Tensor:
+        @contextmanager
+        def match(public: torch.Tensor) -> Iterator[Callable[[], torch.Tensor]]:
             heard.extend(public.tolist())
-            return 1e4 * 16 * len(public) * model.model.norm.weight.square().sum()
+            yield lambda: 1e4 * 16 * len(public) * model.model.norm.weight.square().sum()
 
         run(model, steps=2, micro_batch=size, match=match)
         return float(model.model.norm.weight.detach().norm())

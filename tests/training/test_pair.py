@@ -17,7 +17,7 @@ from flexctl.model.building import moved_tensors, route
 from flexctl.model.lowrank import expand
 from flexctl.model.recompute import recompute_layers
 from flexctl.model.rounded import RoundedLinear
-from flexctl.model.routed import routed_layers
+from flexctl.model.routed import observing, routed_layers
 from flexctl.routing.space import RouterSpace, fit_space, measure_inputs
 from flexctl.runtime import SILENT
 from flexctl.text.tokens import TokenStream
@@ -145,10 +145,9 @@ def test_differences_train_faster_than_matrices(space: RouterSpace, rank: int | 
 
 def test_a_low_rank_expert_copies_no_matrix(space: RouterSpace) -> None:
     model, _ = make_pair(space, rank=3)
-    places = {parameter.data_ptr() for name, parameter in model.named_parameters() if ".experts.0." in name}
-    shared = [value for name, value in model.state_dict().items() if name.endswith("_proj.base.weight")]
-    assert len(shared) == 6
-    assert {value.data_ptr() for value in shared} <= places
+    own = {name: value for name, value in model.state_dict().items() if ".experts.1." in name}
+    assert own.keys() == LOW_RANK
+    assert {min(value.shape) for value in own.values()} == {3}
 
 
 def test_rows_stay_bit_for_bit(space: RouterSpace) -> None:
@@ -161,33 +160,39 @@ def test_rows_stay_bit_for_bit(space: RouterSpace) -> None:
 
 @torch.no_grad()
 def feed_forward_outputs(model: Any, tokens: Tensor, expert: int) -> list[Tensor]:
-    """Outputs of one expert in every layer, (B, S, H) each."""
+    """Outputs of one expert in every layer for what reaches it, (B, S, H) each."""
     found: list[Tensor] = []
-    watches = [
-        block.experts[expert].register_forward_hook(
-            lambda _module, _given, output: found.append(output.reshape(*tokens.shape, -1))
-        )
-        for block in routed_layers(model)
-    ]
-    model(tokens)
-    for watch in watches:
-        watch.remove()
+    blocks = routed_layers(model)
+
+    def run(layer: int, inputs: Tensor, *_: Tensor) -> None:
+        found.append(blocks[layer].experts[expert](inputs).reshape(*tokens.shape, -1))
+
+    with observing(model, run):
+        model(tokens)
     return found
 
 
-def test_match_is_the_relative_distance_from_public_on_public_sequences(space: RouterSpace) -> None:
-    model, pair = make_pair(space, match=2.0)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_match_is_the_relative_distance_from_public_on_public_sequences(
+    space: RouterSpace, rank: int | None, recompute: bool
+) -> None:
+    model, pair = make_pair(space, match=2.0, rank=rank)
     run(model, pair, steps=3, public_share=0.0)
+    if recompute:
+        recompute_layers(model)
     tokens, public = tiny.some_tokens(4, 9), torch.tensor([False, True, False, True])
-    model.base_model(tokens)
-    found = float(pair.match(public).detach())
+    with pair.match(public) as matched:
+        model.base_model(tokens)
+        found = float(matched().detach())
     direct = 0.0
     outputs = zip(feed_forward_outputs(model, tokens, 0), feed_forward_outputs(model, tokens, 1), strict=True)
     for theirs, own in outputs:
         direct += float((own[public] - theirs[public]).square().sum() / theirs[public].square().sum()) / 2
     assert found == pytest.approx(2.0 * 18 * direct, rel=1e-4)
     assert found > 0.01
-    assert float(pair.match(torch.zeros(4, dtype=torch.bool))) == 0.0
+    with pair.match(torch.zeros(4, dtype=torch.bool)) as matched:
+        assert float(matched()) == 0.0
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -203,11 +208,21 @@ def test_match_holds_the_expert_on_public_text_and_moves_nothing_frozen(space: R
     assert distance[100.0] < 0.5 * distance[0.0]
 
 
-def test_closed_pair_watches_nothing(space: RouterSpace) -> None:
-    model, pair = make_pair(space, match=1.0)
-    pair.close()
-    model.base_model(tiny.some_tokens())
-    assert not any(module._forward_hooks for module in model.modules())
+@pytest.mark.parametrize("rank", [None, 3])
+def test_nobody_watches_after_a_step(space: RouterSpace, rank: int | None) -> None:
+    model, pair = make_pair(space, match=1.0, rank=rank)
+    with pair.match(torch.ones(2, dtype=torch.bool)):
+        assert watched(model) == 2
+    assert watched(model) == 0
+    with pytest.raises(ZeroDivisionError), pair.match(torch.ones(2, dtype=torch.bool)):
+        raise ZeroDivisionError
+    assert watched(model) == 0
+
+
+def watched(model: Any) -> int:
+    """How many layers somebody watches."""
+    experts = [block.experts[1] for block in routed_layers(model)]
+    return sum(bool(expert._forward_hooks) or getattr(expert, "watching", None) is not None for expert in experts)
 
 
 @pytest.mark.parametrize("name", ["F32", "BF16", "F16"])
@@ -231,7 +246,6 @@ def test_what_a_low_rank_pair_serves_is_what_it_trained(space: RouterSpace) -> N
     """The forward in training never forms a matrix; served are expanded ones. In float32 nothing is rounded away."""
     model, pair = make_pair(space, rank=3)
     run(model, pair)
-    pair.close()
     with torch.no_grad():
         trained, anchor = model(BATCHES[0]).logits, tiny.build(WEIGHTS)(BATCHES[0]).logits
     tensors = pair.round_weights("F32", WEIGHTS.experts["public"])
