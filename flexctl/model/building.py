@@ -323,11 +323,11 @@ def add_expert(
         if rank is not None:
             expert = LowRankNetwork(public, rank, generator)
             shard_trained(expert, runs_in=next(public.parameters()).dtype, world=world, entries=["mix"])
-            block.joined = expert.mix
         else:
             expert = trained_copy(public, device=device, world=world)
         block.experts.append(expert)
         block.together = None  # it has no place for one more
+        block.joined = expert.mix if isinstance(expert, LowRankNetwork) and len(block.experts) == 2 else None
         block.router = Router(torch.cat([block.router.rows, row[None].to(device)]))
         block.top_k = len(block.experts)
         added.append(expert)

@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden_size, I intermediate_size.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -65,7 +66,8 @@ def compute_by(network: nn.Module, product: Product) -> Callable[[], None]:
         if before is not None:
             own["forward"] = before
 
-    own["forward"] = partial(_forward, network, product)
+    # Weakly: a network that held itself would outlive its model until somebody collects garbage.
+    own["forward"] = partial(_forward, weakref.proxy(network), product)
     return undo
 
 

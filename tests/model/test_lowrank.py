@@ -8,13 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from builders import make_anchor, make_expert
 from torch import Tensor, nn
 
 from flexctl.bundle import pair_weights
 from flexctl.families import PROJECTIONS
+from flexctl.model.building import add_expert
 from flexctl.model.lowrank import LowRankDifference, LowRankNetwork, expand
+from flexctl.model.routed import routed_layers
 from flexctl.model.tensors import to_torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,3 +157,21 @@ def test_who_watches_sees_what_the_own_network_gives_more_on_some_tokens(public:
     apart = (low(inputs) - public(inputs).detach())[chosen]
     torch.testing.assert_close(found, torch.autograd.grad(apart.square().sum(), inputs)[0], rtol=1e-4, atol=1e-4)
     assert found.any()
+
+
+@pytest.mark.parametrize("ranks", [(3, 3), (3, None), (None, 3)])
+def test_a_low_rank_expert_beside_several_is_one_of_them(ranks: tuple[int | None, int | None]) -> None:
+    model = tiny.build(tiny.make_weights(tiny.dense_config()))
+    for seed, rank in enumerate(ranks):
+        add_expert(model, tiny.scrambled((2, 32), seed, 0.5), rank, seed)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    inputs = torch.randn(9, 32, generator=generator)
+    for block in routed_layers(model):
+        shares = block.route(inputs)
+        assert shares.shape == (9, 3)
+        expected = sum(share[:, None] * expert(inputs) for share, expert in zip(shares.T, block.experts, strict=True))
+        torch.testing.assert_close(block(inputs), expected)

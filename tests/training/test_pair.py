@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,20 @@ def test_nobody_watches_after_a_step(space: RouterSpace, rank: int | None) -> No
     with pytest.raises(ZeroDivisionError), pair.match(torch.ones(2, dtype=torch.bool)):
         raise ZeroDivisionError
     assert watched(model) == 0
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_pair_goes_with_its_model_and_waits_for_no_garbage_collector(space: RouterSpace, rank: int | None) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        model, pair = make_pair(space, match=1.0, rank=rank)
+        run(model, pair, steps=1)
+        left = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model, pair
+        assert not [each for each in left if each() is not None]
+    finally:
+        gc.enable()
 
 
 def watched(model: Any) -> int:
