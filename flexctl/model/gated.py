@@ -37,10 +37,10 @@ class _GatedSilu(torch.autograd.Function):
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) up, (T, I), and keep neither of the factors' own values but gate and up.
+    """Return silu(gate) up, (T, I), and keep gate and up alone for the way back.
 
-    A third less than the two operations keep by themselves, for one pass more on the way back; the numbers are theirs,
-    bit for bit.
+    That is a third less than the two operations keep by themselves, for one pass more on the way back; the numbers are
+    theirs, bit for bit.
     """
     product: Tensor = _GatedSilu.apply(gate, up)
     return product
@@ -50,7 +50,8 @@ def product_of(network: Any, silu: Product = gated_silu) -> Product:
     """Return a network's product: ``silu`` where that is its activation, or what its own class computes."""
     if network.config.hidden_act in _SILU:
         return silu
-    return lambda gate, up: network.act_fn(gate) * up
+    activation = network.act_fn
+    return lambda gate, up: activation(gate) * up
 
 
 def compute_by(network: nn.Module, product: Product) -> Callable[[], None]:
