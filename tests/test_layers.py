@@ -33,6 +33,7 @@ LAYERS = (
         "workspace",
         "config",
         "flags",
+        "heap",
         "options",
         "commands",
         "runtime",

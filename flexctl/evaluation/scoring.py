@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flexctl import cache
 from flexctl.errors import FlexctlError
+from flexctl.heap import reusing_memory
 from flexctl.model.batching import of_like_length
 from flexctl.model.losses import score_tokens
 from flexctl.model.routed import observing, routed_layers, same_in_bfloat16
@@ -118,6 +119,7 @@ class Score:
         return shares
 
 
+@reusing_memory()
 def score_documents(
     model: nn.Module,
     documents: Iterable[FramedDocument],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.errors import BundleError, FlexctlError, UsageError
+from flexctl.heap import reusing_memory
 from flexctl.model.batching import of_like_length, to_device
 from flexctl.model.routed import observing, routed_layers
 from flexctl.model.tensors import RawBytes, to_torch
@@ -163,6 +164,7 @@ class RouterSpace:
         return self.covariances.inverse_quadratic(self.mean).rsqrt()
 
 
+@reusing_memory()
 def measure_inputs(model: nn.Module, batches: Iterable[Tensor], world: World = ALONE) -> InputStatistics:
     """Return mean and second moment of every layer's router inputs.
 
@@ -340,6 +342,7 @@ def mirrored(totals: Tensor) -> Tensor:
     return totals
 
 
+@reusing_memory()
 def _measure_each(
     model: nn.Module,
     documents: Sequence[Tensor],

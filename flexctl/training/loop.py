@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
 
 from flexctl.errors import FlexctlError
+from flexctl.heap import reusing_memory
 from flexctl.model.batching import to_device
 from flexctl.model.losses import Loss, training_loss
 from flexctl.model.rounded import keep_rounded
@@ -177,6 +178,7 @@ def train(
         reporter.progress("training", settings.steps * per_step, "tokens") as bar,
         hearing() as stop,
         checkpoints or nullcontext(),
+        reusing_memory(),
     ):
         bar.advance(first * per_step)
         for step in range(first, settings.steps):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flexctl.errors import FlexctlError
+from flexctl.heap import reusing_memory
 from flexctl.model.batching import to_device
 from flexctl.model.losses import training_loss
 from flexctl.model.tensors import tensors_digest
@@ -67,6 +68,7 @@ class PrivateSteps:
     public_share: float
 
 
+@reusing_memory()
 def train_privately(
     model: nn.Module,
     groups: Sequence[ParameterGroup],

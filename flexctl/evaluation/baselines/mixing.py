@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexctl.evaluation.baselines.windows import Floats, Windows
+from flexctl.heap import reusing_memory
 from flexctl.model.batching import of_like_length
 from flexctl.model.losses import LOGIT_BUDGET
 
@@ -64,6 +65,7 @@ def _fill(mixed: nn.Module, models: Sequence[nn.Module], weights: Floats) -> Non
         target.copy_(total)
 
 
+@reusing_memory()
 def mixed_logit_losses(
     models: Sequence[nn.Module],
     weights: Floats,

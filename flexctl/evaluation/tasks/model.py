@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexctl.errors import UsageError
+from flexctl.heap import reusing_memory
 from flexctl.model.batching import of_like_length
 from flexctl.model.losses import LOGIT_BUDGET
 from flexctl.runtime import Progress, Reporter
@@ -96,6 +97,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         encoded = [((text, ""), [self.prefix_token_id], self.tok_encode(text)) for text in texts]
         return [total for total, _ in self._loglikelihood_tokens(encoded)]
 
+    @reusing_memory()
     def _loglikelihood_tokens(self, requests: list[Encoded], **_: Any) -> list[tuple[float, bool]]:
         pieces = list(self._pieces(requests))
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
@@ -156,6 +158,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             hits.append(logits.argmax(dim=-1) == wanted)
         return torch.cat(losses), torch.cat(hits)
 
+    @reusing_memory()
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the greedy continuation of each prompt, cut before the first text that ends an answer."""
         alike: dict[str, list[int]] = {}
