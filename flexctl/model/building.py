@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flexctl.errors import BundleError, UsageError
 from flexctl.families import PROJECTIONS, family_of
+from flexctl.model.attention import register_attention
 from flexctl.model.lowrank import LowRankNetwork
 from flexctl.model.norms import fuse_norms
 from flexctl.model.routed import RoutedFeedForward, Router, routed_layers
@@ -186,7 +187,7 @@ def _config_of(weights: WeightSource) -> Any:
     import transformers
 
     config = transformers.AutoConfig.for_model(**dict(weights.dense_config))
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = register_attention()
     return config
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flexctl.errors import Saving
+from flexctl.model.attention import register_attention
 from flexctl.model.building import quiet_transformers
 from flexctl.model.sharding import HEAD, shard_whole, whole
 from flexctl.model.tensors import RawBytes
@@ -41,6 +42,7 @@ def build_dense(
 
     config = transformers.AutoConfig.for_model(**dict(dense_config))
     config.dtype = config.dtype or torch.float32
+    config._attn_implementation = register_attention()
     dense = _empty_dense(config, has_head=HEAD in tensors)
     shard_whole(dense, tensors, device=device, runs_in=runs_in, world=world)
     return dense

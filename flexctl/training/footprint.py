@@ -222,7 +222,10 @@ def _layer(sizes: Sizes, step: Step) -> float:
     heads = sizes.queries + sizes.keys
     # A low-rank expert is mixed with the public one inside the networks and not behind them.
     networks = 5 * sizes.inner + 3 * sizes.hidden if step.rank is None else 6 * sizes.inner + 2 * sizes.hidden
-    plain = networks + 2 * heads + 3 * (step.rank or 0)
+    # Attention by blocks does not read again what it gave.
+    by_blocks = not step.on_card and step.item_bytes != _FULL
+    attended = sizes.queries + 2 * sizes.keys + (0 if by_blocks else sizes.queries)
+    plain = networks + attended + 3 * (step.rank or 0)
     normed = 2 * sizes.hidden + (heads if sizes.norms_queries else 0)
     widths = step.item_bytes * plain + (step.item_bytes if step.on_card else _FULL) * normed
     return step.tokens * widths + _matched(sizes, step)

@@ -91,14 +91,16 @@ def sizes(shape: Shape) -> dict[str, Any]:
 
 
 def dense_model(shape: Shape, device: Any, dtype: Any) -> Any:
-    """Return a dense OLMo-2 with random weights, made in ``dtype`` where it is to be."""
+    """Return a dense OLMo-2 with random weights and flexctl's attention, made in ``dtype`` where it is to be."""
     import torch
     import transformers
+
+    from flexctl.model.attention import register_attention
 
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(
-            transformers.Olmo2Config(**sizes(shape)), attn_implementation="sdpa", dtype=dtype
+            transformers.Olmo2Config(**sizes(shape)), attn_implementation=register_attention(), dtype=dtype
         )
     return model.eval()
 

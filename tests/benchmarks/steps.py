@@ -1,6 +1,6 @@
 """Training steps measured: the pair, full and low-rank, against a masked mixture, the whole dense model, and LoRA.
 
-Every kind goes through flexctl's own loop, with the same batches, the same chunked loss and the same fused AdamW, so
+Every kind goes through flexctl's own loop, with the same batches, attention, chunked loss and fused AdamW, so
 what differs is the model: ``measure`` yields a row each.
 """
 
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flexctl.heap import reusing_memory
+from flexctl.model.attention import register_attention
 from flexctl.model.building import route
 from flexctl.model.losses import Loss, training_loss
 from flexctl.model.norms import fuse_norms
@@ -79,6 +81,7 @@ def masked(shape: Shape, device: torch.device, dtype: torch.dtype, how: str) -> 
     which spares this one the casts and half of AdamW's traffic: Transformers' grouped products take no autocast.
     """
     model = mixture_model(shape, device, dtype, experts=2, top_k=2, how=how).requires_grad_(False)
+    model.set_attn_implementation(register_attention())
     weights = [value for name, value in model.named_parameters() if ".experts." in name]
     for weight in weights:
         weight.requires_grad_(True)
@@ -261,7 +264,8 @@ def main() -> None:
     if name == "rate":
         print(json.dumps(matmul_flops_per_s(device, dtype, 2048, repeats=5)))
         return
-    [row] = measure(CPU, device, dtype, steps=2, rounds=4, names=(name,))
+    with reusing_memory():  # rounds are then steps of one run
+        [row] = measure(CPU, device, dtype, steps=2, rounds=4, names=(name,))
     print(json.dumps(row))
 
 

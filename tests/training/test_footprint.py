@@ -16,6 +16,7 @@ import tiny
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from flexctl.model.attention import register_attention
 from flexctl.model.building import route
 from flexctl.model.configs import resolve_moe_config
 from flexctl.model.recompute import recompute_layers
@@ -108,7 +109,9 @@ def allocated(
     shape = Shape(layers=5, hidden=64, heads=4, inner=160, vocab=tiny.VOCAB_SIZE, batch=4, seq_len=seq_len)
     gc.collect()  # what goes while it is watched would count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        model = route(tiny.make_dense(config).to(getattr(torch, dtype)))
+        dense = tiny.make_dense(config).to(getattr(torch, dtype))
+        dense.set_attn_implementation(register_attention())
+        model = route(dense)
         pair = Pair(model, 0.1 * torch.randn(5, 64), public_match=1.0, rank=rank)
         if recompute:
             recompute_layers(model)
