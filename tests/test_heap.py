@@ -65,12 +65,34 @@ def test_inside_no_page_is_given_twice_and_afterwards_they_are_given_back() -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_a_malloc_that_somebody_has_set_up_stays_as_it_is(name: str) -> None:
-    value = {"MALLOC_MMAP_THRESHOLD_": "65536", "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=65536"}[name]
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536")],
+)
+def test_thresholds_that_somebody_has_set_stay_as_they_are(name: str, value: str) -> None:
     usual, inside, more_inside, _, _ = pages(**{name: value})
     assert inside > 0.9 * usual
     assert more_inside <= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "stays"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "1000", True),
+        ("MALLOC_MMAP_MAX_", "0", True),
+        ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.top_pad=9", True),
+        ("MALLOC_ARENA_MAX", "2", False),
+        ("MALLOC_CONF", "background_thread:true", False),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=2", False),
+    ],
+)
+def test_what_counts_as_set(name: str, value: str, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in [each for each in os.environ if each.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(each)
+    if heap._glibc() is None:
+        pytest.skip("needs glibc")
+    monkeypatch.setenv(name, value)
+    assert (heap._glibc() is None) == stays
 
 
 def test_the_last_to_leave_sets_it_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Causal attention in bfloat16 on a CPU, by products of matrices, which torch's own kernel there is slower than.
+"""Causal attention for training in bfloat16 on a CPU, by products of matrices: faster than torch's own kernel there.
 
 Shapes: B sequences, A heads, V key-value heads, G = A / V, S positions, D head_dim; R positions of a block of queries,
 E positions up to the last of them.
@@ -7,6 +7,7 @@ E positions up to the last of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -14,15 +15,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["block_attention", "is_block_attention", "register_attention"]
+__all__ = ["attend_by_blocks", "register_attention"]
 
 _NAME = "flexctl_causal"
 
 _QUERIES = 256
 """R at most: what they score fits a core's cache, and later positions are left out block by block."""
 
+_FEWEST = 16
+"""R at least, where there are as many positions."""
+
 _SCORES = 1 << 20
-"""As many scores at most are there at once, but for those of one key."""
+"""As many scores at most are there at once, unless _FEWEST queries of the heads that share one key have more."""
+
+_SHORTEST = 64
+"""S at least: below, torch's kernel is faster."""
 
 
 def register_attention() -> str:
@@ -40,25 +47,36 @@ def _attend(
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if attention_mask is not None or settings.get("dropout") or not is_block_attention(query, key):
+    if attention_mask is not None or settings.get("dropout") or not _is_by_blocks(query, key):
         theirs: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
         return theirs
-    return block_attention(query, key, value, settings["scaling"]).transpose(1, 2), None
+    return attend_by_blocks(query, key, value, settings["scaling"]).transpose(1, 2), None
 
 
-def is_block_attention(query: Tensor, key: Tensor) -> bool:
-    """Return whether causal attention of these, (B, A, S, D) and (B, V, S, D), is better off by ``block_attention``."""
-    if query.device.type != "cpu" or not 1 < query.shape[2] == key.shape[2]:
+def _is_by_blocks(query: Tensor, key: Tensor) -> bool:
+    """Return whether attention of these, (B, A, S, D) and (B, V, S, D), is a training pass that is faster by blocks.
+
+    Passes without a gradient are torch's: what answers and scores may cut or pad a text in more than one way, and with
+    torch's kernel alone that makes no difference.
+    """
+    if query.device.type != "cpu" or not torch.is_grad_enabled() or not _SHORTEST <= query.shape[2] == key.shape[2]:
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    return dtype == torch.bfloat16
+    return dtype == torch.bfloat16 and _multiplies_bfloat16()
 
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Return whether this processor has products of bfloat16, as far as torch can tell; ARM was not measured."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask() for ask in asked if ask is not None)
+
+
+def attend_by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Return softmax(scaling Q K^T) V where a position sees itself and those before it, (B, A, S, D), bfloat16.
 
-    Scores are bfloat16, as in Transformers' eager attention; products add up in float32, and softmax computes in it.
-    Nothing is kept for the way back but the three inputs.
+    Scores are rounded to bfloat16, as in Transformers' eager attention. A product adds up in float32, as softmax does;
+    what several blocks give one key adds up in bfloat16. For the way back the three inputs are kept, as bfloat16.
 
     Args:
         query: (B, A, S, D).
@@ -66,11 +84,11 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -
         scaling: Of the scores.
     """
     with torch.autocast("cpu", enabled=False):
-        out: Tensor = _BlockAttention.apply(query.bfloat16(), key.bfloat16(), value.bfloat16(), scaling)
+        out: Tensor = _ByBlocks.apply(query.bfloat16(), key.bfloat16(), value.bfloat16(), scaling)
         return out
 
 
-class _BlockAttention(torch.autograd.Function):
+class _ByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
@@ -105,9 +123,10 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[_Where, _Where, Tensor
     """Yield blocks of queries, what they see, and what their scores get, (G R, E): -inf where a position is later."""
     sequences, heads, positions, _ = key.shape
     shared = query.shape[1] // heads
-    together = max(1, _SCORES // (shared * min(_QUERIES, positions) * positions))
-    for start in range(0, positions, _QUERIES):
-        end = min(start + _QUERIES, positions)
+    rows = min(positions, max(_FEWEST, min(_QUERIES, _SCORES // (shared * positions))))
+    together = max(1, _SCORES // (shared * rows * positions))
+    for start in range(0, positions, rows):
+        end = min(start + rows, positions)
         later = query.new_full((end - start, end), float("-inf")).triu_(start + 1).repeat(shared, 1)
         for sequence, first in product(range(sequences), range(0, heads, together)):
             last = first + together
@@ -116,10 +135,10 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[_Where, _Where, Tensor
 
 
 def _beside(block: Tensor, later: Tensor) -> Tensor:
-    """Return a block's heads that share a key one behind the other, (heads, G R, D)."""
+    """Return a block with the queries of heads that share a key one behind the other, (V heads, G R, D)."""
     return block.reshape(-1, len(later), block.shape[-1])
 
 
 def _shares(query: Tensor, key: Tensor, later: Tensor, scaling: float) -> Tensor:
-    """Return what each of a block's queries takes of each position up to its end, (heads, G R, E)."""
+    """Return what each of a block's queries takes of each position up to its end, (V heads, G R, E)."""
     return torch.baddbmm(later, query, key.mT, alpha=scaling).softmax(dim=-1)

@@ -4,7 +4,7 @@ A sequence has a slot of its own while it lasts. Each of its tokens sees the key
 another sequence says, how long it is and which experts answer it makes no difference.
 
 Shapes: T tokens of a pass, m of them alone in their sequence; A heads, V key-value heads, G = A / V, D head_dim;
-S slots, C positions that a slot holds now; R tokens of a span, E positions up to its last.
+S slots, C positions that a slot holds now.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from flexctl.model.attention import block_attention, is_block_attention
 
 __all__ = ["SlotCache", "Span", "forward"]
 
@@ -191,29 +189,20 @@ def _attend(
         alone = query[0, :, :begin].transpose(0, 1)
         parts.append(_attend_alone(alone, keys, values, plan.slots[:begin], seen_alone, scaling))
     for span in plan.spans[begin:]:
-        mine, here = slice(span.slot, span.slot + 1), slice(begin, begin + span.length)
         seen = plan.sees(span, sliding_window)
-        out = _attend_span(query[:, :, here], keys[mine, :, : span.end], values[mine, :, : span.end], seen, scaling)
+        mine = slice(span.slot, span.slot + 1)
+        out = F.scaled_dot_product_attention(
+            query[:, :, begin : begin + span.length],
+            keys[mine, :, : span.end],
+            values[mine, :, : span.end],
+            attn_mask=seen,
+            is_causal=seen is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
         parts.append(out[0].transpose(0, 1))
         begin += span.length
     return torch.cat(parts)[None], None
-
-
-def _attend_span(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scaling: float) -> Tensor:
-    """Return what the tokens of a span attend to, (1, A, R, D).
-
-    Args:
-        query: (1, A, R, D).
-        keys: Of their slot, (1, V, E, D), and likewise ``values``.
-        seen: As from ``_Plan.sees``.
-        scaling: Of the products.
-    """
-    if seen is None and is_block_attention(query, keys):
-        return block_attention(query, keys, values, scaling)
-    shares_heads = query.shape[1] != keys.shape[1]
-    return F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=shares_heads
-    )
 
 
 def _attend_alone(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, seen: Tensor, scaling: float) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexctl import evaluation, model
+from flexctl.heap import reusing_memory
 from flexctl.runtime import Reporter
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def scored_at(steps: int) -> list[int]:
     return sorted({0, steps, *(2**power for power in range(steps.bit_length()) if 2**power <= steps)})
 
 
+@reusing_memory()
 def recover(
     builds: dict[str, Callable[[], nn.Module]],
     train_on: Sequence[Any],

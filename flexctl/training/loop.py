@@ -130,6 +130,7 @@ def unmatched(_public: Tensor) -> Iterator[Callable[[], Tensor]]:
     yield partial(torch.zeros, ())
 
 
+@reusing_memory()
 def train(
     model: nn.Module,
     groups: Sequence[ParameterGroup],
@@ -178,7 +179,6 @@ def train(
         reporter.progress("training", settings.steps * per_step, "tokens") as bar,
         hearing() as stop,
         checkpoints or nullcontext(),
-        reusing_memory(),
     ):
         bar.advance(first * per_step)
         for step in range(first, settings.steps):

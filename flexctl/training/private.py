@@ -129,6 +129,7 @@ def train_privately(
     _refuse_still(parameters, start)
 
 
+@reusing_memory()
 def gradient_norm(
     model: nn.Module,
     groups: Sequence[ParameterGroup],

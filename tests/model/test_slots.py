@@ -9,8 +9,7 @@ import pytest
 import tiny
 import torch
 
-from flexctl.model import SlotCache, Span, forward, masking, routed_layers, slots, token_mask
-from flexctl.model.building import build_model
+from flexctl.model import SlotCache, Span, forward, masking, routed_layers, token_mask
 
 NAMES = ("public", "a", "b", "c")
 MASKS = ((), (1,), (2, 3), (1, 2, 3), (3,))
@@ -69,31 +68,6 @@ def test_a_slot_that_was_used_before_is_as_new() -> None:
     cache.wipe(1)
     assert not any(tensor[1].any() for tensor in (*cache.keys, *cache.values))
     torch.testing.assert_close(forward(model, cache, [Span(1, 0, 12)], tokens, last), first, atol=0, rtol=0)
-
-
-def test_in_bfloat16_a_prompt_is_attended_to_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, whole = [], slots.block_attention
-
-    def counted(query: Any, *rest: Any) -> Any:
-        lengths.append(query.shape[2])
-        return whole(query, *rest)
-
-    monkeypatch.setattr(slots, "block_attention", counted)
-    weights = family_weights("llama", None)
-    model: Any = build_model(weights, device=torch.device("cpu"), dtype=torch.bfloat16)
-    cache, tokens = SlotCache(model, 3, tiny.CONTEXT), tiny.some_tokens(1, 30)[0]
-    cache.reserve(40)
-    given = [Span(0, 0, 20), Span(2, 0, 10)]
-    forward(model, cache, given, tokens, torch.tensor([-1]))
-    assert lengths == [20, 10] * len(model.model.layers)
-    after = [Span(0, 20, 1), Span(2, 10, 4)]
-    logits = forward(model, cache, after, torch.arange(2, 7), torch.arange(5))
-    assert lengths == [20, 10] * len(model.model.layers), "one token, or behind others: by torch"
-    first, second = torch.cat([tokens[:20], torch.tensor([2])]), torch.cat([tokens[20:], torch.arange(3, 7)])
-    with torch.no_grad():
-        exact = torch.cat([tiny.build(weights)(text[None]).logits[0] for text in (first, second)])
-    wanted = exact[[20, *range(31, 35)]]
-    assert float((logits - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_the_cache_grows_and_keeps_what_it_has() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from flexctl.evaluation.attacks.findings import Membership
 from flexctl.evaluation.bootstrap import resample_statistic
+from flexctl.heap import reusing_memory
 from flexctl.model.losses import score_tokens
 from flexctl.runtime import Progress
 
@@ -51,6 +52,7 @@ class Losses:
         return found if anchor is None else {**found, "calibrated": anchor.mean - self.mean}
 
 
+@reusing_memory()
 @torch.no_grad()
 def measure_losses(
     model: nn.Module, tokenizer: Any, framed: Sequence[Any], *, seq_len: int, batch_tokens: int, progress: Progress

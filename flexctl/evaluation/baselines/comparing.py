@@ -24,7 +24,7 @@ from flexctl.text.tokens import Framed, frame_documents
 
 __all__ = ["Baselines"]
 
-SCORING = 3
+SCORING = 2
 """Part of what the cache knows a baseline by; goes up when the same ingredients and text get other figures."""
 
 

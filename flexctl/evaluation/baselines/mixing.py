@@ -25,6 +25,7 @@ __all__ = ["mixed_logit_losses", "soup_losses"]
 _TOGETHER = 256
 
 
+@reusing_memory()
 def soup_losses(
     models: Sequence[nn.Module],
     weights: Floats,
