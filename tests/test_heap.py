@@ -14,7 +14,6 @@ from flexctl import heap
 
 PROGRAM = """
 import json, re, resource
-from contextlib import nullcontext
 from pathlib import Path
 from flexctl.heap import reusing_memory
 

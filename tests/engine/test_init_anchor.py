@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -28,7 +27,7 @@ from flexctl.runtime import SilentReporter
 from flexctl.steps import calibration
 from flexctl.text.documents import read_documents
 from flexctl.text.sample import PublicSample
-from flexctl.training import whole
+from flexctl.training import loop
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_empty_folder")
 
@@ -274,14 +273,14 @@ def test_from_scratch_repeats_itself_and_a_given_place_needs_no_workspace(tmp_pa
 @pytest.mark.usefixtures("tiny_preset")
 def test_stopped_and_resumed_gives_the_same_digest(tmp_path: Path, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = make(texts, tmp_path / "straight", preset="nano").digest
-    loop_report, steps = inspect.unwrap(whole.train).__globals__["_report"], iter(range(1, 100))
+    loop_report, steps = loop._report, iter(range(1, 100))
 
     def stop(*args: Any) -> None:
         loop_report(*args)
         if next(steps) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(inspect.unwrap(whole.train).__globals__, "_report", stop)
+    monkeypatch.setattr(loop, "_report", stop)
     with pytest.raises(KeyboardInterrupt):
         make(texts, tmp_path / "anchor", preset="nano", checkpoint_steps=4)
     assert not (tmp_path / "anchor").exists()
@@ -517,14 +516,14 @@ def test_an_empty_folder_becomes_the_anchor(
     elif way == "here":
         monkeypatch.chdir(target)
     assert make(texts, Path() if way == "here" else target, preset="nano", dry_run=True).dry_run
-    loop_report, steps = inspect.unwrap(whole.train).__globals__["_report"], iter(range(1, 100))
+    loop_report, steps = loop._report, iter(range(1, 100))
 
     def stop(*args: Any) -> None:
         loop_report(*args)
         if next(steps) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(inspect.unwrap(whole.train).__globals__, "_report", stop)
+    monkeypatch.setattr(loop, "_report", stop)
     with pytest.raises(KeyboardInterrupt):
         make(texts, Path() if way == "here" else target, preset="nano", checkpoint_steps=4)
     assert (work / "checkpoints").is_dir()

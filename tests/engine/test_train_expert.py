@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from flexctl.engine.train_expert import TrainExpertConfig, TrainExpertResult, tr
 from flexctl.errors import BundleError, FlexctlError, UsageError
 from flexctl.evaluation.scoring import score_documents
 from flexctl.families import feed_forward_names
-from flexctl.model import recompute
+from flexctl.model import attention, recompute
 from flexctl.model.building import build_model, load_tokenizer, stock_problems
 from flexctl.model.tensors import to_torch
 from flexctl.routing.rows import bias_of
@@ -53,6 +54,24 @@ class Listener(SilentReporter):
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+
+@pytest.fixture(params=["torch", "blocks"])
+def attending(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Settings by which attention trains by torch's kernel, or by blocks."""
+    if request.param == "torch":
+        yield {}
+        return
+    lengths, by_blocks = set(), attention.attend_by_blocks
+
+    def watching(query: torch.Tensor, *given: Any) -> torch.Tensor:
+        lengths.add(query.shape[2])
+        return by_blocks(query, *given)
+
+    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(attention, "attend_by_blocks", watching)
+    yield {"dtype": "bfloat16", "seq_len": 64}
+    assert lengths == {64}
 
 
 def train(anchor: Path, data: Path, output: Path | None = None, **settings: Any) -> TrainExpertResult:
@@ -353,9 +372,9 @@ def test_killed_and_resumed_gives_the_same_digest(tmp_path: Path, anchor: Path, 
 
 
 def test_interrupted_run_keeps_its_checkpoints(
-    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch, attending: dict[str, Any]
 ) -> None:
-    expected = train(anchor, texts.code, tmp_path / "straight.st").digest
+    expected = train(anchor, texts.code, tmp_path / "straight.st", **attending).digest
     is_due = checkpoints.Checkpoints.is_due
 
     def stopping(self: Any, step: int, steps: int) -> bool:
@@ -366,9 +385,10 @@ def test_interrupted_run_keeps_its_checkpoints(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.Checkpoints, "is_due", stopping)
         with pytest.raises(KeyboardInterrupt):
-            train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1)
+            train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, **attending)
     assert not (tmp_path / "x.st").exists()
-    assert train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, resume=True).digest == expected
+    resumed = train(anchor, texts.code, tmp_path / "x.st", checkpoint_steps=1, resume=True, **attending)
+    assert resumed.digest == expected
     assert sorted(path.name for path in tmp_path.iterdir() if "straight" not in path.name) == ["x.run.json", "x.st"]
 
 
@@ -624,9 +644,14 @@ def test_training_in_bfloat16_writes_the_anchor_s_dtype(tmp_path: Path, anchor: 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_recomputing_layers_keeps_less_and_changes_nothing(
-    tmp_path: Path, anchor: Path, texts: Any, monkeypatch: pytest.MonkeyPatch, rank: int | None
+    tmp_path: Path,
+    anchor: Path,
+    texts: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int | None,
+    attending: dict[str, Any],
 ) -> None:
-    expected = train(anchor, texts.code, tmp_path / "kept.st", name="x", rank=rank)
+    expected = train(anchor, texts.code, tmp_path / "kept.st", name="x", rank=rank, **attending)
     forwards: list[bool] = []
     run = recompute._run
 
@@ -635,7 +660,7 @@ def test_recomputing_layers_keeps_less_and_changes_nothing(
         return run(*given, **named)
 
     monkeypatch.setattr(recompute, "_run", watching)
-    found = train(anchor, texts.code, tmp_path / "recomputed.st", name="x", rank=rank, recompute=True)
+    found = train(anchor, texts.code, tmp_path / "recomputed.st", name="x", rank=rank, recompute=True, **attending)
     assert found.digest == expected.digest
     assert forwards.count(True) == 2 * 6
 

@@ -53,11 +53,11 @@ def discriminant_rows(space: dict[str, np.ndarray], shifts: np.ndarray) -> np.nd
 
 
 @given(seed=st.integers(0, 2**31))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_shares_are_those_of_drawn_text(seed: int) -> None:
     """Draw inputs around each owner's mean, as far apart as said, and let the rows route them.
 
-    Both sides draw: of 400 seeds the worst was 0.055 off, one in a hundred more than 0.04.
+    The seeds are the same each time, as both sides draw: of 400 others, two were more than 0.05 off.
     """
     space, rng = make_space(seed), np.random.default_rng(seed)
     shifts = 1.5 * rng.normal(size=(3, LAYERS, HIDDEN))
@@ -72,7 +72,7 @@ def test_shares_are_those_of_drawn_text(seed: int) -> None:
             logits = np.column_stack([np.zeros(4000), inputs @ rows[:, layer].T])
             powers = np.exp(logits - logits.max(axis=1, keepdims=True))
             shares += (powers / powers.sum(axis=1, keepdims=True)).mean(axis=0) / LAYERS
-        assert list(found[text].values()) == pytest.approx(shares, abs=0.08)
+        assert list(found[text].values()) == pytest.approx(shares, abs=0.05)
         assert sum(found[text].values()) == pytest.approx(1.0)
 
 
