@@ -95,7 +95,7 @@ class _ByBlocks(torch.autograd.Function):
         ctx.scaling = scaling
         out = torch.empty_like(query)
         for queries, seen, later in _blocks(query, key):
-            shares = _shares(_beside(query[queries], later), key[seen], later, scaling)
+            shares = _shares(_beside(query[queries], len(later)), key[seen], later, scaling)
             out[queries] = (shares @ value[seen]).reshape(out[queries].shape)
         return out
 
@@ -105,7 +105,7 @@ class _ByBlocks(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for queries, seen, later in _blocks(query, key):
-            asked, given = _beside(query[queries], later), _beside(grad[queries], later)
+            asked, given = _beside(query[queries], len(later)), _beside(grad[queries], len(later))
             shares = _shares(asked, key[seen], later, ctx.scaling)
             to_value[seen] += shares.mT @ given
             to_shares = given @ value[seen].mT
@@ -134,9 +134,9 @@ def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[_Where, _Where, Tensor
             yield queries, (sequence, slice(first, last), slice(end)), later
 
 
-def _beside(block: Tensor, later: Tensor) -> Tensor:
-    """Return a block with the queries of heads that share a key one behind the other, (V heads, G R, D)."""
-    return block.reshape(-1, len(later), block.shape[-1])
+def _beside(block: Tensor, rows: int) -> Tensor:
+    """Return a block with the queries of heads that share a key one behind the other, (V heads, ``rows``, D)."""
+    return block.reshape(-1, rows, block.shape[-1])
 
 
 def _shares(query: Tensor, key: Tensor, later: Tensor, scaling: float) -> Tensor:
